@@ -1,0 +1,74 @@
+"""The `asft:` block of an axolotl YAML."""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from axolotl_asft.errors import AsftError
+
+
+class AsftArgs(BaseModel):
+    """Every key of the `asft:` block; unknown keys are refused by name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    direction: str = Field(min_length=1, description="path of the direction file of the aligned base_model")
+    direction_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="refuse a direction file with another sha256"
+    )
+    lambda_reg: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight of the penalty")
+    projector: Literal["paper", "normalized", "subspace"] = Field(
+        default="paper", description="how the singular values of the direction weigh its directions"
+    )
+    rank: int | None = Field(default=None, ge=0, description="use only the leading stored directions; null: all")
+    lora_scaling: bool = Field(
+        default=True, description="dW = scaling B A; false: the authors' code's dW = B A, without PEFT's scaling"
+    )
+    modules: list[str] | None = Field(
+        default=None, min_length=1, description="regular expressions of the layers to constrain; null: every LoRA layer"
+    )
+    on_uncovered: Literal["error", "warn", "ignore"] = Field(
+        default="error", description="what to do where a trainable weight is not covered by the penalty"
+    )
+    verify_model: bool = Field(
+        default=True, description="refuse a direction that was extracted for other weights than the model's"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, block: Any) -> Any:
+        if isinstance(block, dict):
+            for key in block:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"asft.{key} is no key of the asft block; {hint}")
+        return block
+
+
+class AsftPluginArgs(BaseModel):
+    """What the plugin adds to axolotl's config."""
+
+    asft: AsftArgs | None = Field(default=None, description="the AsFT constraint (arXiv 2506.08473)")
+
+
+def parse_block(block: Any) -> AsftArgs:
+    """The validated block.
+
+    Raises:
+        AsftError: one line for the first mistake in it.
+    """
+    if not isinstance(block, dict):
+        raise AsftError(f"asft: is {block!r}; expected a block of keys, at least direction: path/to/file.safetensors")
+    try:
+        return AsftArgs.model_validate(dict(block))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error" and not first["loc"]:
+            raise AsftError(str(first["ctx"]["error"])) from error
+        key = ".".join(["asft", *(str(part) for part in first["loc"])])
+        if first["type"] == "missing":
+            raise AsftError(f"{key} is missing; give it in the asft block") from error
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise AsftError(f"{key} is {first['input']!r}; {message}") from error

@@ -1,0 +1,140 @@
+"""`axolotl asft ...`: the commands. Heavy modules are imported inside them, so that --help is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.version import __version__
+
+
+class _OneLineErrors(click.Group):
+    """Exit status 0 done, 1 the work failed, 2 wrong usage or input; a user error is one line, no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AsftError as error:
+            click.echo(f"asft: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="axolotl-asft")
+def asft() -> None:
+    """Keep a chat model's safety while you fine-tune it (AsFT, arXiv 2506.08473).
+
+    \b
+    1. axolotl asft extract --base BASE --aligned CHAT -o chat.asft.safetensors
+    2. add to your config:
+         plugins: [asft]
+         asft:
+           direction: ./chat.asft.safetensors
+    3. axolotl train config.yml
+    """
+
+
+def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str | None:
+    if value == "full":
+        return value
+    if value == "auto":
+        return None
+    try:
+        rank = int(value)
+    except ValueError:
+        rank = 0
+    if rank < 1:
+        raise click.BadParameter(f"{value!r}; expected a positive number, 'full', or 'auto' with --tolerance")
+    return rank
+
+
+@asft.command()
+@click.option("--base", required=True, metavar="DIR", help="Checkpoint folder of the base model, in safetensors.")
+@click.option("--aligned", required=True, metavar="DIR", help="Checkpoint folder of the aligned (chat) model.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Direction file to write.")
+@click.option(
+    "--rank",
+    default="64",
+    show_default=True,
+    callback=_rank,
+    help="Directions a layer: a number, 'full', or 'auto' for the fewest within --tolerance.",
+)
+@click.option(
+    "--tolerance", default=0.01, show_default=True, help="With --rank auto: error of the paper penalty per ||dW||^2."
+)
+@click.option(
+    "--modules",
+    multiple=True,
+    metavar="REGEX",
+    help="Only these modules; repeat for more.  [default: all linear layers]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the stored vectors.",
+)
+@click.option("--keep-v", is_flag=True, help="Store the right singular vectors too (a larger file).")
+@click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
+@click.option("--device", default="cpu", show_default=True, help="Where the algebra runs: cpu or cuda.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def extract(output: Path, as_json: bool, force: bool, modules: tuple[str, ...], **options: Any) -> None:
+    """Make a direction file from a base model and its aligned model.
+
+    Reads one pair of weights at a time: memory holds the largest pair, not the models.
+
+    \b
+    Example:
+      axolotl asft extract --base Llama-3.1-8B --aligned Llama-3.1-8B-Instruct \\
+          -o llama3-8b.asft.safetensors
+    """
+    if output.suffix != ".safetensors":
+        raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
+    if output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    from axolotl_asft.extract import extract_direction
+    from axolotl_asft.summary import summary, summary_table
+
+    show = sys.stderr.isatty() and not as_json
+    direction = extract_direction(modules=list(modules) or None, progress=show, **options)
+    sha256 = direction.save(output)
+    result = summary(direction, output, sha256)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(summary_table(result))
+        click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {output}")
+
+
+@asft.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
+def inspect(file: Path, as_json: bool, modules: bool) -> None:
+    """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
+
+    \b
+    Example:
+      axolotl asft inspect chat.asft.safetensors
+    """
+    from axolotl_asft.direction import AlignmentDirection
+    from axolotl_asft.summary import module_table, summary, summary_table
+
+    direction = AlignmentDirection.load(file)
+    result = summary(direction, file, direction.sha256)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(summary_table(result))
+    if modules:
+        click.echo("\n" + module_table(result))
+
+
+def main() -> None:
+    """Entry point of `python -m axolotl_asft`."""
+    asft(prog_name="python -m axolotl_asft")

@@ -1,0 +1,257 @@
+"""The direction file: the alignment direction of a model, one small safetensors file."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.files import atomic_write
+
+FORMAT = "asft-direction"
+FORMAT_VERSION = "1"
+SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
+MODULE_FIELDS = ("shape", "k", "energy", "bound")
+# How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
+ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+REMAKE = "make it again with `axolotl asft extract`"
+
+
+@dataclass(frozen=True)
+class ModuleDirection:
+    """The alignment direction of one linear layer, d (out x in), as d ~ U diag(S) V^T.
+
+    Attributes:
+        U: (out, k), leading left singular vectors, orthonormal columns.
+        S: (k,) fp32, their singular values, descending.
+        norm: () fp32, ||d||_F over all of d.
+        in_features: number of columns of d.
+        V: (in, k), right singular vectors, where the file keeps them.
+    """
+
+    U: Tensor
+    S: Tensor
+    norm: Tensor
+    in_features: int
+    V: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.U.shape[0], self.in_features
+
+
+@dataclass(frozen=True)
+class AlignmentDirection:
+    """The alignment direction of a whole model: aligned weights minus base weights, layer by layer.
+
+    Attributes:
+        modules: full module name in the Hugging Face model -> its direction.
+        spec: where it comes from and how it was made (docs: the direction file); JSON values.
+        sha256: of the file it was loaded from; None before it is saved.
+    """
+
+    modules: Mapping[str, ModuleDirection]
+    spec: Mapping[str, Any] = field(repr=False)
+    sha256: str | None = None
+
+    def save(self, path: str | Path) -> str:
+        """Write one `.safetensors` file, whole or not at all; returns its sha256.
+
+        The same direction gives the same bytes.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            tensors[f"{name}.U"] = module.U.contiguous()
+            tensors[f"{name}.S"] = module.S.contiguous()
+            tensors[f"{name}.norm"] = module.norm.contiguous()
+            if module.V is not None:
+                tensors[f"{name}.V"] = module.V.contiguous()
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "spec": json.dumps(self.spec, sort_keys=True, allow_nan=False),
+        }
+        atomic_write(path, lambda temporary: _save_deterministic(tensors, temporary, metadata))
+        return file_sha256(path)
+
+    @classmethod
+    def load(cls, path: str | Path, sha256: str | None = None) -> "AlignmentDirection":
+        """Read and verify a direction file.
+
+        Args:
+            path: the file.
+            sha256: refuse a file with another hash.
+
+        Raises:
+            AsftError: no such file, no direction file, another version, cut short, a missing field or tensor,
+                wrong shapes, non-finite numbers, or columns of U that are not orthonormal.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise AsftError(f"no direction file at {path}; expected a .safetensors file; {REMAKE}")
+        found = file_sha256(path)
+        if sha256 is not None and found != sha256.lower():
+            raise AsftError(f"{path} has sha256 {found}; expected {sha256} (direction_sha256); get the pinned file")
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                spec = _checked_spec(path, file.metadata())
+                modules = {name: _checked_module(path, file, name, spec) for name in spec["modules"]}
+                extra = set(file.keys()) - _tensor_names(modules)
+        except (SafetensorError, OSError) as error:
+            raise AsftError(
+                f"{path} is no readable safetensors file ({error}); expected a direction file; {REMAKE}"
+            ) from error
+        if extra:
+            raise AsftError(f"{path} has a tensor {min(extra)} that its spec does not name; {REMAKE}")
+        return cls(modules=modules, spec=spec, sha256=found)
+
+
+def select_modules(names: list[str], patterns: list[str]) -> list[str]:
+    """The names that one of the regular expressions matches somewhere, in order.
+
+    Raises:
+        AsftError: a pattern is no regular expression, or matches no name at all.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        try:
+            matching = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise AsftError(f"modules: {pattern!r} is no regular expression ({error})") from error
+        if not matching:
+            raise AsftError(f"modules: {pattern!r} matches none of {len(names)} layers, the first {names[:1]}")
+        chosen.update(matching)
+    return [name for name in names if name in chosen]
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_deterministic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save with a sorted header: safetensors itself writes metadata in the order of a hash map."""
+    unsorted = path.with_name(path.name + ".unsorted")
+    try:
+        save_file(tensors, str(unsorted), metadata=metadata)
+        with unsorted.open("rb") as source, path.open("wb") as target:
+            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+            entries = dict(sorted(header.items()))
+            entries["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+            text += b" " * (-len(text) % 8)
+            target.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(source, target)
+    finally:
+        unsorted.unlink(missing_ok=True)
+
+
+def _checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    metadata = metadata or {}
+    if metadata.get("format") != FORMAT:
+        raise AsftError(
+            f"{path} is no direction file: its format is {metadata.get('format')!r}; expected {FORMAT!r}; {REMAKE}"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise AsftError(
+            f"{path} has format version {metadata.get('format_version')!r}; this axolotl-asft reads "
+            f"{FORMAT_VERSION!r}; upgrade axolotl-asft, or {REMAKE}"
+        )
+    try:
+        spec = json.loads(metadata.get("spec", ""))
+    except (ValueError, RecursionError) as error:
+        raise AsftError(f"{path}: its spec is no JSON ({error}); {REMAKE}") from error
+    missing = [name for name in SPEC_FIELDS if not isinstance(spec, dict) or name not in spec]
+    if missing:
+        raise AsftError(f"{path}: its spec lacks {', '.join(missing)}; {REMAKE}")
+    modules = spec["modules"]
+    if not isinstance(modules, dict) or not modules:
+        raise AsftError(f"{path}: its spec names no modules; {REMAKE}")
+    for name, entry in modules.items():
+        lacking = [key for key in MODULE_FIELDS if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise AsftError(f"{path}: its spec for {name} lacks {', '.join(lacking)}; {REMAKE}")
+        _check_module_entry(path, name, entry)
+    for side in ("base", "aligned"):
+        if not isinstance(spec[side], dict) or not isinstance(spec[side].get("id"), str):
+            raise AsftError(f"{path}: its spec names no {side} model; {REMAKE}")
+    return spec
+
+
+def _check_module_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
+    shape, k = entry["shape"], entry["k"]
+    integers = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
+    if not integers or not _is_count(k) or k > min(shape):
+        raise AsftError(f"{path}: its spec for {name} has shape {shape} and k {k}; expected [out, in] and k; {REMAKE}")
+    for key in ("energy", "bound"):
+        if isinstance(entry[key], bool) or not isinstance(entry[key], int | float) or not math.isfinite(entry[key]):
+            raise AsftError(f"{path}: its spec for {name} has {key} {entry[key]!r}; expected a number; {REMAKE}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _checked_module(path: Path, file: safe_open, name: str, spec: dict[str, Any]) -> ModuleDirection:
+    rows, columns = spec["modules"][name]["shape"]
+    k = spec["modules"][name]["k"]
+    expected = {"U": (rows, k), "S": (k,), "norm": (), "V": (columns, k)}
+    tensors: dict[str, Tensor] = {}
+    present = set(file.keys())
+    for part, shape in expected.items():
+        key = f"{name}.{part}"
+        if key not in present:
+            if part == "V":
+                continue
+            raise AsftError(f"{path} lacks the tensor {key}; {REMAKE}")
+        stored = tuple(file.get_slice(key).get_shape())
+        if stored != shape:
+            raise AsftError(f"{path}: {key} has shape {stored}; expected {shape} (its spec); {REMAKE}")
+        tensors[part] = file.get_tensor(key)
+        if not torch.is_floating_point(tensors[part]):
+            raise AsftError(f"{path}: {key} has dtype {tensors[part].dtype}; expected floating point; {REMAKE}")
+        if not torch.isfinite(tensors[part]).all():
+            raise AsftError(f"{path}: {key} holds NaN or infinity; {REMAKE}")
+    direction = ModuleDirection(tensors["U"], tensors["S"], tensors["norm"], columns, tensors.get("V"))
+    _check_values(path, name, direction)
+    return direction
+
+
+def _check_values(path: Path, name: str, module: ModuleDirection) -> None:
+    S, norm = module.S.double(), float(module.norm)
+    if (S < 0).any() or (S[1:] > S[:-1]).any():
+        raise AsftError(f"{path}: {name}.S is not descending and non-negative; {REMAKE}")
+    if norm < 0 or float(torch.linalg.vector_norm(S)) > norm * (1 + 1e-4) + 1e-30:
+        raise AsftError(f"{path}: {name}.norm is {norm:.6g}, less than the norm of its singular values; {REMAKE}")
+    for part, vectors in (("U", module.U), ("V", module.V)):
+        if vectors is None or vectors.shape[1] == 0:
+            continue
+        gram = vectors.float().T @ vectors.float()
+        error = float((gram - torch.eye(vectors.shape[1])).abs().max())
+        if error > ORTHONORMAL_WITHIN.get(vectors.dtype, 1e-4):
+            raise AsftError(
+                f"{path}: the columns of {name}.{part} are not orthonormal (off by {error:.2g}; expected under "
+                f"{ORTHONORMAL_WITHIN.get(vectors.dtype, 1e-4):g}); {REMAKE}"
+            )
+
+
+def _tensor_names(modules: Mapping[str, ModuleDirection]) -> set[str]:
+    names: set[str] = set()
+    for name, module in modules.items():
+        names.update(f"{name}.{part}" for part in ("U", "S", "norm", *(("V",) if module.V is not None else ())))
+    return names

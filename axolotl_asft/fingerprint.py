@@ -1,0 +1,112 @@
+"""Which model is it for: a small content fingerprint of the aligned weights, that survives 4-bit loading.
+
+The fingerprint keeps, for every module, one block of 64 consecutive weights (the quantisation block of NF4 and
+FP4). A loaded weight agrees when its block equals the kept one in the dtype it was loaded in; for a
+4-bit weight, when it falls on the same codes that the kept block is quantised to. Two models that differ by a
+fraction of a percent (a base and its aligned model) disagree in some of these codes, and one model loaded twice
+in none, so even near relatives are told apart.
+"""
+
+import base64
+import binascii
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 64
+SCHEME = "block64-f32"
+# One model loaded twice agrees everywhere; the allowance is for a checkpoint converted between dtypes.
+MAX_MISMATCH = 0.0025
+
+
+def block_start(module: str, numel: int) -> int:
+    """Where the kept block of `module` starts in its flattened weight: a multiple of 64 chosen by the name."""
+    blocks = max(1, numel // BLOCK)
+    digest = hashlib.sha256(module.encode("utf-8")).digest()
+    return BLOCK * (int.from_bytes(digest[:8], "big") % blocks)
+
+
+def encode_block(module: str, weight: Tensor) -> str:
+    """The kept block of a weight (out, in), as base64 of little-endian fp32."""
+    start = block_start(module, weight.numel())
+    block = weight.reshape(-1)[start : start + BLOCK].float().cpu().numpy().astype("<f4")
+    return base64.b64encode(block.tobytes()).decode("ascii")
+
+
+def decode_block(text: str) -> Tensor:
+    """The (<= 64,) fp32 block that `encode_block` wrote.
+
+    Raises:
+        ValueError: it is no base64 of fp32 numbers.
+    """
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"fingerprint block is no base64: {error}") from error
+    if len(raw) % 4 or not 0 < len(raw) <= 4 * BLOCK:
+        raise ValueError(f"fingerprint block has {len(raw)} bytes; expected 4 to {4 * BLOCK}")
+    return torch.from_numpy(np.frombuffer(raw, dtype="<f4").copy())
+
+
+def mismatches(module: str, block: Tensor, weight: Tensor) -> int:
+    """How many of the block's weights differ in `weight`: a plain or bitsandbytes weight of the loaded model."""
+    quant_state = getattr(weight, "quant_state", None)
+    if quant_state is not None:
+        return _mismatches_4bit(module, block, weight, quant_state)
+    if getattr(weight, "SCB", None) is not None or not weight.is_floating_point():
+        return _mismatches_int8(module, block, weight)
+    start = block_start(module, weight.numel())
+    return mismatching_values(block, weight.detach().reshape(-1)[start : start + BLOCK].cpu())
+
+
+def mismatching_values(block: Tensor, loaded: Tensor) -> int:
+    """How many weights of the kept block differ from the loaded ones, after rounding to their dtype."""
+    if len(loaded) != len(block):
+        return len(block)
+    differing = [
+        int((block.to(step).to(loaded.dtype) != loaded).sum())
+        for step in {loaded.dtype, torch.bfloat16, torch.float16}  # it may have been loaded by way of a half type
+    ]
+    return min(differing)
+
+
+def _mismatches_4bit(module: str, block: Tensor, weight: Tensor, quant_state) -> int:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    numel = quant_state.shape.numel()
+    start = block_start(module, numel)
+    loaded = dequantize_4bit(weight.data, quant_state).reshape(-1)[start : start + BLOCK].float().cpu()
+    if len(loaded) != len(block):
+        return len(block)
+    if quant_state.blocksize != BLOCK:
+        # the scale of a larger block is not known from 64 of its weights
+        return _mismatches_within(block, loaded, tolerance=0.35)
+    packed, state = quantize_4bit(
+        block.to(quant_state.dtype), blocksize=BLOCK, quant_type=quant_state.quant_type, compress_statistics=False
+    )
+    expected = dequantize_4bit(packed, state).float()
+    # Codes are compared, not values: nested quantisation changes the scale of a block a little.
+    return int(((_unit(loaded) - _unit(expected)).abs() > 0.02).sum())
+
+
+def _mismatches_int8(module: str, block: Tensor, weight: Tensor) -> int:
+    scale = getattr(weight, "SCB", None)
+    if scale is None:
+        return 0
+    codes = getattr(weight, "CB", None)
+    codes = weight.data if codes is None else codes
+    start = block_start(module, codes.numel())
+    positions = torch.arange(start, min(start + BLOCK, codes.numel()), device=codes.device)
+    rows = torch.div(positions, codes.shape[1], rounding_mode="floor")
+    loaded = codes.reshape(-1)[positions].float() * scale.to(codes.device)[rows].float() / 127
+    return _mismatches_within(block, loaded.cpu(), tolerance=0.02)
+
+
+def _mismatches_within(block: Tensor, loaded: Tensor, tolerance: float) -> int:
+    return int(((block - loaded).abs() > tolerance * block.abs().max()).sum())
+
+
+def _unit(values: Tensor) -> Tensor:
+    return values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)

@@ -1,0 +1,110 @@
+"""The AsFT penalty of one LoRA layer, in factored form. Pure maths on tensors."""
+
+import math
+
+import torch
+from torch import Tensor
+
+PROJECTORS = ("paper", "normalized", "subspace")
+
+
+def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor | float) -> Tensor:
+    """Eigenvalues c of the projector C = U diag(c) U^T of one layer.
+
+        paper:       c_i = s_i^2 / ||d||_F      (AsFT, arXiv 2506.08473, as released; the same as Safe LoRA's)
+        normalized:  c_i = s_i^2 / s_1^2
+        subspace:    c_i = 1
+
+    Args:
+        projector: one of `PROJECTORS`.
+        singular_values: (k,) of the alignment direction d, descending.
+        norm: ||d||_F over all of d, not over the k kept directions alone.
+
+    Returns:
+        (k,) in fp32 (fp64 if the singular values are). A direction that is zero (d = 0) gets eigenvalue zero.
+    """
+    s = singular_values if singular_values.dtype == torch.float64 else singular_values.float()
+    if projector == "subspace":
+        return (s > 0).to(s.dtype)
+    if projector == "paper":
+        scale = torch.as_tensor(norm, dtype=s.dtype, device=s.device)
+    elif projector == "normalized":
+        scale = s[0] ** 2 if len(s) else s.new_ones(())
+    else:
+        raise ValueError(f"projector is {projector!r}; expected one of {', '.join(PROJECTORS)}")
+    return torch.where(scale > 0, s**2 / scale, torch.zeros_like(s))
+
+
+def orthogonal_part(B: Tensor, U: Tensor, c: Tensor) -> Tensor:
+    """(I - U diag(c) U^T) B, in O(out k r), without forming any out x out matrix.
+
+    Args:
+        B: (out, r).
+        U: (out, k) with orthonormal columns.
+        c: (k,) eigenvalues of the projector.
+    """
+    return B - U @ (c[:, None] * (U.T @ B))
+
+
+def squared_norm(B: Tensor, A: Tensor) -> Tensor:
+    """||B A||_F^2 = <B^T B, A A^T>, in O((out + in) r^2).
+
+    Args:
+        B: (out, r).
+        A: (r, in).
+    """
+    return ((B.T @ B) * (A @ A.T)).sum()
+
+
+def lora_penalty(A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float = 1.0) -> Tensor:
+    """||(I - C) scaling B A||_F^2 with C = U diag(c) U^T: the AsFT penalty of one layer (arXiv 2506.08473).
+
+    Value and gradient cost O((out (k + r) + in r) r) time and O((out + in) r + out k) memory; no tensor of
+    shape out x in or out x out is formed. The computation runs in fp32 whatever the dtype of A and B (in fp64
+    if they are fp64), also inside autocast. The orthogonal part Z = (I - C) B is formed before it is squared,
+    so that nothing cancels when the update lies almost wholly inside the subspace.
+
+    Args:
+        A: (r, in), the LoRA down-projection.
+        B: (out, r), the LoRA up-projection.
+        U: (out, k), orthonormal columns; k = 0 makes the penalty plain L2, ||scaling B A||_F^2.
+        c: (k,), eigenvalues of the projector.
+        scaling: PEFT's factor in dW = scaling B A.
+
+    Returns:
+        A scalar, differentiable once with respect to A and B.
+    """
+    return _LoraPenalty.apply(A, B, U, c, scaling)
+
+
+class _LoraPenalty(torch.autograd.Function):
+    """Computes the gradients in the forward pass, so that only tensors of the size of A and B are kept."""
+
+    @staticmethod
+    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float) -> Tensor:
+        with torch.autocast(A.device.type, enabled=False):
+            work = torch.float64 if A.dtype == torch.float64 else torch.float32
+            a, b, u, eigenvalues = (tensor.to(work) for tensor in (A, B, U, c))
+            z = orthogonal_part(b, u, eigenvalues)
+            gram_z, gram_a = z.T @ z, a @ a.T
+            factor = scaling**2
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+                grad_a = (2 * factor) * (gram_z @ a)
+                # C is symmetric: the gradient with respect to B is (I - C)^T = (I - C) applied once more
+                grad_b = (2 * factor) * (orthogonal_part(z, u, eigenvalues) @ gram_a)
+                ctx.save_for_backward(grad_a, grad_b)
+                ctx.dtypes = (A.dtype, B.dtype)
+            return factor * (gram_z * gram_a).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        grad_a, grad_b = ctx.saved_tensors
+        dtype_a, dtype_b = ctx.dtypes
+        return (grad_output * grad_a).to(dtype_a), (grad_output * grad_b).to(dtype_b), None, None, None
+
+
+def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:
+    """||(I - C) dW|| / ||dW|| from the two squared norms; 0 where dW is zero."""
+    orthogonal, total = float(orthogonal), float(total)
+    return math.sqrt(orthogonal / total) if total > 0 else 0.0

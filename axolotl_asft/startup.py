@@ -1,0 +1,52 @@
+"""Runs at every start of Python, so it imports the standard library alone and does next to nothing.
+
+Why it is needed: axolotl resolves plugin names in the launching process and again in every child that accelerate
+or torchrun starts, by splitting them at a dot; `plugins: [asft]` has no dot. There is no registry of short names to
+join, and no entry point that the children load. A `.pth` file (from Python 3.15 on a `.start` file, PEP 829) is the
+one place that every interpreter of the environment passes; it calls `install`, which waits for three modules of
+axolotl to be imported and then wraps one function in each (see `guard`). An interpreter that never imports axolotl
+pays for one dictionary look-up an import.
+"""
+
+import sys
+
+_WRAPPERS = {
+    "axolotl.integrations.base": ("load_plugin", "wrap_load_plugin"),
+    "axolotl.utils.config": ("validate_config", "wrap_validate_config"),
+    "axolotl.cli.art": ("print_axolotl_text_art", "wrap_print_logo"),
+}
+
+
+class _Finder:
+    """A meta-path finder that steps aside for the real ones and adds a step after the module has run."""
+
+    def __init__(self):
+        self.waiting = dict(_WRAPPERS)
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in self.waiting:
+            return None
+        function, wrapper = self.waiting.pop(fullname)
+        from importlib.util import find_spec
+
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            from axolotl_asft import guard
+
+            setattr(module, function, getattr(guard, wrapper)(getattr(module, function)))
+            guard.print_user_errors_in_one_line()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install():
+    """Put the finder first on the meta path, once; wrap what has been imported already."""
+    if any(type(finder).__name__ == "_Finder" and hasattr(finder, "waiting") for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())

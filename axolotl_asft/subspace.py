@@ -1,0 +1,174 @@
+"""Leading singular directions of one weight difference, with a certificate of what was left out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this size of the smaller side a full SVD is taken; it is exact, and quick enough on a CPU.
+EXACT_UP_TO = 1536
+OVERSAMPLING = 16
+POWER_ITERATIONS = 6
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """d is nearly U diag(S) V^T: the k leading singular triplets of one difference d (out x in).
+
+    Attributes:
+        U: (out, k), orthonormal columns (up to the rounding of its dtype).
+        S: (k,) fp32, descending.
+        V: (in, k), the right singular vectors.
+        norm: () fp32, ||d||_F over all of d.
+        energy: share of ||d||_F^2 that the k directions carry, 0 to 1.
+        bound: | P(C) - P(U, S) | <= bound * ||dW||_F^2 for the `paper` projector and every update dW.
+        method: "exact" or "randomized".
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    norm: Tensor
+    energy: float
+    bound: float
+    method: str
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+
+def leading_subspace(
+    d: Tensor,
+    rank: int | None = 64,
+    tolerance: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Subspace:
+    """The k leading singular triplets of d, with signs fixed and a certified truncation error.
+
+    Args:
+        d: (out, in), the difference aligned minus base, fp32.
+        rank: k, cut to min(out, in); None: as many as `tolerance` asks for.
+        tolerance: with `rank=None`, the smallest k whose `bound` is at most this.
+        dtype: of the returned U and V; the bound takes its rounding into account.
+        seed: of the randomised method; the global generators are left alone.
+
+    A matrix whose smaller side is at most 1536, or of which more than a quarter of the directions is wanted,
+    is decomposed exactly; others by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4).
+    """
+    smaller = min(d.shape)
+    d = d.float()
+    norm = torch.linalg.matrix_norm(d.double())
+    if rank is None and tolerance is None:
+        raise ValueError("rank is None and so is tolerance; give one of them")
+    if norm == 0:
+        return _zero_subspace(d, dtype)
+    wanted = smaller if rank is None else min(rank, smaller)
+    if smaller <= EXACT_UP_TO or 4 * wanted > smaller:
+        U, S, Vh = torch.linalg.svd(d, full_matrices=False)
+        U, S, V, method = U, S, Vh.T, "exact"
+    else:
+        U, S, V = _randomized_svd(d, wanted, seed)
+        method = "randomized"
+    spectrum = S
+    U, S, V = _fix_signs(U[:, :wanted], S[:wanted], V[:, :wanted])
+    stored = U.to(dtype)
+    if method == "exact":
+        bounds = _exact_bounds(spectrum, U, stored, norm)
+        k = wanted if rank is not None else _smallest_rank(bounds, float(tolerance or 0.0))
+        bound = float(bounds[k])
+    else:
+        k = wanted
+        bound = _certified_bound(d, U, S, V, stored, norm)
+    kept = S[:k].float()
+    return Subspace(
+        U=stored[:, :k].contiguous(),
+        S=kept.contiguous(),
+        V=V[:, :k].to(dtype).contiguous(),
+        norm=norm.float(),
+        energy=min(1.0, float((kept.double() ** 2).sum() / norm**2)),
+        bound=bound,
+        method=method,
+    )
+
+
+def _zero_subspace(d: Tensor, dtype: torch.dtype) -> Subspace:
+    rows, columns = d.shape
+    return Subspace(
+        U=d.new_zeros((rows, 0), dtype=dtype),
+        S=d.new_zeros((0,)),
+        V=d.new_zeros((columns, 0), dtype=dtype),
+        norm=d.new_zeros(()),
+        energy=1.0,
+        bound=0.0,
+        method="exact",
+    )
+
+
+def _randomized_svd(d: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    devices = [d.device] if d.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return torch.svd_lowrank(d, q=min(wanted + OVERSAMPLING, min(d.shape)), niter=POWER_ITERATIONS)
+
+
+def _fix_signs(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the entry of largest magnitude of every column of U positive, so that equal inputs agree."""
+    largest = U.abs().argmax(dim=0)
+    signs = torch.sign(U.gather(0, largest[None, :])).squeeze(0)
+    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    return U * signs, S, V * signs
+
+
+def _penalty_weight(c: Tensor) -> Tensor:
+    """w = c (2 - c): the penalty is ||dW||^2 - sum_i w_i ||u_i^T dW||^2."""
+    return c * (2 - c)
+
+
+def _largest_weight_up_to(c: Tensor) -> Tensor:
+    """max over 0 <= x <= c of |x (2 - x)|: rises to 1 at x = 1, and again above 1 + sqrt 2."""
+    return torch.where(c <= 1, _penalty_weight(c), torch.maximum(torch.ones_like(c), -_penalty_weight(c)))
+
+
+def _exact_bounds(spectrum: Tensor, U: Tensor, stored: Tensor, norm: Tensor) -> Tensor:
+    """(wanted + 1,): the bound for k = 0, 1, ..., wanted, from the whole spectrum."""
+    wanted = U.shape[1]
+    c = spectrum.double() ** 2 / norm
+    dropped = torch.cat([c, c.new_zeros(1)])[: wanted + 1]
+    truncation = _largest_weight_up_to(dropped)
+    return truncation + _rounding_bounds(U, stored, c[:wanted])
+
+
+def _rounding_bounds(U: Tensor, stored: Tensor, c: Tensor) -> Tensor:
+    """(k + 1,): how far rounding U to its stored dtype can move the penalty, for the leading 0, 1, ..., k columns.
+
+    With E = stored - U and M the orthogonal factor I - C, the penalty changes by at most
+    2 g e + e^2 with e = c_max (2 ||E|| + ||E||^2) >= ||C - stored C||, g = ||I - C||.
+    """
+    error = torch.cumsum(((stored.double() - U.double()) ** 2).sum(dim=0), dim=0).sqrt()
+    c_max = c[:1].max() if len(c) else torch.zeros((), dtype=torch.float64, device=U.device)
+    e = c_max * (2 * error + error**2)
+    g = torch.clamp((1 - c_max).abs(), min=1.0)
+    return torch.cat([e.new_zeros(1), 2 * g * e + e**2])
+
+
+def _smallest_rank(bounds: Tensor, tolerance: float) -> int:
+    within = torch.nonzero(bounds <= tolerance)
+    return int(within[0]) if len(within) else int(bounds.argmin())
+
+
+def _certified_bound(d: Tensor, U: Tensor, S: Tensor, V: Tensor, stored: Tensor, norm: Tensor) -> float:
+    """A bound that holds however well or badly the randomised method converged.
+
+    C = d d^T / ||d||_F in the basis [U, rest] is [[diag(c), X], [X^T, Z]]. X is computed (it vanishes for exact
+    singular vectors), ||Z|| is at most the squared Frobenius norm of the rest over ||d||_F.
+    """
+    product = d @ (V * S)
+    cross = product - U @ (U.T @ product)
+    x = torch.linalg.matrix_norm(cross.double()) / norm
+    z = torch.clamp(norm**2 - (S.double() ** 2).sum(), min=0.0) / norm
+    c = S.double() ** 2 / norm
+    e = x + z
+    g = torch.clamp((1 - c.max()).abs(), min=1.0)
+    return float(2 * g * e + e**2 + _rounding_bounds(U, stored, c)[-1])

@@ -1,0 +1,101 @@
+"""What a direction file holds, as plain data and as text."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.penalty import projector_eigenvalues
+
+
+def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> dict[str, Any]:
+    """Everything that `axolotl asft inspect --json` prints."""
+    spec = direction.spec
+    modules = [_module_summary(direction, name) for name in direction.modules]
+    captured = sum(m["energy"] * m["norm"] ** 2 for m in modules)
+    total = sum(m["norm"] ** 2 for m in modules)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": sha256,
+        "base": {key: value for key, value in spec["base"].items() if key != "fingerprint"},
+        "aligned": {key: value for key, value in spec["aligned"].items() if key != "fingerprint"},
+        "relative_norm": spec.get("relative_norm"),
+        "norm": math.sqrt(total),
+        "energy": captured / total if total else 1.0,
+        "max_bound": max(m["bound"] for m in modules),
+        "max_c": {
+            "paper": max(m["max_c_paper"] for m in modules),
+            "over_2": sum(m["max_c_paper"] > 2 for m in modules),
+        },
+        "rank": spec["rank"],
+        "svd": spec["svd"],
+        "tool": spec["tool"],
+        "created": spec["created"],
+        "modules": modules,
+    }
+
+
+def _module_summary(direction: AlignmentDirection, name: str) -> dict[str, Any]:
+    module = direction.modules[name]
+    entry = direction.spec["modules"][name]
+    c = projector_eigenvalues("paper", module.S, module.norm)
+    return {
+        "name": name,
+        "shape": list(module.shape),
+        "k": module.rank,
+        "dtype": str(module.U.dtype).removeprefix("torch."),
+        "has_v": module.V is not None,
+        "norm": float(module.norm),
+        "s_1": float(module.S[0]) if module.rank else 0.0,
+        "s_k": float(module.S[-1]) if module.rank else 0.0,
+        "energy": entry["energy"],
+        "bound": entry["bound"],
+        "max_c_paper": float(c.max()) if module.rank else 0.0,
+    }
+
+
+def summary_table(result: dict[str, Any]) -> str:
+    """The first lines of `axolotl asft inspect`."""
+    ranks = sorted({module["k"] for module in result["modules"]})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    relative = result["relative_norm"]
+    lines = [
+        ("file", f"{result['file']}, {_size(result['bytes'])}"),
+        ("sha256", result["sha256"]),
+        ("base", _model(result["base"])),
+        ("aligned", _model(result["aligned"])),
+        ("modules", f"{len(result['modules'])}, {rank} directions each"),
+        ("difference", f"||d|| = {result['norm']:.4g}" + (f", {relative:.2%} of ||W||" if relative else "")),
+        ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
+        ("error bound", f"at most {result['max_bound']:.3g} of ||dW||^2 (paper penalty, worst layer)"),
+        ("paper max c", f"{result['max_c']['paper']:.4g}" + _over_two(result["max_c"]["over_2"])),
+        ("made by", f"{result['tool']}, {result['created']}"),
+    ]
+    return "\n".join(f"{label:<12}  {text}" for label, text in lines)
+
+
+def module_table(result: dict[str, Any]) -> str:
+    """One line a module: shape, rank, norm, energy, bound."""
+    width = max(len(module["name"]) for module in result["modules"])
+    lines = [f"{'module':<{width}}  {'out x in':>13}  {'k':>5}  {'||d||':>9}  {'s_1':>9}  {'energy':>7}  {'bound':>8}"]
+    for m in result["modules"]:
+        shape = f"{m['shape'][0]} x {m['shape'][1]}"
+        lines.append(
+            f"{m['name']:<{width}}  {shape:>13}  {m['k']:>5}  {m['norm']:>9.4g}  {m['s_1']:>9.4g}  "
+            f"{m['energy']:>7.1%}  {m['bound']:>8.2g}"
+        )
+    return "\n".join(lines)
+
+
+def _model(entry: dict[str, Any]) -> str:
+    revision = f"@{entry['revision']}" if entry.get("revision") else ""
+    return f"{entry['id']}{revision}  (weights sha256 {str(entry.get('sha256'))[:12]}, {entry.get('read_as')})"
+
+
+def _over_two(layers: int) -> str:
+    return f"  (past 2 in {layers} layers: there an aligned update costs more than an orthogonal one)" if layers else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
