@@ -3,10 +3,10 @@
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
 """
 
-from typing import TYPE_CHECKING, Any
+__version__ = "0.1.0"
 
-from axolotl_asft.version import __version__
-
+# Type checkers take this for typing.TYPE_CHECKING; importing typing would cost every start of Python 5 ms.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from axolotl_asft.adapter import AlignmentPenalty
     from axolotl_asft.attach import attach
@@ -36,7 +36,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

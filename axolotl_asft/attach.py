@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
-from axolotl_asft.version import __version__
 
 LOG = logging.getLogger("axolotl.asft")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from axolotl_asft import __version__
 from axolotl_asft.errors import AsftError
-from axolotl_asft.version import __version__
 
 
 class _OneLineErrors(click.Group):

@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from axolotl_asft import fingerprint
+from axolotl_asft import __version__, fingerprint
 from axolotl_asft.checkpoint import Checkpoint, dtype_named
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
 from axolotl_asft.subspace import EXACT_UP_TO, OVERSAMPLING, POWER_ITERATIONS, Subspace, leading_subspace
-from axolotl_asft.version import __version__
 
 DEFAULT_RANK = 64
 DEFAULT_TOLERANCE = 0.01

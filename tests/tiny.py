@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
 }
-WORDS = "the cat dog sees likes a red blue house tree and then says yes no what is it of on in to user assistant".split()
+WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "blue", "house", "tree", "and", "then", "says", "yes", "no"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + ' </s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer():
-    """A word-level chat tokenizer of about 30 tokens."""
+    """A word-level chat tokenizer of about 20 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,12 +65,16 @@ def make_pair(folder: Path, seed: int = 0, layers: int = 2, max_shard_size: str 
             with torch.no_grad():
                 for key, weight in model.named_parameters():
                     if ".layers." in key and weight.ndim == 2:
-                        rows, columns = weight.shape
-                        low_rank = torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
-                        weight += (0.001 * low_rank + 0.0002 * torch.randn(rows, columns, generator=generator)).to(dtype)
+                        weight += _difference(weight.shape, generator).to(dtype)
         model.save_pretrained(folder / name, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder / name)
     return folder / "base", folder / "aligned"
+
+
+def _difference(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    rows, columns = shape
+    low_rank = torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
+    return 0.001 * low_rank + 0.0002 * torch.randn(rows, columns, generator=generator)
 
 
 def make_dataset(path: Path, rows: int = 64, seed: int = 0) -> Path:
@@ -115,6 +119,7 @@ def write_config(folder: Path, model: Path, dataset: Path, asft: dict | None = N
         "fp16": False,
         "tf32": False,
         "seed": 1,
+        "dataset_num_proc": 1,
     }
     if asft is not None:
         config |= {"plugins": ["asft"], "asft": asft}
@@ -130,13 +135,14 @@ def axolotl(*arguments: str, cwd: Path, check: bool = True, timeout: int = 600) 
     result = subprocess.run(
         [sys.executable, "-m", "axolotl.cli.main", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
     if check and result.returncode:
-        raise AssertionError(f"axolotl {' '.join(arguments)}: exit {result.returncode}\n{result.stdout}\n{result.stderr}")
+        command = " ".join(arguments)
+        raise AssertionError(f"axolotl {command}: exit {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
 
 

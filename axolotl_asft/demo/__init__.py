@@ -1,0 +1,1 @@
+"""`axolotl asft demo`: the whole story on one CPU, offline, on a small model made on the spot."""

@@ -1,0 +1,64 @@
+"""Everything offline and untracked, before any library looks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ENVIRONMENT, make_dataset, make_pair
+
+os.environ.update(ENVIRONMENT)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny base and its aligned model, as checkpoint folders."""
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def direction_file(pair, tmp_path_factory) -> Path:
+    """Their direction, rank 8."""
+    from axolotl_asft import extract_direction
+
+    path = tmp_path_factory.mktemp("direction") / "tiny.asft.safetensors"
+    extract_direction(*pair, rank=8).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "data.jsonl")
+
+
+@pytest.fixture(scope="session")
+def forked_train():
+    """Runs `axolotl.cli.train` on a config in a process of its own; returns exit status and output."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked_axolotl.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def answer() -> dict:
+        for line in server.stdout:
+            if line.startswith("{"):  # axolotl may print while it is imported
+                return json.loads(line)
+        raise AssertionError("the axolotl server ended")
+
+    assert answer()["ready"]
+
+    def run(config: Path) -> tuple[int, str]:
+        server.stdin.write(json.dumps({"config": str(config)}) + "\n")
+        server.stdin.flush()
+        result = answer()
+        return result["exit"], result["output"]
+
+    yield run
+    server.stdin.close()
+    server.wait(timeout=30)

@@ -1,0 +1,223 @@
+"""Two checkpoints in, one direction out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tiny import make_pair
+
+from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft.checkpoint import Checkpoint
+from axolotl_asft.cli import asft
+from axolotl_asft.errors import AsftError
+from axolotl_asft.preflight import check_base_model
+
+
+def copied(folder: Path, to: Path, change=lambda tensors: None, config=lambda config: None) -> Path:
+    """A checkpoint copied with its tensors and its config changed."""
+    tensors = load_file(str(folder / "model.safetensors"))
+    change(tensors)
+    to.mkdir()
+    save_file(tensors, str(to / "model.safetensors"))
+    content = json.loads((folder / "config.json").read_text())
+    config(content)
+    (to / "config.json").write_text(json.dumps(content))
+    return to
+
+
+def assert_same(one: AlignmentDirection, other: AlignmentDirection) -> None:
+    assert list(one.modules) == list(other.modules)
+    for name, module in one.modules.items():
+        assert torch.equal(module.U, other.modules[name].U), name
+        assert torch.equal(module.S, other.modules[name].S), name
+
+
+def test_against_the_dense_difference(pair):
+    direction = extract_direction(*pair, rank="full", dtype="float32", keep_v=True)
+    base, aligned = (load_file(str(folder / "model.safetensors")) for folder in pair)
+    assert len(direction.modules) == 14
+    for name, module in direction.modules.items():
+        d = aligned[f"{name}.weight"].float() - base[f"{name}.weight"].float()
+        torch.testing.assert_close(module.U @ torch.diag(module.S) @ module.V.T, d, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(module.norm, torch.linalg.matrix_norm(d))
+
+
+def test_modules_are_those_of_the_training_model(pair):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    assert set(extract_direction(*pair, rank=2).modules) == linear
+
+
+def test_shards_and_a_single_file_agree(pair, tmp_path):
+    sharded = make_pair(tmp_path, max_shard_size="60KB")
+    assert len(list(sharded[0].glob("*.safetensors"))) > 2
+    assert_same(extract_direction(*pair, rank=4), extract_direction(*sharded, rank=4))
+
+
+def test_bfloat16_is_subtracted_in_float32(tmp_path):
+    pair = make_pair(tmp_path, dtype=torch.bfloat16)
+    name = "model.layers.1.mlp.down_proj"
+    direction = extract_direction(*pair, rank=1, modules=[name])
+    base, aligned = (load_file(str(folder / "model.safetensors"))[f"{name}.weight"] for folder in pair)
+    exact = torch.linalg.matrix_norm(aligned.float() - base.float())
+    assert float(direction.modules[name].norm) == pytest.approx(float(exact), rel=1e-6)
+    assert float(torch.linalg.matrix_norm((aligned - base).float())) != pytest.approx(float(exact), rel=1e-6)
+
+
+def test_same_inputs_and_seed_give_the_same_file(pair, tmp_path):
+    files = []
+    for i in range(2):
+        direction = extract_direction(*pair, rank=4)
+        direction.spec["created"] = "then"
+        direction.save(tmp_path / f"{i}.safetensors")
+        files.append((tmp_path / f"{i}.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_rank_by_tolerance(pair):
+    direction = extract_direction(*pair, rank=None, tolerance=0.002, dtype="float32")
+    assert all(entry["bound"] <= 0.002 for entry in direction.spec["modules"].values())
+    assert {entry["k"] for entry in direction.spec["modules"].values()} <= set(range(1, 8))
+
+
+def test_transposed_checkpoints_are_turned(tmp_path):
+    """GPT-2 keeps (in, out); a direction is always (out, in)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "aligned")
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=2)
+    shapes = {name.split(".", 3)[-1]: module.shape for name, module in direction.modules.items()}
+    assert shapes["attn.c_attn"] == (96, 32)
+    checkpoint = Checkpoint.open(tmp_path / "aligned")
+    name = next(name for name in direction.modules if name.endswith("attn.c_proj"))
+    weight = checkpoint.weight(name)
+    assert torch.equal(checkpoint.values(name, 70, 50), weight.reshape(-1)[70:120])
+
+
+def test_refused_pairs(pair, tmp_path):
+    base, aligned = pair
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(AsftError, match=r"no checkpoint folder at .*nowhere"):
+        extract_direction(tmp_path / "nowhere", aligned)
+    with pytest.raises(AsftError, match="hf download owner/name"):
+        extract_direction("owner/name", aligned)
+    with pytest.raises(AsftError, match="is a file; expected the checkpoint folder"):
+        extract_direction(base / "model.safetensors", aligned)
+    with pytest.raises(AsftError, match="have the same weights, so there is no alignment direction"):
+        extract_direction(aligned, aligned)
+    lacking = copied(base, tmp_path / "lacking", lambda tensors: tensors.pop(name))
+    with pytest.raises(AsftError, match=r"1 of 14 layers of aligned are not in lacking, the first model\.layers\.0"):
+        extract_direction(lacking, aligned)
+    wider = copied(base, tmp_path / "wider", lambda tensors: tensors.update({name: torch.zeros(256, 64)}))
+    with pytest.raises(AsftError, match=r"up_proj is \(128, 64\) in aligned and \(256, 64\) in wider"):
+        extract_direction(wider, aligned)
+    broken = copied(base, tmp_path / "broken", lambda tensors: tensors[name].fill_(float("nan")))
+    with pytest.raises(AsftError, match="up_proj: the difference holds NaN or infinity"):
+        extract_direction(broken, aligned)
+    integers = copied(base, tmp_path / "int", lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(AsftError, match=r"up_proj\.weight is I8; expected one of"):
+        extract_direction(integers, aligned)
+    stranger = copied(base, tmp_path / "stranger", lambda tensors: tensors[name].mul_(500))
+    with pytest.raises(AsftError, match="check that they belong together"):
+        extract_direction(stranger, aligned)
+    quantized = copied(base, tmp_path / "quantized", config=lambda config: config.update(quantization_config={"a": 1}))
+    with pytest.raises(AsftError, match="is a quantised checkpoint"):
+        extract_direction(quantized, aligned)
+    with pytest.raises(AsftError, match="rank is 0"):
+        extract_direction(base, aligned, rank=0)
+    with pytest.raises(AsftError, match="dtype is 'int8'"):
+        extract_direction(base, aligned, dtype="int8")
+
+
+def test_refused_folders(pair, tmp_path):
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(AsftError, match="holds pickled weights"):
+        Checkpoint.open(pickled)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AsftError, match=r"holds no model\.safetensors"):
+        Checkpoint.open(tmp_path / "empty")
+    shards = make_pair(tmp_path / "shards", max_shard_size="60KB")[0]
+    missing = sorted(shards.glob("*.safetensors"))[0]
+    missing.unlink()
+    with pytest.raises(AsftError, match=f"lacks 1 of its .* shards, the first {missing.name}"):
+        Checkpoint.open(shards)
+    cut = copied(pair[0], tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((pair[0] / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(AsftError, match="is no readable safetensors file"):
+        Checkpoint.open(cut)
+
+
+def test_before_the_model_is_loaded(pair, direction_file, tmp_path):
+    direction = AlignmentDirection.load(direction_file)
+    check_base_model(direction, str(pair[1]))
+    check_base_model(direction, "owner/on-the-hub")
+    for other in (pair[0], make_pair(tmp_path, seed=3)[1]):
+        with pytest.raises(AsftError, match="extracted for another model"):
+            check_base_model(direction, str(other))
+
+
+def test_the_command(pair, tmp_path):
+    output = tmp_path / "d.safetensors"
+    arguments = ["extract", "--base", str(pair[0]), "--aligned", str(pair[1]), "-o", str(output), "--rank", "4"]
+    result = CliRunner().invoke(asft, [*arguments, "--modules", "self_attn", "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert len(printed["modules"]) == 8
+    assert printed["sha256"] == AlignmentDirection.load(output).sha256
+    again = CliRunner().invoke(asft, arguments)
+    assert again.exit_code == 2
+    assert again.stderr == f"asft: {output} exists; give another --output, or --force to replace it\n"
+    assert "Use it:" in CliRunner().invoke(asft, [*arguments, "--force"]).stdout
+    for wrong in (["--rank", "0"], ["--rank", "many"], ["--dtype", "int8"]):
+        assert CliRunner().invoke(asft, [*arguments, *wrong]).exit_code == 2
+    inspected = CliRunner().invoke(asft, ["inspect", str(output)])
+    assert "14, 4 directions each" in inspected.stdout
+    assert inspected.stdout.count("self_attn.q_proj") == 2
+    assert CliRunner().invoke(asft, ["inspect", str(tmp_path / "none.safetensors")]).exit_code == 2
+
+
+PEAK = """
+import resource, sys
+from axolotl_asft import extract_direction
+extract_direction(sys.argv[1], sys.argv[2], rank=4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def write_wide_checkpoint(folder: Path, layers: int, seed: int, side: int = 1024) -> Path:
+    """Weights of side x side, one file a layer: 4 MB each."""
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for layer in range(layers):
+        name, file = f"model.layers.{layer}.mlp.up_proj.weight", f"model-{layer}.safetensors"
+        generator = torch.Generator().manual_seed(layer)
+        weight = torch.randn(side, side, generator=generator)
+        save_file({name: weight + 0.01 * seed * torch.randn(side, side, generator=generator)}, str(folder / file))
+        weight_map[name] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    peaks = {}
+    for layers in (3, 24):
+        pair = [write_wide_checkpoint(tmp_path / str(layers) / str(seed), layers, seed) for seed in (0, 1)]
+        command = [sys.executable, "-c", PEAK, *map(str, pair)]
+        peaks[layers] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # 21 more layers are 168 MB more of checkpoints, 21 pairs
+    assert peaks[24] - peaks[3] < 24e6, peaks

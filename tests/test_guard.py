@@ -1,0 +1,53 @@
+"""Names of plugins, and configs that would lose the constraint in silence."""
+
+import pytest
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.guard import PLUGIN, require_plugin, resolve_plugin_name, wrap_load_plugin
+
+
+def test_the_short_name():
+    assert resolve_plugin_name("asft") == PLUGIN
+    assert resolve_plugin_name(PLUGIN) == PLUGIN
+
+
+@pytest.mark.parametrize(
+    "name", ["axolotl.integrations.liger.LigerPlugin", "diffusion.DiffusionPlugin", "os.PathLike", "my.plugin.Plugin"]
+)
+def test_other_plugins_are_left_alone(name):
+    assert resolve_plugin_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["ASFT", "asf", "asft.Plugin", "axolotl-asft", "axolotl_asft.Plugin", "axolotl_aft.AsftPlugin"]
+)
+def test_near_names_are_refused(name):
+    with pytest.raises(AsftError, match="did you mean 'asft'"):
+        resolve_plugin_name(name)
+
+
+def test_an_importable_plugin_of_a_similar_name_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "asftx.py").write_text("class Plugin: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_plugin_name("asftx.Plugin") == "asftx.Plugin"
+
+
+def test_import_errors_of_others_stay_import_errors():
+    def load_plugin(name):
+        raise ImportError(name)
+
+    with pytest.raises(ImportError, match="other"):
+        wrap_load_plugin(load_plugin)("other.Plugin")
+    with pytest.raises(AsftError, match="cannot be imported"):
+        wrap_load_plugin(load_plugin)("asft")
+
+
+@pytest.mark.parametrize("plugins", [None, [], ["other.Plugin"]])
+def test_block_without_plugin(plugins):
+    with pytest.raises(AsftError, match="add `- asft` under plugins"):
+        require_plugin({"asft": {"direction": "d"}, "plugins": plugins})
+
+
+@pytest.mark.parametrize("cfg", [{}, {"asft": None}, {"asft": {"direction": "d"}, "plugins": ["asft"]}])
+def test_configs_that_pass(cfg):
+    require_plugin(cfg)

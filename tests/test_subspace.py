@@ -1,0 +1,104 @@
+"""Leading directions against a full SVD, and the certificate against the worst update there is."""
+
+import pytest
+import torch
+
+from axolotl_asft import subspace
+from axolotl_asft.subspace import leading_subspace
+
+SPECTRA = {
+    "flat": lambda n: torch.ones(n),
+    "steep": lambda n: 2.0 ** -torch.arange(n),
+    "slow": lambda n: 1.0 / (1 + torch.arange(n)),
+    "deficient": lambda n: (torch.arange(n) < 5).float(),
+    "tiny": lambda n: 1e-8 / (1 + torch.arange(n)),
+    "huge": lambda n: 1e4 / (1 + torch.arange(n)),
+    "past two": lambda n: 5.0 / (1 + torch.arange(n)) ** 2,
+}
+
+
+def with_spectrum(values: torch.Tensor, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    U, _ = torch.linalg.qr(torch.randn(rows, len(values), generator=generator, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(columns, len(values), generator=generator, dtype=torch.float64))
+    return ((U * values.double()) @ V.T).float()
+
+
+def worst_error(d: torch.Tensor, found: subspace.Subspace) -> float:
+    """The largest | P(C) - P(stored U, S) | over all updates of norm 1: an eigenvalue of the dense difference."""
+    d, U, S = d.double(), found.U.double(), found.S.double()
+    norm = torch.linalg.matrix_norm(d)
+    identity = torch.eye(len(d), dtype=torch.float64)
+    full = identity - d @ d.T / norm
+    kept = identity - U @ torch.diag(S**2 / norm) @ U.T
+    return float(torch.linalg.eigvalsh(full @ full - kept @ kept).abs().max())
+
+
+@pytest.fixture(params=["exact", "randomized"])
+def method(request, monkeypatch):
+    if request.param == "randomized":
+        monkeypatch.setattr(subspace, "EXACT_UP_TO", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 6])
+def test_the_bound_holds_for_the_worst_update(method, spectrum, dtype, rank):
+    d = with_spectrum(SPECTRA[spectrum](60), 96, 60)
+    found = leading_subspace(d, rank, dtype=dtype)
+    assert found.method == method
+    assert worst_error(d, found) <= found.bound * (1 + 1e-3) + 1e-6
+    assert found.rank == rank
+
+
+@pytest.mark.parametrize("spectrum", ["steep", "slow", "tiny", "huge"])
+def test_against_a_full_svd(method, spectrum):
+    d = with_spectrum(SPECTRA[spectrum](60), 60, 96)
+    found = leading_subspace(d, 5, dtype=torch.float32)
+    U, S, Vh = torch.linalg.svd(d.double(), full_matrices=False)
+    torch.testing.assert_close(found.S.double(), S[:5], rtol=1e-4, atol=0)
+    for got, expected in ((found.U, U[:, :5]), (found.V, Vh[:5].T)):
+        torch.testing.assert_close((got.double().T @ expected).abs(), torch.eye(5).double(), rtol=0, atol=2e-3)
+    assert float(found.norm) == pytest.approx(float(torch.linalg.matrix_norm(d.double())), rel=1e-6)
+    assert found.energy == pytest.approx(float((S[:5] ** 2).sum() / (S**2).sum()), rel=1e-4)
+
+
+def test_the_exact_bound_is_sharp():
+    d = with_spectrum(SPECTRA["slow"](40), 50, 40)
+    found = leading_subspace(d, 4, dtype=torch.float32)
+    assert found.bound == pytest.approx(worst_error(d, found), rel=0.05)
+
+
+def test_the_smallest_rank_within_a_tolerance():
+    d = with_spectrum(SPECTRA["slow"](40), 50, 40)
+    found = leading_subspace(d, None, tolerance=0.05, dtype=torch.float32)
+    assert worst_error(d, found) <= 0.05
+    assert leading_subspace(d, found.rank - 1, dtype=torch.float32).bound > 0.05
+
+
+def test_a_zero_difference():
+    found = leading_subspace(torch.zeros(8, 6), 4)
+    assert (found.rank, float(found.norm), found.bound) == (0, 0.0, 0.0)
+
+
+def test_rank_is_cut_to_the_matrix():
+    assert leading_subspace(torch.randn(8, 6), 64).rank == 6
+
+
+def test_deterministic_and_alone(method):
+    d = with_spectrum(SPECTRA["slow"](40), 50, 40)
+    state = torch.get_rng_state()
+    first = leading_subspace(d, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    second = leading_subspace(d, 4)
+    assert torch.equal(first.U, second.U)
+    assert torch.equal(first.S, second.S)
+    largest = first.U.float().abs().argmax(dim=0)
+    assert (first.U.float().gather(0, largest[None]) > 0).all(), "signs are fixed"
+
+
+def test_no_rank_and_no_tolerance():
+    with pytest.raises(ValueError, match="give one of them"):
+        leading_subspace(torch.eye(3), None)
