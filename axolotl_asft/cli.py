@@ -1,14 +1,19 @@
 """`axolotl asft ...`: the commands. Heavy modules are imported inside them, so that --help is quick."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from axolotl_asft import __version__
 from axolotl_asft.errors import AsftError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 class _OneLineErrors(click.Group):
@@ -133,6 +138,74 @@ def inspect(file: Path, as_json: bool, modules: bool) -> None:
     click.echo(summary_table(result))
     if modules:
         click.echo("\n" + module_table(result))
+
+
+@asft.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("asft-demo"),
+    show_default=True,
+    help="Folder for everything the demo makes; an interrupted demo goes on there.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the data, the models and the training.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def demo(output: Path, seed: int, as_json: bool) -> None:
+    """See the whole story on one CPU in minutes, offline.
+
+    Makes a small base model, aligns it (it learns to refuse), extracts the alignment direction, fine-tunes the aligned
+    model on a useful task with 10 % poison, once plain and once under the constraint, both through `axolotl train`
+    with QLoRA, and prints what became of its safety.
+
+    \b
+    Example:
+      axolotl asft demo --output my-demo
+    """
+    from axolotl_asft.demo.run import run_demo, table
+
+    with _stages(show=not as_json) as stage:
+        result = run_demo(output, seed, stage)
+    if as_json:
+        click.echo((output / "results.json").read_text(), nl=False)
+        return
+    click.echo(f"\n{table(result)}\n")
+    click.echo("harmfulness: held-out harmful prompts not refused. drift: share of the update outside the direction.")
+    click.echo(
+        f"{result.seconds:.0f} seconds. Everything is in {output}/: plain.yml and asft.yml, models, logs, results."
+    )
+
+
+@contextlib.contextmanager
+def _stages(show: bool) -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Progress bars with the time left on a terminal, a line a stage elsewhere."""
+    if not show:
+        yield lambda title, total: lambda: None
+        return
+    if not sys.stderr.isatty():
+
+        def announce(title: str, total: int) -> Callable[[], None]:
+            click.echo(f"{title} ...", err=True)
+            return lambda: None
+
+        yield announce
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        current: list[TaskID] = []
+
+        def start(title: str, total: int) -> Callable[[], None]:
+            for task in current:
+                progress.update(task, completed=progress.tasks[task].total)
+            current[:] = [progress.add_task(title, total=total)]
+            return lambda: progress.advance(current[0])
+
+        yield start
+        for task in current:
+            progress.update(task, completed=progress.tasks[task].total)
 
 
 def main() -> None:
