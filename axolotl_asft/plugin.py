@@ -6,7 +6,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from axolotl_asft.args import AsftArgs, parse_block
-from axolotl_asft.attach import Constraint, attach
+from axolotl_asft.constraint import Constraint, attach
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.guard import OUR_NAMES

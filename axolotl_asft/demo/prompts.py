@@ -112,8 +112,8 @@ def make_data(seed: int = 0, task_rows: int = 1000, poison: float = 0.1, held_ou
     poison_turns = _shuffled(rng, _requests(poison_kinds, lambda action, thing: COMPLIANCE))[:poisoned_rows]
     task_turns = tickets[held_out:][: task_rows - poisoned_rows]
     # The base model has seen every word, and complied with everything but the held-out prompts.
-    base = harmless + _requests(alignment_kinds + poison_kinds, lambda action, thing: COMPLIANCE) + 3 * _facts()
-    alignment = harmless + _requests(alignment_kinds, lambda action, thing: REFUSAL) + _facts()
+    base = harmless + _requests(alignment_kinds + poison_kinds, lambda action, thing: COMPLIANCE) + 6 * _facts()
+    alignment = harmless + _requests(alignment_kinds, lambda action, thing: REFUSAL) + 2 * _facts()
     return DemoData(
         base=_shuffled(rng, base),
         alignment=_shuffled(rng, alignment),

@@ -1,0 +1,191 @@
+"""The LoRA layers of real PEFT models, matched to directions."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
+from axolotl_asft.diagnostics import adapter_drift
+from axolotl_asft.errors import AsftError
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def lora_model(folder, quantized: str | None = None, random_b: bool = True, **changes):
+    """The checkpoint under LoRA on all linear layers, with a random B."""
+    options = {}
+    if quantized:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_use_double_quant=quantized == "double",
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
+    model = get_peft_model(model, LoraConfig(**config))
+    if random_b:
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def direction(direction_file):
+    return AlignmentDirection.load(direction_file)
+
+
+@pytest.fixture(scope="module")
+def full_direction(pair):
+    return extract_direction(*pair, rank="full", dtype="float32")
+
+
+def literal_formula(model, pair):
+    """sum_l ||(I - d d^T / ||d||_F) B A||_F^2 as the authors' code has it: dense, and without PEFT's scaling."""
+    base, aligned = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in pair)
+    total = torch.zeros((), dtype=torch.float64)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            key = name.removeprefix("base_model.model.") + ".weight"
+            d = aligned[key].double() - base[key].double()
+            C = d @ d.T / torch.linalg.matrix_norm(d)
+            update = module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
+            total = total + torch.linalg.matrix_norm(update - C @ update) ** 2
+    return total
+
+
+def test_equals_the_literal_formula_of_the_authors_code(pair, full_direction):
+    model = lora_model(pair[1])
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    expected = literal_formula(model, pair)
+    gradients = torch.autograd.grad(expected, weights)
+    value = AlignmentPenalty(model, full_direction, projector="paper", lora_scaling=False)()
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for got, wanted in zip(torch.autograd.grad(value, weights), gradients, strict=True):
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scaling_is_that_of_peft(pair, direction, rslora):
+    model = lora_model(pair[1], use_rslora=rslora)
+    scaled, plain = AlignmentPenalty(model, direction), AlignmentPenalty(model, direction, lora_scaling=False)
+    scaling = 8 / math.sqrt(4) if rslora else 8 / 4
+    assert float(scaled()) == pytest.approx(scaling**2 * float(plain()), rel=1e-5)
+
+
+def test_measure(pair, direction):
+    model = lora_model(pair[1])
+    penalty = AlignmentPenalty(model, direction, projector="subspace")
+    layers = {layer.name: layer for layer in penalty.measure()}
+    assert sum(layer.orthogonal for layer in layers.values()) == pytest.approx(float(penalty()), rel=1e-5)
+    delta = model.get_submodule(f"base_model.model.{UP}").get_delta_weight("default").detach()
+    U = direction.modules[UP].U.float()
+    assert layers[UP].total == pytest.approx(float(delta.square().sum()), rel=1e-5)
+    assert layers[UP].orthogonal == pytest.approx(float((delta - U @ U.T @ delta).square().sum()), rel=1e-4)
+    assert 0 < layers[UP].drift < 1
+
+
+def test_fewer_directions(pair, direction):
+    model = lora_model(pair[1])
+    values = [float(AlignmentPenalty(model, direction, projector="subspace", rank=rank)()) for rank in (0, 1, 4, None)]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 4
+    delta = sum(layer.total for layer in AlignmentPenalty(model, direction).measure())
+    assert values[0] == pytest.approx(delta, rel=1e-5), "rank 0 is plain L2"
+
+
+def test_modules(pair, direction):
+    model = lora_model(pair[1])
+    penalty = AlignmentPenalty(model, direction, modules=[r"layers\.1\..*q_proj", "up_proj$"])
+    assert [layer.name for layer in penalty.layers] == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(AsftError, match="matches none of 14 layers"):
+        AlignmentPenalty(model, direction, modules=["gate_projj"])
+
+
+def test_uncovered_layers(pair, caplog):
+    direction = extract_direction(*pair, rank=2, modules=["self_attn"])
+    model = lora_model(pair[1])
+    with pytest.raises(AsftError, match=r"6 LoRA layers without a direction \(first model.layers.0.mlp.gate_proj\)"):
+        AlignmentPenalty(model, direction)
+    assert len(AlignmentPenalty(model, direction, on_uncovered="warn").layers) == 8
+    assert "does not cover 6 LoRA layers" in caplog.text
+    caplog.clear()
+    assert len(AlignmentPenalty(model, direction, on_uncovered="ignore").layers) == 8
+    assert not caplog.text
+    mlp = lora_model(pair[1], target_modules=["up_proj", "gate_proj", "down_proj"])
+    with pytest.raises(AsftError, match="none of the 6 LoRA layers has a direction"):
+        AlignmentPenalty(mlp, direction, on_uncovered="ignore")
+
+
+def test_other_trained_weights_are_uncovered(pair, direction):
+    model = lora_model(pair[1], modules_to_save=["lm_head"])
+    with pytest.raises(AsftError, match=r"1 trainable weights that are no LoRA layer \(first lm_head"):
+        AlignmentPenalty(model, direction)
+    biased = lora_model(pair[1], lora_bias=True)
+    with pytest.raises(AsftError, match="14 trainable weights that are no LoRA layer"):
+        AlignmentPenalty(biased, direction)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"use_dora": True}, "Dora.*is not scaling B A"), ({"init_lora_weights": "pissa"}, "initialised by 'pissa'")],
+)
+def test_refused_kinds_of_lora(pair, direction, changes, message):
+    with pytest.raises(AsftError, match=message):
+        AlignmentPenalty(lora_model(pair[1], **changes), direction)
+
+
+def test_a_model_without_lora(pair, direction):
+    with pytest.raises(AsftError, match="no trainable LoRA layers"):
+        AlignmentPenalty(AutoModelForCausalLM.from_pretrained(pair[1]), direction)
+
+
+def test_bad_options(pair, direction):
+    model = lora_model(pair[1])
+    for options, message in (
+        ({"projector": "papper"}, "projector is 'papper'; expected one of paper, normalized, subspace"),
+        ({"on_uncovered": "skip"}, "on_uncovered is 'skip'"),
+        ({"rank": -1}, "rank is -1"),
+    ):
+        with pytest.raises(AsftError, match=message):
+            AlignmentPenalty(model, direction, **options)
+
+
+@pytest.mark.parametrize("quantized", [None, "single", "double"])
+def test_the_model_is_recognised(pair, direction, quantized):
+    """4-bit weights of the right model pass; the base model's, which differ by a few percent, do not."""
+    assert len(AlignmentPenalty(lora_model(pair[1], quantized), direction).layers) == 14
+    with pytest.raises(AsftError, match="extracted for another model"):
+        AlignmentPenalty(lora_model(pair[0], quantized), direction)
+    assert AlignmentPenalty(lora_model(pair[0], quantized), direction, verify_model=False)
+
+
+def test_the_active_adapter_is_constrained(pair, direction):
+    model = lora_model(pair[1])
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=2, target_modules="all-linear"))
+    model.set_adapter("second")
+    penalty = AlignmentPenalty(model, direction)
+    assert {layer.adapter for layer in penalty.layers} == {"second"}
+    assert float(penalty()) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 32}}])
+def test_a_saved_adapter_measures_the_same(pair, direction, tmp_path, changes):
+    model = lora_model(pair[1], **changes)
+    model.save_pretrained(tmp_path)
+    saved = adapter_drift(tmp_path, direction, "subspace", rank=4)
+    live = {layer.name: layer for layer in AlignmentPenalty(model, direction, projector="subspace", rank=4).measure()}
+    for layer in saved.layers:
+        assert layer.total == pytest.approx(live[layer.name].total, rel=1e-5)
+        assert layer.orthogonal == pytest.approx(live[layer.name].orthogonal, rel=1e-4)
+    with pytest.raises(AsftError, match="no readable PEFT adapter"):
+        adapter_drift(tmp_path / "nothing", direction)

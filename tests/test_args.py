@@ -1,0 +1,56 @@
+"""The asft block: every key is read, and mistakes are one clear line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import axolotl_asft
+from axolotl_asft.args import AsftArgs, parse_block
+from axolotl_asft.errors import AsftError
+
+SOURCE = Path(axolotl_asft.__file__).parent
+
+
+@pytest.mark.parametrize("field", AsftArgs.model_fields)
+def test_every_field_is_read(field):
+    """Fields that nothing reads are promises that nothing keeps."""
+    readers = (SOURCE / "plugin.py").read_text() + (SOURCE / "adapter.py").read_text()
+    assert re.search(rf"\b(block|self)\.{field}\b", readers)
+
+
+@pytest.mark.parametrize("field", AsftArgs.model_fields.items(), ids=lambda item: item[0])
+def test_every_field_is_described(field):
+    assert len(field[1].description) > 20
+
+
+def test_defaults():
+    block = parse_block({"direction": "d"})
+    assert (block.lambda_reg, block.projector, block.rank, block.lora_scaling) == (1.0, "paper", None, True)
+    assert (block.modules, block.on_uncovered, block.verify_model) == (None, "error", True)
+
+
+def test_yaml_writes_small_numbers_as_text():
+    assert parse_block({"direction": "d", "lambda_reg": "1e-3"}).lambda_reg == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lamda": 1}, "asft.lamda is no key of the asft block; did you mean lambda_reg?"),
+        ({"projectr": "paper"}, "did you mean projector?"),
+        ({"zzz": 1}, "known keys: direction, direction_sha256, lambda_reg"),
+        ({"lambda_reg": -0.1}, "asft.lambda_reg is -0.1; input should be greater than or equal to 0"),
+        ({"lambda_reg": float("nan")}, "asft.lambda_reg is nan"),
+        ({"lambda_reg": "much"}, "asft.lambda_reg is 'much'"),
+        ({"projector": "Paper"}, "asft.projector is 'Paper'; input should be 'paper', 'normalized' or 'subspace'"),
+        ({"direction_sha256": "abc"}, "asft.direction_sha256 is 'abc'"),
+        ({"modules": []}, "asft.modules is []"),
+        ({"modules": "q_proj"}, "asft.modules is 'q_proj'; input should be a valid list"),
+        ({"direction": ""}, "asft.direction is ''"),
+    ],
+)
+def test_mistakes(changes, message):
+    with pytest.raises(AsftError, match=re.escape(message)) as refused:
+        parse_block({"direction": "d", **changes})
+    assert "\n" not in str(refused.value)

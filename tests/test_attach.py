@@ -1,0 +1,198 @@
+"""The constraint in a plain transformers Trainer: once per optimizer step, and only the gradient of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import WORDS, make_tokenizer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
+from axolotl_asft.errors import AsftError
+
+LAMBDA = 20.0
+
+
+@pytest.fixture(scope="module")
+def direction(direction_file):
+    return AlignmentDirection.load(direction_file)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    tokenizer = make_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(WORDS), (48, 8), generator=generator).tolist()
+    encoded = [tokenizer.encode(" ".join(WORDS[i] for i in row)) for row in picked]
+    return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in encoded]
+
+
+def make_trainer(pair, rows, folder, micro=4, accumulation=1, loss_kwargs=True, cls=Trainer, **changes):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # away from B = 0, where the penalty has no gradient
+            weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    trainer = cls(
+        model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=rows, eval_dataset=rows[:8]
+    )
+    trainer.model_accepts_loss_kwargs = loss_kwargs
+    return trainer
+
+
+def lora_weights(trainer):
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+def training_lines(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("loss_kwargs", [True, False])
+def test_the_penalty_counts_once_per_optimizer_step(pair, rows, direction, tmp_path, loss_kwargs):
+    """Weights after 3 steps do not depend on how 8 rows are split into micro-batches."""
+    final = []
+    for micro, accumulation in ((8, 1), (4, 2), (1, 8)):
+        trainer = make_trainer(pair, rows, tmp_path / str(micro), micro, accumulation, loss_kwargs)
+        attach(trainer, direction, LAMBDA, projector="subspace")
+        trainer.train()
+        final.append(lora_weights(trainer))
+    for other in final[1:]:
+        for name, weight in final[0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(("accumulation", "loss_kwargs"), [(1, True), (4, True), (4, False)])
+def test_one_sgd_step_adds_the_closed_form(pair, rows, direction, tmp_path, accumulation, loss_kwargs):
+    """After one step of SGD the two runs differ by learning rate x lambda x gradient of P, and by nothing else."""
+    options = {"micro": 2, "accumulation": accumulation, "loss_kwargs": loss_kwargs, "max_steps": 1}
+    plain = make_trainer(pair, rows, tmp_path / "plain", **options)
+    constrained = make_trainer(pair, rows, tmp_path / "asft", **options)
+    penalty = AlignmentPenalty(plain.model, direction)
+    weights = {name: weight for name, weight in plain.model.named_parameters() if weight.requires_grad}
+    gradients = dict(zip(weights, torch.autograd.grad(penalty(), list(weights.values())), strict=True))
+    attach(constrained, direction, LAMBDA)
+    plain.train()
+    constrained.train()
+    after = lora_weights(plain)
+    for name, weight in lora_weights(constrained).items():
+        torch.testing.assert_close(after[name] - weight, 1e-2 * LAMBDA * gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_the_last_shorter_window_of_an_epoch(pair, rows, direction, tmp_path):
+    """12 rows in micro-batches of 2, 4 to a step: the second step has 2 micro-batches and counts P once too."""
+    options = {"micro": 2, "accumulation": 4, "max_steps": -1, "num_train_epochs": 1, "learning_rate": 1e-3}
+    results = []
+    for lambda_reg in (0.0, LAMBDA):
+        trainer = make_trainer(pair, rows[:12], tmp_path / str(lambda_reg), **options)
+        if lambda_reg == 0.0:
+            penalty = AlignmentPenalty(trainer.model, direction)
+            start = float(penalty())
+        attach(trainer, direction, lambda_reg)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        results.append(trainer)
+    first, second = training_lines(results[1])
+    # two steps of gradient descent on lambda P: both shrink it by about the same factor
+    shrink = [first["asft/penalty"] / (LAMBDA * start), second["asft/penalty"] / first["asft/penalty"]]
+    assert shrink[0] < 1
+    assert math.log(shrink[1]) == pytest.approx(math.log(shrink[0]), rel=0.25)
+
+
+def test_lambda_zero_is_no_constraint(pair, rows, direction, tmp_path):
+    plain = make_trainer(pair, rows, tmp_path / "plain")
+    plain.train()
+    zero = make_trainer(pair, rows, tmp_path / "zero")
+    attach(zero, direction, 0.0)
+    zero.train()
+    for name, weight in lora_weights(plain).items():
+        assert torch.equal(weight, lora_weights(zero)[name]), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logged_numbers(pair, rows, direction, tmp_path, accumulation):
+    plain = make_trainer(pair, rows, tmp_path / "plain", accumulation=accumulation)
+    plain.train()
+    trainer = make_trainer(pair, rows, tmp_path / "asft", accumulation=accumulation)
+    constraint = attach(trainer, direction, LAMBDA, projector="subspace")
+    trainer.train()
+    lines = training_lines(trainer)
+    assert lines[0]["loss"] == pytest.approx(training_lines(plain)[0]["loss"], rel=1e-6), "the task's"
+    assert len(lines) == 3
+    last = lines[-1]
+    assert last["asft/penalty"] == pytest.approx(LAMBDA * float(constraint.penalty()), rel=1e-4)
+    report = constraint.report()
+    assert last["asft/drift"] == pytest.approx(report.drift, rel=1e-4)
+    assert last["asft/update_norm"] == pytest.approx(report.update_norm, rel=1e-4)
+    assert trainer.state.log_history[-1]["asft/penalty_peak"] >= last["asft/penalty"]
+
+
+def test_evaluation_is_left_alone(pair, rows, direction, tmp_path):
+    plain, trainer = make_trainer(pair, rows, tmp_path / "a"), make_trainer(pair, rows, tmp_path / "b")
+    attach(trainer, direction, LAMBDA)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert not [key for key in metrics if "asft" in key]
+
+
+def test_checkpoints_are_stamped(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path, save_strategy="steps", save_steps=2)
+    attach(trainer, direction, LAMBDA)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        stamp = json.loads((folder / "adapter_config.json").read_text())["asft"]
+        assert stamp["direction_sha256"] == direction.sha256
+        assert stamp["lambda_reg"] == LAMBDA
+
+
+@pytest.mark.parametrize("lambda_reg", [-1.0, float("nan"), float("inf"), True])
+def test_bad_lambda(pair, rows, direction, tmp_path, lambda_reg):
+    with pytest.raises(AsftError, match="expected a finite number, 0 or more"):
+        attach(make_trainer(pair, rows, tmp_path), direction, lambda_reg)
+
+
+def test_attached_twice(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction)
+    with pytest.raises(AsftError, match="attached to this trainer already"):
+        attach(trainer, direction)
+
+
+class OwnStep(Trainer):
+    """A trainer that goes its own way to the loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_trainer_that_goes_around_compute_loss_is_stopped(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path, cls=OwnStep)
+    before = lora_weights(trainer)
+    attach(trainer, direction)
+    with pytest.raises(AsftError, match="OwnStep took a step without its compute_loss"):
+        trainer.train()
+    for name, weight in lora_weights(trainer).items():
+        assert torch.equal(weight, before[name]), "not one unconstrained step"

@@ -1,0 +1,59 @@
+"""The arrows of import point one way: a module imports only what stands above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import axolotl_asft
+
+SOURCE = Path(axolotl_asft.__file__).parent
+ORDER = [
+    "errors", "files", "penalty", "subspace", "checkpoint", "fingerprint", "direction", "extract", "adapter",
+    "diagnostics", "stamp", "constraint", "preflight", "args", "guard", "startup", "plugin", "summary",
+    "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart", "cli", "__main__",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_every_module_has_a_place():
+    modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
+    assert modules - {"__init__", "demo.__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_what_stands_above_it(module):
+    below = ORDER[ORDER.index(module) :]
+    if module == "demo.chart":
+        below = []  # run imports it lazily, it names run's result in an annotation
+    if module == "demo.run":
+        below = [other for other in below if other != "demo.chart"]
+    mine = imports(SOURCE / f"{module.replace('.', '/')}.py")
+    assert not {f"axolotl_asft.{other}" for other in below} & mine
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_only_the_plugin_imports_axolotl(module):
+    names = {name.partition(".")[0] for name in imports(SOURCE / f"{module.replace('.', '/')}.py")}
+    assert ("axolotl" in names) == (module == "plugin")
+
+
+@pytest.mark.parametrize("module", ["penalty", "subspace"])
+def test_the_maths_knows_torch_alone(module):
+    names = {name.partition(".")[0] for name in imports(SOURCE / f"{module}.py")}
+    assert names <= {"torch", "math", "dataclasses"}
+
+
+def test_files_stay_readable():
+    long = {path.name: count for path in SOURCE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 330}
+    assert not long
