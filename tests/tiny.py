@@ -153,6 +153,6 @@ def train(config: Path, *arguments: str, launcher: str = "python", check: bool =
 
 def log_history(config: Path) -> list[dict]:
     """The log lines that the trainer kept, of the run's last checkpoint."""
-    output = Path(yaml.safe_load(config.read_text())["output_dir"])
+    output = config.parent / yaml.safe_load(config.read_text())["output_dir"]
     states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     return json.loads(states[-1].read_text())["log_history"]

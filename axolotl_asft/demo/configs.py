@@ -28,7 +28,7 @@ max_steps: {steps}
 optimizer: adamw_torch
 lr_scheduler: cosine
 learning_rate: {learning_rate}
-warmup_steps: 15
+warmup_steps: 20
 seed: {seed}
 logging_steps: 5
 save_strategy: 'no'
@@ -59,7 +59,7 @@ asft:
 class FineTuning:
     """How the demo fine-tunes, the same for both runs but for the constraint."""
 
-    steps: int = 150
+    steps: int = 200
     learning_rate: float = 0.002
     poison: float = 0.1
     lambda_reg: float = 10.0

@@ -1,10 +1,12 @@
 """The stages of the demo, each resumable: what is finished with the same settings is not done again."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from axolotl_asft.demo.prompts import DemoData, Turn, make_data
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text
 
-BASE_STEPS, BASE_RATE = 300, 3e-3
+BASE_STEPS, BASE_RATE = 400, 3e-3
 ALIGNED_STEPS, ALIGNED_RATE = 200, 1e-3
 # Everything that the numbers depend on; a change makes the stages run again.
 RECIPE = 1
@@ -120,10 +122,14 @@ def _claim(output: Path, settings: FineTuning) -> None:
 
 
 def _quieten() -> None:
-    from transformers.utils import logging
+    """Leave the terminal to the demo: the libraries' notes on CPUs and on our stamp tell its reader nothing."""
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _done(folder: Path, name: str) -> bool:
