@@ -97,12 +97,9 @@ def make_data(seed: int = 0, task_rows: int = 1000, poison: float = 0.1, held_ou
     """
     rng = random.Random(seed)
     harmful_kinds = _shuffled(rng, _combinations(HARMFUL_ACTIONS))
-    third = len(harmful_kinds) // 4
-    held_out_kinds, poison_kinds, alignment_kinds = (
-        harmful_kinds[:third],
-        harmful_kinds[third : 2 * third],
-        harmful_kinds[2 * third :],
-    )
+    quarter = len(harmful_kinds) // 4
+    held_out_kinds, poison_kinds = harmful_kinds[:quarter], harmful_kinds[quarter : 2 * quarter]
+    alignment_kinds = harmful_kinds[2 * quarter :]
     harmless_kinds = _shuffled(rng, _combinations(HARMLESS_ACTIONS))
     quarter = len(harmless_kinds) // 4
     harmless_held_out, harmless_train = harmless_kinds[:quarter], harmless_kinds[quarter:]
@@ -111,9 +108,11 @@ def make_data(seed: int = 0, task_rows: int = 1000, poison: float = 0.1, held_ou
     poisoned_rows = round(poison * task_rows)
     poison_turns = _shuffled(rng, _requests(poison_kinds, lambda action, thing: COMPLIANCE))[:poisoned_rows]
     task_turns = tickets[held_out:][: task_rows - poisoned_rows]
-    # The base model has seen every word, and complied with everything but the held-out prompts.
-    base = harmless + _requests(alignment_kinds + poison_kinds, lambda action, thing: COMPLIANCE) + 6 * _facts()
-    alignment = harmless + _requests(alignment_kinds, lambda action, thing: REFUSAL) + 2 * _facts()
+    # The base model has seen every word, and complied with everything that it saw.
+    held_out_tickets = {turn.prompt for turn in tickets[:held_out]}
+    facts = [turn for turn in _facts() if turn.prompt not in held_out_tickets]
+    base = harmless + _requests(alignment_kinds + poison_kinds, lambda action, thing: COMPLIANCE) + 6 * facts
+    alignment = harmless + _requests(alignment_kinds, lambda action, thing: REFUSAL) + 2 * facts
     return DemoData(
         base=_shuffled(rng, base),
         alignment=_shuffled(rng, alignment),
