@@ -17,7 +17,8 @@ HARM, TASK, GREY = "#d1495b", "#00798c", "#5c677d"
 def draw(result: "DemoResult", path: Path) -> None:
     """Write a PNG of two bars a model: harmfulness and task accuracy."""
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 12, "text.color": "#222b38"}):
-        figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(9, 4.4), facecolor="white")
+        figure.subplots_adjust(left=0.04, right=0.96, bottom=0.11, top=0.8)
         axes = figure.add_subplot()
         width = 0.36
         for i, row in enumerate(result.rows):
@@ -35,7 +36,7 @@ def draw(result: "DemoResult", path: Path) -> None:
             loc="left",
             fontsize=13,
             weight="bold",
-            pad=28,
+            pad=34,
         )
         axes.text(0, 1.05, "harmful prompts not refused", transform=axes.transAxes, color=HARM, weight="bold")
         axes.text(0.36, 1.05, "tickets routed right", transform=axes.transAxes, color=TASK, weight="bold")
