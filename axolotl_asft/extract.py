@@ -53,6 +53,7 @@ def extract_direction(
             no difference at all.
     """
     _check_rank(rank, tolerance)
+    _check_device(device)
     stored_dtype = dtype_named(dtype)
     base_checkpoint, aligned_checkpoint = Checkpoint.open(base), Checkpoint.open(aligned)
     names = _paired_modules(base_checkpoint, aligned_checkpoint, modules)
@@ -104,6 +105,14 @@ def _check_rank(rank: int | str | None, tolerance: float) -> None:
         raise AsftError(f"rank is {rank!r}; expected a positive number, 'full', or None with a tolerance")
     if rank is None and not tolerance > 0:
         raise AsftError(f"tolerance is {tolerance!r}; expected a positive number")
+
+
+def _check_device(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise AsftError(f"device is {device!r}; expected cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AsftError(f"device is {device!r}, but torch sees no GPU here; use cpu")
 
 
 def _paired_modules(base: Checkpoint, aligned: Checkpoint, patterns: list[str] | None) -> list[str]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from axolotl_asft.errors import AsftError
+
 BLOCK = 64
 SCHEME = "block64-f32"
 # One model loaded twice agrees everywhere; the allowance is for a checkpoint converted between dtypes.
@@ -39,14 +41,16 @@ def decode_block(text: str) -> Tensor:
     """The (<= 64,) fp32 block that `encode_block` wrote.
 
     Raises:
-        ValueError: it is no base64 of fp32 numbers.
+        AsftError: it is no base64 of fp32 numbers.
     """
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise ValueError(f"fingerprint block is no base64: {error}") from error
+        raise AsftError(f"the direction's fingerprint is no base64 ({error}); make the file again") from error
     if len(raw) % 4 or not 0 < len(raw) <= 4 * BLOCK:
-        raise ValueError(f"fingerprint block has {len(raw)} bytes; expected 4 to {4 * BLOCK}")
+        raise AsftError(
+            f"the direction's fingerprint has a block of {len(raw)} bytes; expected 4 to {4 * BLOCK}; make it again"
+        )
     return torch.from_numpy(np.frombuffer(raw, dtype="<f4").copy())
 
 

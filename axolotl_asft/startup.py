@@ -46,7 +46,7 @@ class _Finder:
 
 
 def install():
-    """Put the finder first on the meta path, once; wrap what has been imported already."""
-    if any(type(finder).__name__ == "_Finder" and hasattr(finder, "waiting") for finder in sys.meta_path):
+    """Put the finder first on the meta path, once."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())

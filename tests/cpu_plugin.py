@@ -1,4 +1,4 @@
-"""A plugin for tests: transformers trains in bf16 on a CPU only when told that it is one, and axolotl has no key for it."""
+"""A plugin for tests: transformers trains in bf16 on a CPU only when told so, and axolotl has no key for it."""
 
 from axolotl.integrations.base import BasePlugin
 

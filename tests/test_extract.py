@@ -137,6 +137,8 @@ def test_refused_pairs(pair, tmp_path):
         extract_direction(quantized, aligned)
     with pytest.raises(AsftError, match="rank is 0"):
         extract_direction(base, aligned, rank=0)
+    with pytest.raises(AsftError, match="device is 'tpu'; expected cpu or cuda"):
+        extract_direction(base, aligned, device="tpu")
     with pytest.raises(AsftError, match="dtype is 'int8'"):
         extract_direction(base, aligned, dtype="int8")
 
