@@ -10,7 +10,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from axolotl_asft import fingerprint
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
 from axolotl_asft.penalty import (
@@ -21,6 +20,7 @@ from axolotl_asft.penalty import (
     relative_drift,
     squared_norm,
 )
+from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -130,7 +130,7 @@ class AlignmentPenalty:
         for name in covered:
             _check_shape(name, found[name][0], self.direction.modules[name])
         if self.verify_model:
-            verify_weights(self.direction, {name: found[name][0] for name in covered})
+            verify_weights(self.direction, ((name, _base_weight(found[name][0])) for name in covered))
         self.layers = [self._constrained(name, *found[name]) for name in covered]
 
     def __call__(self) -> Tensor:
@@ -176,52 +176,6 @@ class AlignmentPenalty:
         if self.on_uncovered == "error":
             raise AsftError(f"{text}; leave them out of training, or set asft.on_uncovered: warn")
         LOG.warning(text)
-
-
-def verify_weights(direction: AlignmentDirection, layers: dict[str, LoraLayer]) -> None:
-    """Refuse a direction that was extracted for other weights than those of `layers`, 4-bit ones included.
-
-    Raises:
-        AsftError: more than 0.25 % of the fingerprint's weights differ, or the file has no fingerprint.
-    """
-    blocks = fingerprint_blocks(direction)
-    differing = compared = 0
-    for name, layer in layers.items():
-        if name not in blocks:
-            raise AsftError(
-                f"the direction's fingerprint lacks {name}; make the file again, or set verify_model: false"
-            )
-        block = fingerprint.decode_block(blocks[name])
-        differing += fingerprint.mismatches(name, block, _base_weight(layer))
-        compared += len(block)
-    refuse_mismatch(direction, differing, compared)
-
-
-def refuse_mismatch(direction: AlignmentDirection, differing: int, compared: int) -> None:
-    """Raise where more of the compared weights differ than loading one model twice can explain."""
-    if differing > fingerprint.MAX_MISMATCH * compared:
-        raise AsftError(
-            f"this direction was extracted for another model: {differing} of {compared} sampled weights of the "
-            f"training model differ from {direction.spec['aligned']['id']}; base_model has to be the aligned model "
-            f"of the direction (not its base {direction.spec['base']['id']}); use the matching direction"
-        )
-
-
-def fingerprint_blocks(direction: AlignmentDirection) -> dict[str, str]:
-    """Module name -> kept block, from the direction's spec.
-
-    Raises:
-        AsftError: the file has none, or one of a scheme that this version does not know.
-    """
-    kept = direction.spec["aligned"].get("fingerprint")
-    if not isinstance(kept, dict) or not isinstance(kept.get("blocks"), dict):
-        raise AsftError("the direction file has no fingerprint of its model; make it again, or set verify_model: false")
-    if kept.get("scheme") != fingerprint.SCHEME:
-        raise AsftError(
-            f"the direction's fingerprint is of scheme {kept.get('scheme')!r}; expected {fingerprint.SCHEME!r}; "
-            "upgrade axolotl-asft, or set verify_model: false"
-        )
-    return kept["blocks"]
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

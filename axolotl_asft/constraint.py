@@ -75,15 +75,10 @@ class Constraint:
     def metrics(self) -> dict[str, float]:
         """The logged numbers, of the weights as they are now."""
         report = self.report()
-        orthogonal = report.orthogonal_norm**2
-        if not self.penalty.lora_scaling:
-            orthogonal = sum(
-                measured.orthogonal / layer.scaling**2
-                for measured, layer in zip(report.layers, self.penalty.layers, strict=True)
-                if layer.scaling
-            )
+        with torch.no_grad():
+            penalty = self.lambda_reg * float(self.penalty())
         return {
-            "asft/penalty": _significant(self.lambda_reg * orthogonal),
+            "asft/penalty": _significant(penalty),
             "asft/drift": _significant(report.drift),
             "asft/update_norm": _significant(report.update_norm),
         }

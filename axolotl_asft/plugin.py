@@ -10,7 +10,7 @@ from axolotl_asft.constraint import Constraint, attach
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.guard import OUR_NAMES
-from axolotl_asft.preflight import check_base_model
+from axolotl_asft.verify import verify_checkpoint
 
 ADAPTERS = ("lora", "qlora")
 
@@ -62,7 +62,7 @@ class AsftPlugin(BasePlugin):
             block = _block(cfg)
             direction = AlignmentDirection.load(Path(block.direction), block.direction_sha256)
             if block.verify_model:
-                check_base_model(direction, cfg.base_model)
+                verify_checkpoint(direction, cfg.base_model)
             self._direction = direction
         return self._direction
 

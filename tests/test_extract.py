@@ -15,7 +15,7 @@ from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
-from axolotl_asft.preflight import check_base_model
+from axolotl_asft.verify import verify_checkpoint
 
 
 def copied(folder: Path, to: Path, change=lambda tensors: None, config=lambda config: None) -> Path:
@@ -165,11 +165,11 @@ def test_refused_folders(pair, tmp_path):
 
 def test_before_the_model_is_loaded(pair, direction_file, tmp_path):
     direction = AlignmentDirection.load(direction_file)
-    check_base_model(direction, str(pair[1]))
-    check_base_model(direction, "owner/on-the-hub")
+    verify_checkpoint(direction, str(pair[1]))
+    verify_checkpoint(direction, "owner/on-the-hub")
     for other in (pair[0], make_pair(tmp_path, seed=3)[1]):
         with pytest.raises(AsftError, match="extracted for another model"):
-            check_base_model(direction, str(other))
+            verify_checkpoint(direction, str(other))
 
 
 def test_the_command(pair, tmp_path):
