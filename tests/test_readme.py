@@ -22,8 +22,8 @@ def blocks(language: str) -> list[str]:
 def table_keys(header: str) -> dict[str, str]:
     """First and second column of the table that begins with `header`."""
     lines = README[README.index(header) :].split("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip().strip("`") for cell in line.split("|")[1:3]] for line in lines]
-    return {first: second for first, second in cells}
+    cells = [tuple(cell.strip().strip("`") for cell in line.split("|")[1:3]) for line in lines]
+    return dict(cells)
 
 
 def test_the_yaml_is_valid():
