@@ -65,7 +65,7 @@ def test_equals_the_literal_formula_of_the_authors_code(pair, full_direction):
     expected = literal_formula(model, pair)
     gradients = torch.autograd.grad(expected, weights)
     value = AlignmentPenalty(model, full_direction, projector="paper", lora_scaling=False)()
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     for got, wanted in zip(torch.autograd.grad(value, weights), gradients, strict=True):
         assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 

@@ -67,9 +67,9 @@ def direction(folder) -> Path:
 def config(folder, direction) -> Path:
     """The shipped recipe, with this test's paths and a few steps."""
     content = yaml.safe_load((ROOT / "example_configs" / "smollm2-135m-qlora-cpu.yml").read_text())
-    content |= {"base_model": str(folder / "aligned"), "max_steps": 8, "learning_rate": 1e-3, "save_steps": 8}
+    content |= {"base_model": str(folder / "aligned"), "max_steps": 12, "learning_rate": 1e-3, "save_steps": 12}
     content |= {"dataset_num_proc": 1, "sequence_len": 64, "gradient_accumulation_steps": 1}
-    content["asft"] |= {"direction": str(direction), "lambda_reg": 10.0}
+    content["asft"] |= {"direction": str(direction)}
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump(content))
     train(path)
@@ -78,8 +78,9 @@ def config(folder, direction) -> Path:
 
 def test_the_shipped_recipe_trains(config):
     lines = [line for line in log_history(config) if "loss" in line]
-    assert len(lines) == 8
-    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert len(lines) == 12
+    last = sum(line["loss"] for line in lines[-3:]) / 3
+    assert last < 0.8 * lines[0]["loss"]
     for line in lines:
         assert line["asft/penalty"] > 0
         assert 0 < line["asft/drift"] <= 1
@@ -89,7 +90,7 @@ def test_the_shipped_recipe_trains(config):
 def test_the_adapter_is_stamped_and_merges(config, folder):
     output = folder / yaml.safe_load(config.read_text())["output_dir"]
     stamp = json.loads((output / "adapter_config.json").read_text())["asft"]
-    assert (stamp["layers"], stamp["lambda_reg"], stamp["direction"]) == (210, 10.0, "aligned")
+    assert (stamp["layers"], stamp["lambda_reg"], stamp["direction"]) == (210, 1.0, "aligned")
     assert "## Safety constraint" in (output / "README.md").read_text()
     axolotl("merge-lora", str(config), cwd=folder)
     merged = load_file(str(next((output / "merged").glob("model*.safetensors"))))
