@@ -1,32 +1,30 @@
-"""The LoRA layers of a PEFT model, matched to directions by whole name, and their penalty."""
+"""The penalty over the LoRA layers of a PEFT model, matched to directions by whole name."""
 
 import logging
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
+from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.penalty import (
     PROJECTORS,
     lora_penalty,
+    lora_penalty_gradient,
     orthogonal_part,
     projector_eigenvalues,
     relative_drift,
     squared_norm,
 )
+from axolotl_asft.sharding import add_to_gradient, whole
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
 
 ON_UNCOVERED = ("error", "warn", "ignore")
-# Other initialisations change the base weight, or start from an update that is not zero.
-PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -34,29 +32,55 @@ class ConstrainedLayer:
     """One LoRA layer and the projector of its alignment direction.
 
     Attributes:
-        name: full module name in the Hugging Face model.
-        layer: PEFT's layer; A and B are looked up at every call.
-        adapter: name of the adapter that trains.
+        found: the layer; its A and B are looked up at every call, since engines replace them.
         U: (out, k), in its stored dtype, on the layer's device.
         c: (k,), eigenvalues of the projector.
+        initial: A0 and B0 where the initialisation took scaling B0 A0 out of the base weight.
     """
 
-    name: str
-    layer: LoraLayer
-    adapter: str
+    found: FoundLayer
     U: Tensor
     c: Tensor
+    initial: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+    @property
+    def adapter(self) -> str:
+        return self.found.adapter
 
     @property
     def scaling(self) -> float:
-        return float(self.layer.scaling[self.adapter])
+        return self.found.scaling
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), with U and c brought to their device."""
-        A, B = _factors(self.layer, self.adapter)
+    def update(self) -> tuple[Tensor, Tensor]:
+        """The factors of the change from the aligned weight, dW = scaling B A: A (r, in), B (out, r).
+
+        B A - B0 A0 is written as [B - B0, B0] [A; A - A0], of rank 2 r, in which nothing cancels.
+        """
+        A, B = whole(self.found.A), whole(self.found.B)
         if self.U.device != A.device:
             self.U, self.c = self.U.to(A.device), self.c.to(A.device)
-        return A, B
+        if self.initial is None:
+            return A, B
+        A0, B0 = (factor.to(A.device) for factor in self.initial)
+        self.initial = A0, B0
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
+    def add_gradient(self, scaling: float, weight: Tensor | float) -> Tensor:
+        """Add weight dP/dA and weight dP/dB to the gradients of A and B; returns P."""
+        A, B = self.update()
+        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling)
+        if self.initial is not None:
+            r = grad_B.shape[1] // 2
+            # A stands in both halves of [A; A - A0], B in the first half of [B - B0, B0]
+            grad_A, grad_B = grad_A[:r] + grad_A[r:], grad_B[:, :r]
+        for parameter, gradient in ((self.found.A, grad_A), (self.found.B, grad_B)):
+            if parameter.requires_grad:
+                add_to_gradient(parameter, weight * gradient)
+        return value
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,9 @@ class LayerDrift:
 class AlignmentPenalty:
     """P = sum over layers of ||(I - C_l) dW_l||_F^2, a scalar with gradients (AsFT, arXiv 2506.08473).
 
-    Call it to get P, without lambda_reg. See `axolotl_asft.penalty` for its cost.
+    Call it to get P, without lambda_reg. See `axolotl_asft.penalty` for its cost. dW is the change from the aligned
+    weight: scaling B A, and scaling (B A - B0 A0) where the initialisation (PiSSA and its like) took a part out of
+    the weight. Factors that FSDP2 keeps in pieces are gathered a layer at a time; then every rank has to call.
 
     Args:
         model: a PEFT model (or a model with PEFT's LoRA layers in it) whose base weights are the aligned model's.
@@ -114,41 +140,47 @@ class AlignmentPenalty:
         _check_choice("on_uncovered", self.on_uncovered, ON_UNCOVERED)
         if self.rank is not None and self.rank < 0:
             raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for all stored directions")
-        found = {name: (layer, adapter) for name, layer, adapter in _trainable_lora_layers(self.model)}
-        if not found:
-            raise AsftError("the model has no trainable LoRA layers; set adapter: qlora or adapter: lora")
-        _refuse_variants(found)
-        _refuse_initialisation(self.model)
+        found = {layer.name: layer for layer in trainable_lora_layers(self.model)}
         chosen = select_modules(list(found), self.modules) if self.modules else list(found)
         covered = [name for name in chosen if name in self.direction.modules]
-        self._report_uncovered([name for name in chosen if name not in self.direction.modules])
+        self._report_uncovered(
+            [name for name in chosen if name not in self.direction.modules],
+            other_trainable_parameters(self.model, list(found.values())),
+        )
         if not covered:
             raise AsftError(
                 f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {chosen[0]}, the "
                 f"direction file's {next(iter(self.direction.modules))}; use the direction of this model"
             )
         for name in covered:
-            _check_shape(name, found[name][0], self.direction.modules[name])
+            _check_shape(found[name], self.direction.modules[name])
+        self.layers = [self._constrained(found[name]) for name in covered]
         if self.verify_model:
-            verify_weights(self.direction, ((name, _base_weight(found[name][0])) for name in covered))
-        self.layers = [self._constrained(name, *found[name]) for name in covered]
+            self._verify()
 
     def __call__(self) -> Tensor:
         """P as an fp32 scalar, differentiable with respect to every A and B; without lambda_reg."""
-        total: Tensor | None = None
-        for layer in self.layers:
-            A, B = layer.factors()
-            value = lora_penalty(A, B, layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0)
-            total = value if total is None else total + value.to(total.device)
-        assert total is not None  # __post_init__ refuses a model without covered layers
-        return total
+        values = (
+            lora_penalty(*layer.update(), layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0)
+            for layer in self.layers
+        )
+        return _sum_on_first_device(values)
+
+    def add_gradient(self, weight: Tensor | float = 1.0) -> Tensor:
+        """Add the gradient of weight P to the `.grad` of every A and B, in closed form; returns P.
+
+        The same numbers as `(weight * penalty()).backward()`, without a graph and with one layer's temporaries at
+        a time. Gradients keep the dtype of their parameters.
+        """
+        values = (layer.add_gradient(layer.scaling if self.lora_scaling else 1.0, weight) for layer in self.layers)
+        return _sum_on_first_device(values)
 
     @torch.no_grad()
     def measure(self) -> list[LayerDrift]:
         """The drift of every layer now, with PEFT's scaling whatever `lora_scaling` says."""
         values = []
         for layer in self.layers:
-            A, B = (factor.float() for factor in layer.factors())
+            A, B = (factor.float() for factor in layer.update())
             orthogonal = squared_norm(orthogonal_part(B, layer.U.float(), layer.c), A)
             values.append((torch.stack([orthogonal, squared_norm(B, A)]) * layer.scaling**2).cpu())
         return [
@@ -156,15 +188,42 @@ class AlignmentPenalty:
             for layer, (orthogonal, total) in zip(self.layers, torch.stack(values).tolist(), strict=True)
         ]
 
-    def _constrained(self, name: str, layer: LoraLayer, adapter: str) -> ConstrainedLayer:
-        module = self.direction.modules[name]
+    def value_of(self, drifts: list[LayerDrift]) -> float:
+        """P from what `measure` returned."""
+        scalings = [1.0 if self.lora_scaling else layer.scaling**2 for layer in self.layers]
+        return sum(drift.orthogonal / scaling for drift, scaling in zip(drifts, scalings, strict=True))
+
+    def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
+        module = self.direction.modules[found.name]
         k = module.rank if self.rank is None else min(self.rank, module.rank)
         c = projector_eigenvalues(self.projector, module.S, module.norm)[:k]
-        device = _factors(layer, adapter)[0].device
-        return ConstrainedLayer(name, layer, adapter, module.U[:, :k].contiguous().to(device), c.to(device))
+        if found.was_taken_out and found.A.is_meta:
+            raise AsftError(
+                f"{found.name} is initialised by {found.initialisation!r} and its weights are not loaded on this process; "
+                "set fsdp_config.cpu_ram_efficient_loading: false"
+            )
+        initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None
+        # a meta device has nothing on it yet; U follows A when it is first used
+        device = torch.device("cpu") if found.A.is_meta else found.A.device
+        return ConstrainedLayer(found, module.U[:, :k].contiguous().to(device), c.to(device), initial)
 
-    def _report_uncovered(self, layers: list[str]) -> None:
-        others = _other_trainable_parameters(self.model)
+    def _verify(self) -> None:
+        if any(layer.found.initialisation == "loftq" for layer in self.layers):
+            raise AsftError(
+                "LoftQ replaced the weights by rounded ones, so that they cannot be compared with the direction's; "
+                "make sure that it is the direction of this model, and set verify_model: false"
+            )
+        weights = []
+        for layer in self.layers:
+            if layer.found.base_weight.is_meta:
+                continue
+            taken_out = None if layer.initial is None else (layer.initial[0], layer.scaling * layer.initial[1])
+            weights.append((layer.name, layer.found.base_weight, taken_out))
+        # under FSDP the other processes may wait for the weights of the first, which looks at them
+        if weights or int(os.environ.get("RANK", "0")) == 0:
+            verify_weights(self.direction, weights)
+
+    def _report_uncovered(self, layers: list[str], others: list[str]) -> None:
         if self.on_uncovered == "ignore" or not (layers or others):
             return
         what = []
@@ -178,86 +237,22 @@ class AlignmentPenalty:
         LOG.warning(text)
 
 
+def _sum_on_first_device(values) -> Tensor:
+    total: Tensor | None = None
+    for value in values:
+        total = value if total is None else total + value.to(total.device)
+    assert total is not None  # __post_init__ refuses a model without covered layers
+    return total
+
+
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise AsftError(f"{key} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def _plain_name(name: str, model: nn.Module) -> str:
-    return name.removeprefix("base_model.model.") if isinstance(model, PeftModel) else name
-
-
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
-    """(name, layer, adapter) of every LoRA layer whose active adapter trains and whose dW is a matrix B A."""
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A and getattr(getattr(module.lora_A[adapter], "weight", None), "ndim", 0) == 2:
-                yield _plain_name(name, model), module, adapter
-
-
-def _trainable_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
-    seen: dict[str, str] = {}
-    for name, layer, adapter in _lora_layers(model):
-        if not any(factor.requires_grad for factor in _factors(layer, adapter)):
-            continue
-        if name in seen:
-            raise AsftError(f"{name} trains two adapters at once, {seen[name]} and {adapter}; activate one of them")
-        seen[name] = adapter
-        # experts as one stacked parameter have no base weight of their own shape: left to on_uncovered
-        if hasattr(layer, "parameter_name"):
-            continue
-        yield name, layer, adapter
-
-
-def _other_trainable_parameters(model: nn.Module) -> list[str]:
-    """Names of trainable parameters that are no A or B of a LoRA layer found here."""
-    pairs: set[int] = set()
-    for _, layer, adapter in _trainable_lora_layers(model):
-        pairs.update(id(factor) for factor in _factors(layer, adapter))
-    return [
-        _plain_name(name, model)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in pairs
-    ]
-
-
-def _refuse_variants(found: dict[str, tuple[LoraLayer, str]]) -> None:
-    for name, (layer, adapter) in found.items():
-        variant = layer.lora_variant.get(adapter) if hasattr(layer, "lora_variant") else None
-        if variant is not None or layer.use_dora.get(adapter):
-            kind = type(variant).__name__ if variant is not None else "DoRA"
-            raise AsftError(
-                f"{name} uses {kind}, whose update is not scaling B A; use plain LoRA, without peft_use_dora"
-            )
-
-
-def _refuse_initialisation(model: nn.Module) -> None:
-    for name, config in getattr(model, "peft_config", {}).items():
-        kind = getattr(config, "init_lora_weights", True)
-        if kind not in PLAIN_INITIALISATIONS:
-            raise AsftError(
-                f"adapter {name} is initialised by {kind!r}, which changes the base weights, so that B A is not the "
-                "change from the aligned model; leave peft_init_lora_weights out"
-            )
-
-
-def _check_shape(name: str, layer: LoraLayer, module: ModuleDirection) -> None:
-    shape = (layer.out_features, layer.in_features)
-    if shape != module.shape:
+def _check_shape(layer: FoundLayer, module: ModuleDirection) -> None:
+    if layer.shape != module.shape:
         raise AsftError(
-            f"{name} is {shape} (out, in) in the model and {module.shape} in the direction; use the direction of "
-            "this model"
+            f"{layer.name} is {layer.shape} (out, in) in the model and {module.shape} in the direction; use the "
+            "direction of this model"
         )
-
-
-def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r)."""
-    return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
-
-
-def _base_weight(layer: LoraLayer) -> Tensor:
-    weight = cast(Tensor, layer.get_base_layer().weight)
-    transposed = getattr(layer, "fan_in_fan_out", False) and weight.ndim == 2 and not hasattr(weight, "quant_state")
-    return weight.T if transposed else weight

@@ -14,17 +14,20 @@ from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
 
 LOG = logging.getLogger("axolotl.asft")
 
-# Others keep A and B in pieces, or take the backward pass into their own hands.
-SUPPORTED_DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
-
 
 class Constraint:
     """L = L_task + lambda_reg P inside a trainer; made by `attach`.
+
+    The gradient of lambda_reg P is added once per optimizer step, in closed form, to the finished gradient of the
+    task: after the last micro-batch and the sum over devices, before clipping. So neither the trainer's way to its
+    loss nor gradient accumulation, the number of devices, recomputation or the precision of the forward pass has
+    any say in it. DeepSpeed steps inside its own backward pass; there lambda_reg P joins the last micro-batch's loss.
 
     Attributes:
         penalty: the `AlignmentPenalty` over the trainer's model.
@@ -35,34 +38,43 @@ class Constraint:
         self.trainer = trainer
         self.penalty = penalty
         self.lambda_reg = lambda_reg
-        self._terms_since_step = 0
+        self._steps = 0
         self._peak: Tensor | None = None
-        self._compute_loss = trainer.compute_loss
+        self._final_stamp: dict[str, Any] | None = None
+        self._training_step = trainer.training_step
+        self._backward = trainer.accelerator.backward
         self._log = trainer.log
         self._save_model = trainer.save_model
         self._create_model_card = getattr(trainer, "create_model_card", None)
-        trainer.compute_loss = self.compute_loss  # type: ignore[method-assign]
+        if engine(trainer) == "DEEPSPEED":
+            trainer.accelerator.backward = self.backward  # type: ignore[method-assign]
+        else:
+            trainer.training_step = self.training_step  # type: ignore[method-assign]
         trainer.log = self.log  # type: ignore[method-assign]
         trainer.save_model = self.save_model  # type: ignore[method-assign]
         if self._create_model_card is not None:
             trainer.create_model_card = self.create_model_card  # type: ignore[method-assign]
         trainer.add_callback(_EveryStepConstrained(self))
 
-    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own loss in value, with the gradient of lambda_reg P added to it."""
-        result = self._compute_loss(model, inputs, *args, **kwargs)
-        if not model.training or not torch.is_grad_enabled():
-            return result
-        self._terms_since_step += 1
-        if self.lambda_reg == 0:
-            return result
-        num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        term = self.lambda_reg * self.penalty()
-        self._peak = term.detach() if self._peak is None else torch.maximum(self._peak, term.detach())
-        term = term * self._share_of_step(num_items)
-        if isinstance(result, tuple):
-            return (_with_gradient_of(result[0], term), *result[1:])
-        return _with_gradient_of(result, term)
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's own; after the last micro-batch of an optimizer step, the penalty's gradient on top."""
+        loss = self._training_step(*args, **kwargs)
+        if self.trainer.accelerator.sync_gradients:
+            self._steps += 1
+            if self.lambda_reg > 0:
+                self._refuse_spent_gradients()
+                self._note(self.penalty.add_gradient(self._scaled_lambda()))
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The accelerator's own, of a loss that lambda_reg P is part of in the last micro-batch of a step."""
+        if self.trainer.accelerator.sync_gradients:
+            self._steps += 1
+            if self.lambda_reg > 0:
+                value = self.penalty()
+                self._note(value.detach())
+                loss = loss + (self.lambda_reg * value).to(loss.device)
+        self._backward(loss, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds asft/penalty, asft/drift and asft/update_norm to every training line, the peak to the last."""
@@ -75,10 +87,8 @@ class Constraint:
     def metrics(self) -> dict[str, float]:
         """The logged numbers, of the weights as they are now."""
         report = self.report()
-        with torch.no_grad():
-            penalty = self.lambda_reg * float(self.penalty())
         return {
-            "asft/penalty": _significant(penalty),
+            "asft/penalty": _significant(self.lambda_reg * self.penalty.value_of(list(report.layers))),
             "asft/drift": _significant(report.drift),
             "asft/update_norm": _significant(report.update_norm),
         }
@@ -124,43 +134,71 @@ class Constraint:
 
     def mark(self, folder: str | Path | None) -> None:
         """Stamp the adapter and the model card in `folder`, on the main process."""
+        stamp = self._final_stamp or self.stamp()  # every process takes part in measuring sharded weights
         if folder is None or not self.trainer.is_world_process_zero():
             return
-        stamp = self.stamp()
         stamp_adapter(folder, stamp)
         stamp_model_card(folder, stamp)
 
+    def begin(self) -> None:
+        """Training starts."""
+        self._steps, self._final_stamp = 0, None
+        self._first_step = self.trainer.state.global_step
+
     def check_step(self) -> None:
-        """Refuse an optimizer step whose loss never passed through `compute_loss`."""
-        if self._terms_since_step == 0:
+        """Refuse an optimizer step without the penalty's gradient."""
+        if self._steps != self.trainer.state.global_step - self._first_step + 1:
             raise AsftError(
-                f"{type(self.trainer).__name__} took a step without its compute_loss, so the constraint was not in the "
-                "loss; this trainer is not supported"
+                f"{type(self.trainer).__name__} takes a step past its training_step, so the constraint is not in the "
+                "gradient; this trainer is not supported"
             )
-        self._terms_since_step = 0
 
-    def _share_of_step(self, num_items: Any) -> float:
-        """The factor that makes one optimizer step count P once, whatever the gradient accumulation.
+    def end(self) -> None:
+        """Training ended: remember the numbers while every process and its weights are still there."""
+        steps = self.trainer.state.global_step - self._first_step
+        if self._steps != steps:
+            raise AsftError(f"{steps} steps were trained, {self._steps} of them constrained; do not use this adapter")
+        self._final_stamp = self.stamp()
 
-        The trainer divides what `compute_loss` returns by the number of accumulated micro-batches, unless the
-        loss is already normalised by the items of all of them.
-        """
-        trainer = self.trainer
-        divides = not getattr(trainer, "model_accepts_loss_kwargs", False) or num_items is None
-        if divides and getattr(trainer, "compute_loss_func", None) is None:
-            return 1.0
-        steps = getattr(trainer, "current_gradient_accumulation_steps", None)
-        return 1.0 / (steps or trainer.args.gradient_accumulation_steps)
+    def _note(self, value: Tensor) -> None:
+        value = self.lambda_reg * value
+        self._peak = value if self._peak is None else torch.maximum(self._peak, value)
+
+    def _scaled_lambda(self) -> Tensor | float:
+        """lambda_reg, in fp16 times the loss scale, by which the gradients are still multiplied here."""
+        scaler = self.trainer.accelerator.scaler
+        if scaler is None or not scaler.is_enabled():
+            return self.lambda_reg
+        device = self.penalty.layers[0].found.A.device
+        return scaler.scale(torch.tensor(self.lambda_reg, device=device))
+
+    def _refuse_spent_gradients(self) -> None:
+        """An optimizer that steps during the backward pass leaves no gradient to add to."""
+        if self._steps > 1:
+            return
+        for layer in self.penalty.layers:
+            for factor in (layer.found.A, layer.found.B):
+                if getattr(factor, "_post_accumulate_grad_hooks", None):
+                    raise AsftError(
+                        f"optimizer {self.trainer.args.optim} steps during the backward pass, before the gradient is "
+                        "complete; use another optimizer, for example adamw_8bit"
+                    )
 
 
 class _EveryStepConstrained(TrainerCallback):
-    """Nothing is learned without the constraint: asked before every optimizer step."""
+    """Nothing is learned without the constraint: asked before every optimizer step, and at the end."""
 
     def __init__(self, constraint: Constraint):
         self._constraint = constraint
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._constraint.begin()
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._constraint.check_step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._constraint.end()
 
 
 def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 1.0, **options: Any) -> Constraint:
@@ -172,20 +210,18 @@ def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 
         lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is.
         options: as for `AlignmentPenalty`: projector, rank, lora_scaling, modules, on_uncovered, verify_model.
 
-    The logged loss stays the task's. The penalty counts once per optimizer step, whatever the gradient
-    accumulation. Evaluation is left alone.
+    The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
+    alone.
 
     Raises:
         AsftError: an unsuitable lambda_reg, model, direction or way of training; a second `attach`.
     """
     if isinstance(lambda_reg, bool) or not math.isfinite(lambda_reg) or lambda_reg < 0:
         raise AsftError(f"lambda_reg is {lambda_reg}; expected a finite number, 0 or more")
-    attached: Callable[..., Any] = trainer.compute_loss
+    attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
         raise AsftError("the constraint is attached to this trainer already; attach it once")
-    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
-    if kind not in SUPPORTED_DISTRIBUTED:
-        raise AsftError(f"training under {kind} is not supported by the constraint yet; use one device or DDP")
+    refuse_unsupported(trainer)
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
@@ -199,11 +235,6 @@ def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 
         (direction.sha256 or "unsaved")[:12],
     )
     return constraint
-
-
-def _with_gradient_of(loss: Tensor, term: Tensor) -> Tensor:
-    """The loss in value, loss + term in gradient."""
-    return loss + (term - term.detach()).to(loss.device, loss.dtype)
 
 
 def _significant(value: float) -> float:

@@ -54,9 +54,23 @@ def decode_block(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, dtype="<f4").copy())
 
 
-def mismatches(module: str, block: Tensor, weight: Tensor) -> int:
-    """How many of the block's weights differ in `weight`: a plain or bitsandbytes weight of the loaded model."""
+def mismatches(module: str, block: Tensor, weight: Tensor, taken_out: tuple[Tensor, Tensor] | None = None) -> int:
+    """How many of the block's weights differ in `weight`: a plain or bitsandbytes weight of the loaded model.
+
+    Args:
+        block: the kept (<= 64,) weights.
+        weight: (out, in) as loaded.
+        taken_out: A (r, in) and scaling B (out, r) whose product was subtracted from the weight (PiSSA and its like).
+    """
     quant_state = getattr(weight, "quant_state", None)
+    if taken_out is not None:
+        block = block - _entries(module, *taken_out, count=len(block))
+        if quant_state is None and weight.is_floating_point():
+            start = block_start(module, weight.numel())
+            loaded = weight.detach().reshape(-1)[start : start + BLOCK].float().cpu()
+            # the subtraction was rounded, so that equality is too much to ask
+            tolerance = max(1e-4, 2 * torch.finfo(weight.dtype).eps)
+            return _mismatches_within(block, loaded, tolerance) if len(loaded) == len(block) else len(block)
     if quant_state is not None:
         return _mismatches_4bit(module, block, weight, quant_state)
     if getattr(weight, "SCB", None) is not None or not weight.is_floating_point():
@@ -110,6 +124,14 @@ def _mismatches_int8(module: str, block: Tensor, weight: Tensor) -> int:
 
 def _mismatches_within(block: Tensor, loaded: Tensor, tolerance: float) -> int:
     return int(((block - loaded).abs() > tolerance * block.abs().max()).sum())
+
+
+def _entries(module: str, A: Tensor, B: Tensor, count: int) -> Tensor:
+    """The block of the product B A (out, in), without forming the product."""
+    start = block_start(module, B.shape[0] * A.shape[1])
+    positions = torch.arange(start, start + count, device=A.device)
+    rows, columns = torch.div(positions, A.shape[1], rounding_mode="floor"), positions % A.shape[1]
+    return (B[rows].float() * A[:, columns].T.float()).sum(dim=1).cpu()
 
 
 def _unit(values: Tensor) -> Tensor:

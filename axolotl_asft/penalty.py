@@ -77,24 +77,38 @@ def lora_penalty(A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float = 1.
     return _LoraPenalty.apply(A, B, U, c, scaling)
 
 
+def lora_penalty_gradient(
+    A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value of `lora_penalty` and its gradients in closed form, without autograd.
+
+        Z = (I - C) B
+        dP/dA = 2 scaling^2 Z^T Z A             (r, in)
+        dP/dB = 2 scaling^2 (I - C) Z A A^T     (out, r)
+
+    Cost and arguments as for `lora_penalty`; the results are in fp32, in fp64 where A is.
+    """
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        work = torch.float64 if A.dtype == torch.float64 else torch.float32
+        a, b, u, eigenvalues = (tensor.to(work) for tensor in (A, B, U, c))
+        z = orthogonal_part(b, u, eigenvalues)
+        gram_z, gram_a = z.T @ z, a @ a.T
+        factor = scaling**2
+        grad_a = (2 * factor) * (gram_z @ a)
+        # C is symmetric: the gradient with respect to B is (I - C)^T = (I - C) applied once more
+        grad_b = (2 * factor) * (orthogonal_part(z, u, eigenvalues) @ gram_a)
+        return factor * (gram_z * gram_a).sum(), grad_a, grad_b
+
+
 class _LoraPenalty(torch.autograd.Function):
     """Computes the gradients in the forward pass, so that only tensors of the size of A and B are kept."""
 
     @staticmethod
     def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float) -> Tensor:
-        with torch.autocast(A.device.type, enabled=False):
-            work = torch.float64 if A.dtype == torch.float64 else torch.float32
-            a, b, u, eigenvalues = (tensor.to(work) for tensor in (A, B, U, c))
-            z = orthogonal_part(b, u, eigenvalues)
-            gram_z, gram_a = z.T @ z, a @ a.T
-            factor = scaling**2
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_a = (2 * factor) * (gram_z @ a)
-                # C is symmetric: the gradient with respect to B is (I - C)^T = (I - C) applied once more
-                grad_b = (2 * factor) * (orthogonal_part(z, u, eigenvalues) @ gram_a)
-                ctx.save_for_backward(grad_a, grad_b)
-                ctx.dtypes = (A.dtype, B.dtype)
-            return factor * (gram_z * gram_a).sum()
+        value, grad_a, grad_b = lora_penalty_gradient(A, B, U, c, scaling)
+        ctx.save_for_backward(grad_a, grad_b)
+        ctx.dtypes = (A.dtype, B.dtype)
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -10,30 +10,36 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 
 
-def verify_weights(direction: AlignmentDirection, weights: Iterable[tuple[str, Tensor]]) -> None:
+def verify_weights(
+    direction: AlignmentDirection, weights: Iterable[tuple[str, Tensor, tuple[Tensor, Tensor] | None]]
+) -> None:
     """Refuse a direction that was extracted for other weights than these, 4-bit ones included.
 
     Args:
-        weights: module names and their loaded base weights (out, in), plain or of bitsandbytes.
+        weights: module names, their loaded base weights (out, in), plain or of bitsandbytes, and what an
+            initialisation took out of them, as A (r, in) and scaling B (out, r).
 
     Raises:
         AsftError: more than 0.25 % of the fingerprint's weights differ, or the file lacks them.
     """
     blocks = _fingerprint_blocks(direction)
     differing = compared = 0
-    for name, weight in weights:
+    for name, weight, taken_out in weights:
         if name not in blocks:
             raise AsftError(f"the direction's fingerprint lacks {name}; make it again, or set verify_model: false")
         block = fingerprint.decode_block(blocks[name])
-        differing += fingerprint.mismatches(name, block, weight)
+        differing += fingerprint.mismatches(name, block, weight, taken_out)
         compared += len(block)
+    if not compared:
+        raise AsftError("the model's weights are not loaded yet; attach the constraint after loading them")
     _refuse_mismatch(direction, differing, compared)
 
 
-def verify_checkpoint(direction: AlignmentDirection, base_model: str) -> None:
+def verify_checkpoint(direction: AlignmentDirection, base_model: str) -> bool:
     """Refuse a direction for another model from the checkpoint's files, where `base_model` is a local folder.
 
     A model that cannot be read here (on the Hub, quantised, under other names) is left to `verify_weights`.
+    Returns whether weights were compared.
 
     Raises:
         AsftError: layers of other shapes, or other weights.
@@ -41,7 +47,7 @@ def verify_checkpoint(direction: AlignmentDirection, base_model: str) -> None:
     try:
         checkpoint = Checkpoint.open(base_model)
     except AsftError:
-        return
+        return False
     blocks = _fingerprint_blocks(direction)
     shapes = checkpoint.linear_weights()
     differing = compared = 0
@@ -58,6 +64,7 @@ def verify_checkpoint(direction: AlignmentDirection, base_model: str) -> None:
         differing += fingerprint.mismatching_values(block, checkpoint.values(name, start, len(block)))
         compared += len(block)
     _refuse_mismatch(direction, differing, compared)
+    return compared > 0
 
 
 def _fingerprint_blocks(direction: AlignmentDirection) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import WORDS, make_tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
 from axolotl_asft.errors import AsftError
@@ -82,12 +84,11 @@ def test_the_penalty_counts_once_per_optimizer_step(pair, rows, direction, tmp_p
             torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(("accumulation", "loss_kwargs"), [(1, True), (4, True), (4, False)])
-def test_one_sgd_step_adds_the_closed_form(pair, rows, direction, tmp_path, accumulation, loss_kwargs):
+def assert_differ_by_the_closed_form(pair, rows, direction, folder, options, prepare=None, rtol=1e-3, atol=1e-6):
     """After one step of SGD the two runs differ by learning rate x lambda x gradient of P, and by nothing else."""
-    options = {"micro": 2, "accumulation": accumulation, "loss_kwargs": loss_kwargs, "max_steps": 1}
-    plain = make_trainer(pair, rows, tmp_path / "plain", **options)
-    constrained = make_trainer(pair, rows, tmp_path / "asft", **options)
+    prepare = prepare or (lambda trainer: trainer)
+    plain = prepare(make_trainer(pair, rows, folder / "plain", **options))
+    constrained = prepare(make_trainer(pair, rows, folder / "asft", **options))
     penalty = AlignmentPenalty(plain.model, direction)
     weights = {name: weight for name, weight in plain.model.named_parameters() if weight.requires_grad}
     gradients = dict(zip(weights, torch.autograd.grad(penalty(), list(weights.values())), strict=True))
@@ -95,8 +96,16 @@ def test_one_sgd_step_adds_the_closed_form(pair, rows, direction, tmp_path, accu
     plain.train()
     constrained.train()
     after = lora_weights(plain)
+    step = plain.args.learning_rate * LAMBDA
     for name, weight in lora_weights(constrained).items():
-        torch.testing.assert_close(after[name] - weight, 1e-2 * LAMBDA * gradients[name], rtol=1e-3, atol=1e-6)
+        assert weight.dtype == gradients[name].dtype
+        torch.testing.assert_close(after[name] - weight, step * gradients[name], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(("accumulation", "loss_kwargs"), [(1, True), (4, True), (4, False)])
+def test_one_sgd_step_adds_the_closed_form(pair, rows, direction, tmp_path, accumulation, loss_kwargs):
+    options = {"micro": 2, "accumulation": accumulation, "loss_kwargs": loss_kwargs, "max_steps": 1}
+    assert_differ_by_the_closed_form(pair, rows, direction, tmp_path, options)
 
 
 def test_the_last_shorter_window_of_an_epoch(pair, rows, direction, tmp_path):
@@ -184,15 +193,84 @@ class OwnStep(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = model(**self._prepare_inputs(inputs)).loss
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
         return loss.detach()
 
 
-def test_a_trainer_that_goes_around_compute_loss_is_stopped(pair, rows, direction, tmp_path):
-    trainer = make_trainer(pair, rows, tmp_path, cls=OwnStep)
+def test_a_trainer_with_a_step_of_its_own(pair, rows, direction, tmp_path):
+    """compute_loss is never called there; the penalty counts once all the same."""
+    options = {"micro": 2, "accumulation": 4, "max_steps": 1, "cls": OwnStep}
+    assert_differ_by_the_closed_form(pair, rows, direction, tmp_path, options)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(pair, rows, direction, tmp_path, reentrant):
+    changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    assert_differ_by_the_closed_form(pair, rows, direction, tmp_path, {"accumulation": 2, "max_steps": 1, **changes})
+
+
+def test_a_step_past_the_constraint_is_stopped(pair, rows, direction, tmp_path):
+    """Something replaces the trainer's training_step after `attach` and goes around it."""
+    trainer = make_trainer(pair, rows, tmp_path)
     before = lora_weights(trainer)
     attach(trainer, direction)
-    with pytest.raises(AsftError, match="OwnStep took a step without its compute_loss"):
+    trainer.training_step = types.MethodType(Trainer.training_step, trainer)
+    with pytest.raises(AsftError, match="Trainer takes a step past its training_step"):
         trainer.train()
     for name, weight in lora_weights(trainer).items():
         assert torch.equal(weight, before[name]), "not one unconstrained step"
+
+
+def test_a_training_loop_past_the_constraint_is_noticed(pair, rows, direction, tmp_path):
+    """A loop that neither calls training_step nor tells its callbacks of the steps it takes."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction)
+    handler = trainer.callback_handler
+    handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.state.global_step = 3
+    with pytest.raises(AsftError, match="3 steps were trained, 0 of them constrained; do not use this adapter"):
+        handler.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction)
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda weight: None)
+    with pytest.raises(AsftError, match="steps during the backward pass"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_known_to_step_in_the_backward_pass(pair, rows, direction, tmp_path, name):
+    trainer = make_trainer(pair, rows, tmp_path)
+    trainer.args.optim = OptimizerNames(name)
+    with pytest.raises(AsftError, match=f"optimizer {name} steps during the backward pass"):
+        attach(trainer, direction)
+
+
+def test_fp16_loss_scaling(pair, rows, direction, tmp_path):
+    """The gradients are multiplied by the loss scale until the optimizer divides by it."""
+
+    def with_scaler(trainer):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return trainer
+
+    options = {"micro": 2, "accumulation": 2, "max_steps": 1, "max_grad_norm": 1e6}
+    assert_differ_by_the_closed_form(pair, rows, direction, tmp_path, options, prepare=with_scaler)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32 LoRA", "bf16 LoRA"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["fp32 base", "bf16 base"])
+def test_precision(pair, rows, direction, tmp_path, dtype, base):
+    """The penalty is computed in fp32 from the weights as they are, and added in their dtype."""
+
+    def cast(trainer):
+        for name, weight in trainer.model.named_parameters():
+            weight.data = weight.data.to(dtype if weight.requires_grad else base)
+        return trainer
+
+    tolerance = {} if dtype == torch.float32 and base == torch.float32 else {"rtol": 0.02, "atol": 2e-3}
+    options = {"max_steps": 1, "learning_rate": 0.1, "bf16": base != dtype}
+    assert_differ_by_the_closed_form(pair, rows, direction, tmp_path, options, prepare=cast, **tolerance)

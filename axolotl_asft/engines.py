@@ -1,0 +1,51 @@
+"""What carries the training (one device, DDP, FSDP2, DeepSpeed), and which of it the constraint can join."""
+
+from transformers import Trainer
+
+from axolotl_asft.errors import AsftError
+
+REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")
+# They take the gradient of each weight as it comes, before the whole of it is known.
+STEPS_IN_BACKWARD = ("lomo", "adalomo")
+
+
+def engine(trainer: Trainer) -> str:
+    """accelerate's name for how the training is distributed: NO, MULTI_GPU, FSDP, DEEPSPEED, ..."""
+    kind = trainer.accelerator.distributed_type
+    return str(getattr(kind, "value", kind))
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """One line for a way of training in which the constraint would not be what it promises.
+
+    Raises:
+        AsftError: it names the combination and what to use instead.
+    """
+    kind = engine(trainer)
+    state = trainer.accelerator.state
+    if kind == "FSDP":
+        if getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise AsftError("FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2")
+    elif kind == "DEEPSPEED":
+        stage = int(state.deepspeed_plugin.zero_stage)
+        if stage >= 3:
+            raise AsftError(
+                "DeepSpeed ZeRO-3 is not supported by the constraint: LoRA weights are not there outside the forward "
+                "pass; use ZeRO-2 (deepspeed_configs/zero2.json) or FSDP2 (fsdp_version: 2)"
+            )
+    elif kind not in REPLICATED:
+        raise AsftError(f"training under {kind} is not supported by the constraint; use one device, DDP or FSDP2")
+    _refuse_other_parallelism(trainer)
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
+    if optimizer in STEPS_IN_BACKWARD or optimizer.endswith("layerwise"):
+        raise AsftError(
+            f"optimizer {optimizer} steps during the backward pass, before the gradient is complete; use another "
+            "optimizer, for example adamw_8bit"
+        )
+
+
+def _refuse_other_parallelism(trainer: Trainer) -> None:
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for key, size in (("tensor_parallel_size", "tp_size"), ("context_parallel_size", "cp_size")):
+        if parallel is not None and (getattr(parallel, size, 1) or 1) > 1:
+            raise AsftError(f"{key} is not supported by the constraint; leave it out, and use DDP or FSDP2")

@@ -1,0 +1,144 @@
+"""PEFT's LoRA layers in a model: found, named as the Hugging Face model names them, refused where dW is no product."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from axolotl_asft.errors import AsftError
+
+# B A is the change from the original weight: it starts at zero, or the base weight is left alone.
+ADDED_TO_THE_WEIGHT = (True, False, "gaussian", "eva", "orthogonal")
+# B A starts as a part that is taken out of the base weight: the change is B A - B0 A0.
+TAKEN_OUT_OF_THE_WEIGHT = ("pissa", "olora", "loftq")
+
+
+@dataclass(frozen=True)
+class FoundLayer:
+    """One LoRA layer that trains.
+
+    Attributes:
+        name: full module name in the Hugging Face model.
+        layer: PEFT's layer.
+        adapter: name of its adapter that trains.
+        initialisation: how PEFT initialised that adapter: one of the two lists above.
+    """
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+    initialisation: str | bool = True
+
+    @property
+    def A(self) -> Tensor:
+        """(r, in)"""
+        return cast(Tensor, self.layer.lora_A[self.adapter].weight)
+
+    @property
+    def B(self) -> Tensor:
+        """(out, r)"""
+        return cast(Tensor, self.layer.lora_B[self.adapter].weight)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, alpha / sqrt(r) for rsLoRA, after PEFT's rank and alpha patterns."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.layer.out_features, self.layer.in_features
+
+    @property
+    def base_weight(self) -> Tensor:
+        """(out, in), plain or of bitsandbytes."""
+        weight = cast(Tensor, self.layer.get_base_layer().weight)
+        transposed = getattr(self.layer, "fan_in_fan_out", False) and weight.ndim == 2
+        return weight.T if transposed and not hasattr(weight, "quant_state") else weight
+
+    @property
+    def was_taken_out(self) -> bool:
+        """Whether the initial B A was taken out of the base weight (PiSSA and its like)."""
+        return self.initialisation not in ADDED_TO_THE_WEIGHT
+
+
+def trainable_lora_layers(model: nn.Module) -> list[FoundLayer]:
+    """The layers whose update dW is a product that trains.
+
+    Raises:
+        AsftError: there is none; a layer trains two adapters at once; a kind of LoRA whose update is no scaling B A.
+    """
+    found: dict[str, FoundLayer] = {}
+    for layer in _lora_layers(model):
+        if not (layer.A.requires_grad or layer.B.requires_grad):
+            continue
+        if layer.name in found:
+            other = found[layer.name].adapter
+            raise AsftError(
+                f"{layer.name} trains two adapters at once, {other} and {layer.adapter}; activate one of them"
+            )
+        found[layer.name] = layer
+    if not found:
+        raise AsftError("the model has no trainable LoRA layers; set adapter: qlora or adapter: lora")
+    for layer in found.values():
+        _refuse_variants(layer)
+    return list(found.values())
+
+
+def other_trainable_parameters(model: nn.Module, layers: list[FoundLayer]) -> list[str]:
+    """Names of the trainable parameters that are no A or B of these layers."""
+    model = _unwrapped(model)
+    pairs = {id(factor) for layer in layers for factor in (layer.A, layer.B)}
+    return [
+        _plain_name(name, model)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in pairs
+    ]
+
+
+def _lora_layers(model: nn.Module) -> Iterator[FoundLayer]:
+    """Every layer under LoRA whose active adapter's dW is a matrix B A."""
+    model = _unwrapped(model)
+    configs = getattr(model, "peft_config", {})
+    for name, module in model.named_modules():
+        # experts as one stacked parameter have no weight of their own shape: they count as uncovered
+        if not isinstance(module, LoraLayer) or hasattr(module, "parameter_name"):
+            continue
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A and getattr(getattr(module.lora_A[adapter], "weight", None), "ndim", 0) == 2:
+                initialisation = getattr(configs.get(adapter), "init_lora_weights", True)
+                yield FoundLayer(_plain_name(name, model), module, adapter, initialisation)
+
+
+def _plain_name(name: str, model: nn.Module) -> str:
+    return name.removeprefix("base_model.model.") if isinstance(model, PeftModel) else name
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DDP's wrappers."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def _refuse_variants(layer: FoundLayer) -> None:
+    variant = getattr(layer.layer, "lora_variant", {}).get(layer.adapter)
+    if layer.layer.use_dora.get(layer.adapter):
+        raise AsftError(
+            f"{layer.name} uses DoRA, which also rescales the rows of the aligned weight: its update is "
+            "diag(m / ||W + s B A||) (W + s B A) - W, not s B A; use plain LoRA, without peft_use_dora"
+        )
+    if variant is not None:
+        raise AsftError(f"{layer.name} uses {type(variant).__name__}, whose update is not scaling B A; use plain LoRA")
+    kind = str(layer.initialisation)
+    known = kind in TAKEN_OUT_OF_THE_WEIGHT or kind.startswith("pissa_niter_")
+    if layer.initialisation not in ADDED_TO_THE_WEIGHT and not known:
+        raise AsftError(
+            f"adapter {layer.adapter} is initialised by {kind!r}, which the constraint does not know; leave "
+            "peft_init_lora_weights out"
+        )
