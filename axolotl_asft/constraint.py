@@ -227,8 +227,9 @@ def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 
     penalty = AlignmentPenalty(trainer.model, direction, **options)
     constraint = Constraint(trainer, penalty, float(lambda_reg))
     LOG.info(
-        "AsFT: %d layers constrained, lambda_reg %g, projector %s, direction of %s (sha256 %s)",
+        "AsFT: %d layers constrained, training on %s, lambda_reg %g, projector %s, direction of %s (sha256 %s)",
         len(penalty.layers),
+        engine(trainer),
         lambda_reg,
         penalty.projector,
         direction.spec["aligned"]["id"],

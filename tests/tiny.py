@@ -130,12 +130,25 @@ def write_config(folder: Path, model: Path, dataset: Path, asft: dict | None = N
     return path
 
 
-def axolotl(*arguments: str, cwd: Path, check: bool = True, timeout: int = 600) -> subprocess.CompletedProcess:
+def child_environment(**changes: str) -> dict[str, str]:
+    """For a child process: offline, with this environment's launchers and the tests' own plugins to be found."""
+    return {
+        **os.environ,
+        **ENVIRONMENT,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parent),
+        **changes,
+    }
+
+
+def axolotl(
+    *arguments: str, cwd: Path, check: bool = True, timeout: int = 600, **environment: str
+) -> subprocess.CompletedProcess:
     """Run axolotl's own command line in a process of its own."""
     result = subprocess.run(
         [sys.executable, "-m", "axolotl.cli.main", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        env=child_environment(**environment),
         capture_output=True,
         text=True,
         timeout=timeout,

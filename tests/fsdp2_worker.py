@@ -1,0 +1,110 @@
+"""One rank of a raw FSDP2 run on gloo: the sharded gradient and step against the same on whole weights.
+
+    torchrun --nproc_per_node=2 fsdp2_worker.py ALIGNED DIRECTION RANK LAMBDA
+
+Prints one JSON line on rank 0.
+"""
+
+import json
+import sys
+import weakref
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, adapter
+
+
+def lora_model(folder, r):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=r, lora_alpha=8, target_modules="all-linear")
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def trained(model):
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def batch_of(rank):
+    return torch.randint(4, 20, (2, 12), generator=torch.Generator().manual_seed(rank))
+
+
+def backward(model, ranks, divide_by):
+    for rank in ranks:
+        ids = batch_of(rank)
+        (model(input_ids=ids, labels=ids).loss / divide_by).backward()
+
+
+def largest_difference(sharded, whole):
+    worst = 0.0
+    for name, tensor in whole.items():
+        full = sharded[name].full_tensor()
+        worst = max(worst, float((full - tensor).detach().norm() / tensor.detach().norm()))
+    return worst
+
+
+def main(aligned, direction_file, r, lambda_reg):
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    direction = AlignmentDirection.load(direction_file)
+    torch.set_num_threads(1)
+
+    reference = lora_model(aligned, r)
+    whole_penalty = AlignmentPenalty(reference, direction)
+    backward(reference, range(world), world)
+    task = {name: weight.grad.clone() for name, weight in trained(reference).items()}
+    value = float(whole_penalty.add_gradient(lambda_reg))
+
+    model = lora_model(aligned, r)
+    penalty = AlignmentPenalty(model, direction)  # before sharding, as `attach` does
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    alive, most = [], 0
+    gather = adapter.whole
+
+    def counted(tensor):
+        nonlocal most
+        full = gather(tensor)
+        alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(full)]
+        most = max(most, len(alive))
+        return full
+
+    adapter.whole = counted
+    backward(model, [rank], 1)
+    answer = {"value": value, "gathered value": float(penalty.add_gradient(lambda_reg)), "most whole factors": most}
+    adapter.whole = gather
+    parameters = trained(model)
+    answer["sharded"] = all(isinstance(weight, DTensor) for weight in parameters.values())
+    answer["uneven"] = any(weight.shape[0] % world for weight in parameters.values())
+    gradients = {name: weight.grad for name, weight in parameters.items()}
+    answer["gradient"] = largest_difference(gradients, {n: w.grad for n, w in trained(reference).items()})
+    answer["without the penalty"] = largest_difference(gradients, task)
+    answer["drift"] = [sum(x.orthogonal for x in p.measure()) for p in (whole_penalty, penalty)]
+
+    for one in (reference, model):
+        torch.optim.AdamW(trained(one).values(), lr=0.01).step()
+    answer["weights"] = largest_difference(trained(model), trained(reference))
+
+    model.zero_grad()
+    (lambda_reg * penalty()).backward()  # the differentiable form, through the gathering
+    reference.zero_grad()
+    (lambda_reg * whole_penalty()).backward()
+    expected = {name: weight.grad for name, weight in trained(reference).items()}
+    answer["autograd"] = largest_difference({name: weight.grad for name, weight in trained(model).items()}, expected)
+    if rank == 0:
+        print(json.dumps(answer), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -1,0 +1,128 @@
+"""What carries the training: several processes, weights in pieces, DeepSpeed, Ray."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_adapter import lora_model
+from test_lora_kinds import shake
+from tiny import axolotl, child_environment, log_history, write_config
+
+LAMBDA = 0.3
+STEPS = 4
+# Plain gradient descent, so that weights and not the signs of gradients are compared.
+RUN = {
+    "optimizer": "sgd",
+    "learning_rate": 0.5,
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": STEPS,
+    "max_grad_norm": 100.0,
+}
+
+
+def block(direction_file, **changes):
+    return {"direction": str(direction_file), "lambda_reg": LAMBDA, "projector": "subspace", **changes}
+
+
+def adapter(config):
+    return load_file(str(config.parent / "out" / "adapter_model.safetensors"))
+
+
+def distance(one, other):
+    assert one.keys() == other.keys()
+    difference = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return (difference / sum(float(weight.square().sum()) for name, weight in one.items() if "lora_B" in name)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def start(pair, tmp_path_factory):
+    """The adapter that every run starts from, since two processes draw other random numbers than one."""
+    folder = tmp_path_factory.mktemp("start")
+    shake(lora_model(pair[1], random_b=False, r=8, lora_alpha=16)).save_pretrained(folder)
+    return {"lora_model_dir": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def one_process(forked_train, pair, dataset, direction_file, start, tmp_path_factory):
+    """The run that all others are compared with: a global batch of 8 as 2 micro-batches of 4, on one device."""
+    config = write_config(tmp_path_factory.mktemp("one"), pair[1], dataset, block(direction_file), **RUN, **start)
+    status, output = forked_train(config)
+    assert status == 0, output
+    return config
+
+
+@pytest.fixture(scope="module")
+def unconstrained(forked_train, pair, dataset, direction_file, start, tmp_path_factory):
+    zero = block(direction_file, lambda_reg=0)
+    config = write_config(tmp_path_factory.mktemp("zero"), pair[1], dataset, zero, **RUN, **start)
+    assert forked_train(config)[0] == 0
+    return config
+
+
+def two_processes(config, launcher, count):
+    return axolotl(
+        "train",
+        str(config),
+        "--launcher",
+        launcher,
+        "--",
+        *count,
+        cwd=config.parent,
+        ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "count", "changes"),
+    [
+        ("accelerate", ["--multi_gpu", "--num_processes=2"], {}),
+        ("torchrun", ["--nproc_per_node=2"], {}),
+        ("torchrun", ["--nproc_per_node=2"], {"gradient_checkpointing": True}),
+    ],
+    ids=["accelerate", "torchrun", "reentrant checkpointing"],
+)
+def test_ddp_equals_one_process(
+    one_process, unconstrained, start, pair, dataset, direction_file, tmp_path, launcher, count, changes
+):
+    """Two processes with a micro-batch of 4 each: the same global batch of 8, the same weights after 4 steps."""
+    plugins = ["asft", "cpu_plugin.CpuPlugin"]
+    batch = {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    options = {**RUN, **start, **batch, **changes, "plugins": plugins}
+    config = write_config(tmp_path, pair[1], dataset, block(direction_file), **options)
+    result = two_processes(config, launcher, count)
+    assert "training on MULTI_CPU" in result.stdout + result.stderr, "not two single processes beside each other"
+    # the penalty's part of the weights is much larger than what is allowed for rounding
+    assert distance(adapter(one_process), adapter(unconstrained)) > 0.1
+    assert distance(adapter(one_process), adapter(config)) < 0.002
+    for one, two in zip(log_history(one_process)[:STEPS], log_history(config)[:STEPS], strict=True):
+        for key in ("asft/penalty", "asft/drift", "asft/update_norm"):
+            assert two[key] == pytest.approx(one[key], rel=2e-3), key
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    stamp = json.loads((config.parent / "out" / "adapter_config.json").read_text())["asft"]
+    assert stamp["update_norm"] == pytest.approx(log_history(config)[STEPS - 1]["asft/update_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [4, 3])
+def test_fsdp2_shards(pair, direction_file, rank):
+    """Raw fully_shard on two gloo processes; rank 3 does not divide by two."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29567"]
+    command += [str(sys.modules[__name__].__file__).replace("test_engines", "fsdp2_worker")]
+    command += [str(pair[1]), str(direction_file), str(rank), "0.001"]
+    environment = child_environment(OMP_NUM_THREADS="1")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout[result.stdout.index("{") : result.stdout.index("}") + 1])
+    assert answer["sharded"]
+    assert answer["uneven"] == (rank == 3)
+    assert answer["gathered value"] == pytest.approx(answer["value"], rel=1e-6)
+    assert answer["gradient"] < 1e-4 < 0.1 < answer["without the penalty"]
+    assert answer["weights"] < 1e-4
+    assert answer["autograd"] < 1e-4
+    assert answer["drift"][0] == pytest.approx(answer["drift"][1], rel=1e-6)
+    assert answer["most whole factors"] <= 2, "A and B of one layer at a time"
