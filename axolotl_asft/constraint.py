@@ -1,4 +1,4 @@
-"""The trainer side: the penalty in the loss, its numbers in the log, its mark on what is saved."""
+"""The trainer side: the penalty in the gradient, its numbers in the log, its mark on what is saved."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ class Constraint:
     The gradient of lambda_reg P is added once per optimizer step, in closed form, to the finished gradient of the
     task: after the last micro-batch and the sum over devices, before clipping. So neither the trainer's way to its
     loss nor gradient accumulation, the number of devices, recomputation or the precision of the forward pass has
-    any say in it. DeepSpeed steps inside its own backward pass; there lambda_reg P joins the last micro-batch's loss.
+    any say in it.
 
     Attributes:
         penalty: the `AlignmentPenalty` over the trainer's model.
@@ -38,18 +38,14 @@ class Constraint:
         self.trainer = trainer
         self.penalty = penalty
         self.lambda_reg = lambda_reg
-        self._steps = 0
+        self._steps = self._first_step = 0
         self._peak: Tensor | None = None
         self._final_stamp: dict[str, Any] | None = None
         self._training_step = trainer.training_step
-        self._backward = trainer.accelerator.backward
         self._log = trainer.log
         self._save_model = trainer.save_model
         self._create_model_card = getattr(trainer, "create_model_card", None)
-        if engine(trainer) == "DEEPSPEED":
-            trainer.accelerator.backward = self.backward  # type: ignore[method-assign]
-        else:
-            trainer.training_step = self.training_step  # type: ignore[method-assign]
+        trainer.training_step = self.training_step  # type: ignore[method-assign]
         trainer.log = self.log  # type: ignore[method-assign]
         trainer.save_model = self.save_model  # type: ignore[method-assign]
         if self._create_model_card is not None:
@@ -65,16 +61,6 @@ class Constraint:
                 self._refuse_spent_gradients()
                 self._note(self.penalty.add_gradient(self._scaled_lambda()))
         return loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The accelerator's own, of a loss that lambda_reg P is part of in the last micro-batch of a step."""
-        if self.trainer.accelerator.sync_gradients:
-            self._steps += 1
-            if self.lambda_reg > 0:
-                value = self.penalty()
-                self._note(value.detach())
-                loss = loss + (self.lambda_reg * value).to(loss.device)
-        self._backward(loss, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds asft/penalty, asft/drift and asft/update_norm to every training line, the peak to the last."""

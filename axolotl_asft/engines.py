@@ -1,10 +1,15 @@
-"""What carries the training (one device, DDP, FSDP2, DeepSpeed), and which of it the constraint can join."""
+"""What carries the training (one device, DDP, FSDP2), and which of it the constraint can join."""
 
 from transformers import Trainer
 
 from axolotl_asft.errors import AsftError
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")
+DEEPSPEED = (
+    "DeepSpeed is not supported by the constraint, because it steps inside its own backward pass; use DDP (leave "
+    "deepspeed out), or FSDP2 (fsdp_version: 2) where the model does not fit on one device"
+)
+FSDP1 = "FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2"
 # They take the gradient of each weight as it comes, before the whole of it is known.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
 
@@ -22,17 +27,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
         AsftError: it names the combination and what to use instead.
     """
     kind = engine(trainer)
-    state = trainer.accelerator.state
     if kind == "FSDP":
-        if getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
-            raise AsftError("FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2")
+        if getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise AsftError(FSDP1)
     elif kind == "DEEPSPEED":
-        stage = int(state.deepspeed_plugin.zero_stage)
-        if stage >= 3:
-            raise AsftError(
-                "DeepSpeed ZeRO-3 is not supported by the constraint: LoRA weights are not there outside the forward "
-                "pass; use ZeRO-2 (deepspeed_configs/zero2.json) or FSDP2 (fsdp_version: 2)"
-            )
+        raise AsftError(DEEPSPEED)
     elif kind not in REPLICATED:
         raise AsftError(f"training under {kind} is not supported by the constraint; use one device, DDP or FSDP2")
     _refuse_other_parallelism(trainer)
@@ -48,4 +47,9 @@ def _refuse_other_parallelism(trainer: Trainer) -> None:
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for key, size in (("tensor_parallel_size", "tp_size"), ("context_parallel_size", "cp_size")):
         if parallel is not None and (getattr(parallel, size, 1) or 1) > 1:
-            raise AsftError(f"{key} is not supported by the constraint; leave it out, and use DDP or FSDP2")
+            raise AsftError(other_parallelism(key))
+
+
+def other_parallelism(key: str) -> str:
+    """The line for an axis of parallelism other than the data's."""
+    return f"{key} is not supported by the constraint; leave it out, and use DDP or FSDP2"

@@ -8,11 +8,19 @@ from axolotl.integrations.base import BasePlugin
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.constraint import Constraint, attach
 from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError
 from axolotl_asft.guard import OUR_NAMES
 from axolotl_asft.verify import verify_checkpoint
 
 ADAPTERS = ("lora", "qlora")
+REFUSED_KEYS = {
+    "relora": "it merges the update into the weights and starts again, and the change from the aligned model is lost; "
+    "train one LoRA of a larger lora_r",
+    "peft_use_dora": "DoRA also rescales the rows of the aligned weight, so that its update is not scaling B A; use "
+    "plain LoRA",
+    "qat": "it rounds the weights during training; train first, and quantize afterwards",
+}
 
 
 class AsftPlugin(BasePlugin):
@@ -20,7 +28,7 @@ class AsftPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self._direction: AlignmentDirection | None = None
+        self._loaded: tuple[AsftArgs, AlignmentDirection, bool] | None = None
         self._constraint: Constraint | None = None
 
     def get_input_args(self) -> str:
@@ -37,9 +45,16 @@ class AsftPlugin(BasePlugin):
             raise AsftError(
                 f"adapter is {cfg.get('adapter')!r}; the constraint needs LoRA: set adapter: qlora or adapter: lora"
             )
-        for key in ("relora", "peft_use_dora"):
+        for key, instead in REFUSED_KEYS.items():
             if cfg.get(key):
-                raise AsftError(f"{key} is not supported by the constraint yet; take it out of the config")
+                raise AsftError(f"{key} is not supported by the constraint: {instead}")
+        if cfg.get("deepspeed"):
+            raise AsftError(DEEPSPEED)
+        if (cfg.get("fsdp") or cfg.get("fsdp_config")) and not _asks_for_fsdp2(cfg):
+            raise AsftError(FSDP1)
+        for key in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"):
+            if (cfg.get(key) or 1) > 1:
+                raise AsftError(other_parallelism(key))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """The first hook that `axolotl train` alone calls: look at the direction before any long work."""
@@ -49,7 +64,10 @@ class AsftPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         block = _block(cfg)
         options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg"})
-        self._constraint = attach(trainer, self._load_direction(cfg), block.lambda_reg, **options)
+        direction, verified = self._load_direction(cfg)
+        if verified and _loftq(cfg):
+            options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
+        self._constraint = attach(trainer, direction, block.lambda_reg, **options)
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """axolotl saves the adapter itself at the end, past the trainer's save_model."""
@@ -57,14 +75,22 @@ class AsftPlugin(BasePlugin):
             raise AsftError("training ended without the constraint being attached; do not use its adapter")
         self._constraint.mark(cfg.output_dir)
 
-    def _load_direction(self, cfg: Any) -> AlignmentDirection:
-        if self._direction is None:
-            block = _block(cfg)
+    def _load_direction(self, cfg: Any) -> tuple[AlignmentDirection, bool]:
+        """The direction, and whether the files of the base model agreed with it."""
+        block = _block(cfg)
+        if self._loaded is None or self._loaded[0] != block:
             direction = AlignmentDirection.load(Path(block.direction), block.direction_sha256)
-            if block.verify_model:
-                verify_checkpoint(direction, cfg.base_model)
-            self._direction = direction
-        return self._direction
+            self._loaded = block, direction, block.verify_model and verify_checkpoint(direction, cfg.base_model)
+        return self._loaded[1:]
+
+
+def _asks_for_fsdp2(cfg: Any) -> bool:
+    version = cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
+    return str(version) == "2"
+
+
+def _loftq(cfg: Any) -> bool:
+    return bool(((cfg.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits"))
 
 
 def _block(cfg: Any) -> AsftArgs:
