@@ -28,7 +28,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
     """
     kind = engine(trainer)
     if kind == "FSDP":
-        if getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(fsdp, "fsdp_version", 1) != 2:
             raise AsftError(FSDP1)
     elif kind == "DEEPSPEED":
         raise AsftError(DEEPSPEED)

@@ -19,6 +19,17 @@ from axolotl_asft.errors import AsftError
 SHORT_NAME = "asft"
 PLUGIN = "axolotl_asft.AsftPlugin"
 OUR_NAMES = (SHORT_NAME, PLUGIN, "axolotl_asft.plugin.AsftPlugin")
+# The keys of the block that the command line can set, with their types; `args` would cost every start of the CLI pydantic.
+OPTIONS = {
+    "direction": "str",
+    "direction_sha256": "str",
+    "lambda_reg": "float",
+    "projector": "str",
+    "rank": "int",
+    "lora_scaling": "bool",
+    "on_uncovered": "str",
+    "verify_model": "bool",
+}
 
 
 def resolve_plugin_name(name: str) -> str:
@@ -52,6 +63,43 @@ def require_plugin(cfg: dict[str, Any]) -> None:
         )
 
 
+def fold_dotted_keys(cfg: dict[str, Any]) -> None:
+    """`asft.lambda_reg: 5` at the top level of a config means `lambda_reg: 5` in its `asft:` block.
+
+    That is what `--sweep` and `--asft.lambda_reg 5` write, since axolotl sets top-level keys alone.
+    """
+    for dotted in [key for key in cfg if isinstance(key, str) and key.startswith(f"{SHORT_NAME}.")]:
+        block = cfg.get(SHORT_NAME)
+        if block is not None and not isinstance(block, dict):
+            raise AsftError(f"asft: is {block!r}, so that {dotted} cannot be set in it; expected a block of keys")
+        if block is None:
+            cfg[SHORT_NAME] = {}
+        cfg[SHORT_NAME][dotted.partition(".")[2]] = cfg.pop(dotted)
+
+
+def add_options(options: tuple) -> tuple:
+    """axolotl's table of command-line options, with `--asft.lambda-reg` and the block's other keys in it.
+
+    Raises:
+        AsftError: the command line has an `--asft.` option that is none; axolotl would ignore it.
+    """
+    ours: list[tuple] = []
+    known = set()
+    for key, kind in OPTIONS.items():
+        spellings = dict.fromkeys(f"{SHORT_NAME}.{name}" for name in (key.replace("_", "-"), key))
+        known.update(spellings)
+        declarations = tuple(f"--{name}/--no-{name}" if kind == "bool" else f"--{name}" for name in spellings)
+        kind_name = None if kind == "bool" else kind
+        ours.append((declarations, f"{SHORT_NAME}__{key}", kind_name, f"`{key}` of the asft block (AsFT constraint)"))
+    for argument in sys.argv[1:]:
+        name = argument.partition("=")[0].removeprefix("--").removeprefix("no-")
+        if argument.startswith("--") and name.startswith(f"{SHORT_NAME}.") and name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean --{near[0]}?" if near else f"set it in the {SHORT_NAME} block of the config"
+            raise AsftError(f"--{name} is no option; {hint}")
+    return (*options, *ours)
+
+
 def wrap_load_plugin(load_plugin: Callable[[str], Any]) -> Callable[[str], Any]:
     """axolotl's `load_plugin`, with our short name known and our import failures loud."""
 
@@ -73,6 +121,7 @@ def wrap_validate_config(validate_config: Callable[..., Any]) -> Callable[..., A
 
     @functools.wraps(validate_config)
     def guarded(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        fold_dotted_keys(cfg)
         require_plugin(cfg)
         return validate_config(cfg, *args, **kwargs)
 

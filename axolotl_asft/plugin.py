@@ -10,7 +10,7 @@ from axolotl_asft.constraint import Constraint, attach
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError
-from axolotl_asft.guard import OUR_NAMES
+from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys
 from axolotl_asft.verify import verify_checkpoint
 
 ADAPTERS = ("lora", "qlora")
@@ -36,6 +36,7 @@ class AsftPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Called for every command that reads a config: what the YAML alone tells to be wrong ends here."""
+        fold_dotted_keys(cfg)
         if cfg.get("asft") is None:
             raise AsftError("plugins: lists asft, but the config has no asft: block; add it, or take the plugin out")
         parse_block(cfg["asft"])

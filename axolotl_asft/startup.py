@@ -3,8 +3,8 @@
 Why it is needed: axolotl resolves plugin names in the launching process and again in every child that accelerate
 or torchrun starts, by splitting them at a dot; `plugins: [asft]` has no dot. There is no registry of short names to
 join, and no entry point that the children load. A `.pth` file (from Python 3.15 on a `.start` file, PEP 829) is the
-one place that every interpreter of the environment passes; it calls `install`, which waits for three modules of
-axolotl to be imported and then wraps one function in each (see `guard`). An interpreter that never imports axolotl
+one place that every interpreter of the environment passes; it calls `install`, which waits for four modules of
+axolotl to be imported and then wraps one name in each (see `guard`). An interpreter that never imports axolotl
 pays for one dictionary look-up an import.
 """
 
@@ -14,6 +14,7 @@ _WRAPPERS = {
     "axolotl.integrations.base": ("load_plugin", "wrap_load_plugin"),
     "axolotl.utils.config": ("validate_config", "wrap_validate_config"),
     "axolotl.cli.art": ("print_axolotl_text_art", "wrap_print_logo"),
+    "axolotl.cli.config_options": ("AXOLOTL_CONFIG_CLI_OPTIONS", "add_options"),
 }
 
 

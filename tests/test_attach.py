@@ -3,12 +3,15 @@
 import json
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from tiny import WORDS, make_tokenizer
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
@@ -274,3 +277,83 @@ def test_precision(pair, rows, direction, tmp_path, dtype, base):
     tolerance = {} if dtype == torch.float32 and base == torch.float32 else {"rtol": 0.02, "atol": 2e-3}
     options = {"max_steps": 1, "learning_rate": 0.1, "bf16": base != dtype}
     assert_differ_by_the_closed_form(pair, rows, direction, tmp_path, options, prepare=cast, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (DistributedType.DEEPSPEED, "DeepSpeed is not supported by the constraint, because it steps inside its own"),
+        (DistributedType.FSDP, "FSDP1 is not supported by the constraint"),
+        (DistributedType.MEGATRON_LM, "training under MEGATRON_LM is not supported by the constraint; use one device"),
+    ],
+)
+def test_engines_that_are_refused(pair, rows, direction, tmp_path, monkeypatch, kind, message):
+    trainer = make_trainer(pair, rows, tmp_path)
+    state = trainer.accelerator.state
+    before = state.distributed_type
+    state.distributed_type = kind
+    monkeypatch.setitem(state._shared_state, "fsdp_plugin", None)
+    try:
+        with pytest.raises(AsftError, match=message):
+            attach(trainer, direction)
+    finally:
+        state.distributed_type = before
+
+
+@pytest.mark.parametrize(("size", "key"), [("tp_size", "tensor_parallel_size"), ("cp_size", "context_parallel_size")])
+def test_other_parallelism_is_refused(pair, rows, direction, tmp_path, monkeypatch, size, key):
+    trainer = make_trainer(pair, rows, tmp_path)
+    config = ParallelismConfig(**{size: 2})
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", property(lambda self: config))
+    with pytest.raises(AsftError, match=f"{key} is not supported by the constraint"):
+        attach(trainer, direction)
+
+
+def test_nothing_of_the_penalty_is_kept_for_a_backward_pass(pair, rows, direction, tmp_path):
+    """Activation offloading moves what the backward pass will need to the host: of the penalty there is nothing."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    penalty = AlignmentPenalty(trainer.model, direction)
+
+    def kept(tensor):
+        raise AssertionError(f"a tensor of {tuple(tensor.shape)} was kept")
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        penalty.add_gradient(LAMBDA)
+    assert all(weight.grad is not None for weight in trainer.model.parameters() if weight.requires_grad)
+
+
+def test_resuming_gives_the_same_weights(pair, rows, direction, tmp_path):
+    """Three steps, and two with one more from the checkpoint."""
+    options = {"max_steps": 3, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(pair, rows, tmp_path / "whole", **options)
+    attach(whole, direction, LAMBDA)
+    whole.train()
+    resumed = make_trainer(pair, rows, tmp_path / "resumed", **options)
+    attach(resumed, direction, LAMBDA)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    for name, weight in lora_weights(whole).items():
+        torch.testing.assert_close(lora_weights(resumed)[name], weight, rtol=1e-6, atol=1e-7)
+
+
+def test_training_twice(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction, LAMBDA)
+    trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_early_stopping_and_the_best_model(pair, rows, direction, tmp_path):
+    """The stamp is of the weights that are kept: the best, not the last."""
+    options = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.5}
+    trainer = make_trainer(pair, rows, tmp_path, **options)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    constraint = attach(trainer, direction, 0.01)
+    trainer.train()
+    trainer.save_model()
+    stamp = json.loads((tmp_path / "adapter_config.json").read_text())["asft"]
+    assert stamp["update_norm"] == pytest.approx(constraint.report().update_norm, rel=1e-5)
+    best = json.loads((Path(trainer.state.best_model_checkpoint) / "adapter_config.json").read_text())["asft"]
+    assert stamp["update_norm"] == pytest.approx(best["update_norm"], rel=1e-5)

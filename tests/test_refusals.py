@@ -196,8 +196,38 @@ def test_weights_trained_beside_lora(refused, direction_file):
     assert "1 trainable weights that are no LoRA layer (first lm_head" in line
 
 
-def test_dora(refused, direction_file):
-    assert "peft_use_dora is not supported" in refused({"direction": str(direction_file)}, peft_use_dora=True)
+FSDP = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_use_dora": True}, "peft_use_dora is not supported by the constraint: DoRA also rescales the rows"),
+        (
+            {"relora": True, "jagged_restart_steps": 2, "jagged_restart_warmup_steps": 1},
+            "relora is not supported by the constraint: it merges the update",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 1}}},
+            "DeepSpeed is not supported by the constraint, because it steps inside its own backward pass; use DDP",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}},
+            "DeepSpeed is not supported by the constraint, because it steps inside its own backward pass; use DDP",
+        ),
+        ({"fsdp_version": 1, "fsdp_config": FSDP}, "FSDP1 is not supported by the constraint"),
+        ({"context_parallel_size": 2}, "context_parallel_size is not supported by the constraint"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is not supported by the constraint"),
+        ({"expert_parallel_size": 2}, "expert_parallel_size is not supported by the constraint"),
+        ({"qat": {"activation_dtype": "int8", "weight_dtype": "int4"}}, "qat is not supported by the constraint"),
+        ({"adapter": None, "load_in_4bit": None}, "adapter is None; the constraint needs LoRA"),
+        ({"adapter": "mora"}, "adapter is 'mora'; the constraint needs LoRA"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_ways_of_training_that_are_not_supported(refused, direction_file, changes, message):
+    assert message in refused({"direction": str(direction_file)}, **changes)
+
 
 
 @pytest.mark.slow
