@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.naming import model_names
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -29,7 +30,8 @@ class Checkpoint:
     Attributes:
         path: the folder.
         name: how the model is called in a direction file: the folder's name, never its whole path.
-        files: tensor name -> the file that holds it.
+        stored: tensor name in the model -> as stored, where transformers renames it as it loads.
+        files: tensor name in the model -> the file that holds it.
         shapes: tensor name -> shape as stored.
         dtypes: tensor name -> safetensors' dtype name.
         transposed: True where linear weights are stored (in, out).
@@ -37,6 +39,7 @@ class Checkpoint:
 
     path: Path
     name: str
+    stored: dict[str, str] = field(repr=False)
     files: dict[str, Path] = field(repr=False)
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     dtypes: dict[str, str] = field(repr=False)
@@ -55,18 +58,22 @@ class Checkpoint:
                 f"{folder} is a quantised checkpoint (config.json has quantization_config); expected full-precision "
                 "weights; give the original model instead"
             )
-        files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, str] = {}
+        headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
         for file in _weight_files(folder):
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not iterable itself
                     view = tensors.get_slice(name)
-                    files[name] = file
-                    shapes[name] = tuple(view.get_shape())
-                    dtypes[name] = view.get_dtype()
-        name = folder.resolve().name
-        return cls(folder, name, files, shapes, dtypes, _model_type(folder) in TRANSPOSED_MODEL_TYPES)
+                    headers[name] = file, tuple(view.get_shape()), view.get_dtype()
+        stored = {renamed: name for name, renamed in model_names(folder, headers).items()}
+        return cls(
+            path=folder,
+            name=folder.resolve().name,
+            stored=stored,
+            files={renamed: headers[name][0] for renamed, name in stored.items()},
+            shapes={renamed: headers[name][1] for renamed, name in stored.items()},
+            dtypes={renamed: headers[name][2] for renamed, name in stored.items()},
+            transposed=_model_type(folder) in TRANSPOSED_MODEL_TYPES,
+        )
 
     def linear_weights(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every linear weight inside the decoder layers."""
@@ -90,7 +97,7 @@ class Checkpoint:
                 "give a full-precision checkpoint"
             )
         with _opened(self.files[name]) as tensors:
-            weight = tensors.get_tensor(name)
+            weight = tensors.get_tensor(self.stored[name])
         return weight.T if self.transposed else weight
 
     def values(self, module: str, start: int, count: int) -> Tensor:
@@ -98,7 +105,7 @@ class Checkpoint:
         columns = self.linear_weights()[module][1]
         first, last = start // columns, (start + count - 1) // columns + 1
         with _opened(self.files[f"{module}.weight"]) as tensors:
-            view = tensors.get_slice(f"{module}.weight")
+            view = tensors.get_slice(self.stored[f"{module}.weight"])
             rows = view[:, first:last].T if self.transposed else view[first:last]
         return rows.reshape(-1)[start - first * columns :][:count]
 

@@ -44,13 +44,17 @@ def full_direction(pair):
 
 
 def literal_formula(model, pair):
+    return literal_formula_of(model, *(AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in pair))
+
+
+def literal_formula_of(model, base, aligned, transposed=False):
     """sum_l ||(I - d d^T / ||d||_F) B A||_F^2 as the authors' code has it: dense, and without PEFT's scaling."""
-    base, aligned = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in pair)
     total = torch.zeros((), dtype=torch.float64)
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             key = name.removeprefix("base_model.model.") + ".weight"
             d = aligned[key].double() - base[key].double()
+            d = d.T if transposed else d
             C = d @ d.T / torch.linalg.matrix_norm(d)
             update = module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
             total = total + torch.linalg.matrix_norm(update - C @ update) ** 2
