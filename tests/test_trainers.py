@@ -93,6 +93,11 @@ FEATURES = {
     "rsLoRA": {"peft_use_rslora": True},
     "PiSSA": {"adapter": "lora", "load_in_4bit": None, "peft_init_lora_weights": "pissa"},
     "some layers": {"lora_target_linear": None, "lora_target_modules": ["q_proj", "down_proj"]},
+    "torch.compile": {"torch_compile": True, "adapter": "lora", "load_in_4bit": None},
+    "chunked cross entropy": {"chunked_cross_entropy": True},
+    "bf16": {"bf16": True, "plugins": [*PLUGINS, "cpu_plugin.CpuPlugin"]},
+    "Liger listed before": {"plugins": ["axolotl.integrations.liger.LigerPlugin", *PLUGINS]},
+    "Liger listed after": {"plugins": [*PLUGINS, "axolotl.integrations.liger.LigerPlugin"]},
     "regex": {"lora_target_linear": None, "lora_target_modules": r".*layers\.1.*(up|down)_proj"},
 }
 
