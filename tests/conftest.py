@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ENVIRONMENT, make_dataset, make_pair
+from tiny import ENVIRONMENT, ON_GPU, make_dataset, make_pair
 
 os.environ.update(ENVIRONMENT)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu run on request, `ASFT_TEST_GPU=1 pytest -m gpu`; all others see no GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and ASFT_TEST_GPU=1"))
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def trained(forked_train, pair, dataset, direction_file, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_weights(forked_train, pair, dataset, direction_file, tmp_path):
     block = {"direction": str(direction_file), "lambda_reg": 5.0, "projector": "subspace"}
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

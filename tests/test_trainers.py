@@ -6,6 +6,8 @@ import pytest
 from recorder_plugin import RecorderPlugin
 from tiny import make_tokenizer, write_config
 
+pytestmark = pytest.mark.slow
+
 PLUGINS = ["recorder_plugin.RecorderPlugin", "asft"]
 STEPS = 3
 

@@ -13,10 +13,12 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "AXOLOTL_DO_NOT_TRACK": "1",
     "DO_NOT_TRACK": "1",
-    "CUDA_VISIBLE_DEVICES": "",
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
 }
+ON_GPU = os.environ.get("ASFT_TEST_GPU") == "1"
+if not ON_GPU:
+    ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 WORDS = ["the", "cat", "dog", "sees", "likes", "a", "red", "blue", "house", "tree", "and", "then", "says", "yes", "no"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + ' </s>' }}{% endfor %}"
