@@ -199,7 +199,7 @@ class AlignmentPenalty:
         c = projector_eigenvalues(self.projector, module.S, module.norm)[:k]
         if found.was_taken_out and found.A.is_meta:
             raise AsftError(
-                f"{found.name} is initialised by {found.initialisation!r} and its weights are not loaded on this process; "
+                f"{found.name} is initialised by {found.initialisation!r}, and its weights are not loaded here; "
                 "set fsdp_config.cpu_ram_efficient_loading: false"
             )
         initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None

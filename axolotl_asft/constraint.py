@@ -128,7 +128,7 @@ class Constraint:
 
     def begin(self) -> None:
         """Training starts."""
-        self._steps, self._final_stamp = 0, None
+        self._steps, self._peak, self._final_stamp = 0, None, None
         self._first_step = self.trainer.state.global_step
 
     def check_step(self) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from axolotl_asft.adapter import LayerDrift
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
+from axolotl_asft.lora import takes_out
 from axolotl_asft.penalty import orthogonal_part, projector_eigenvalues, relative_drift, squared_norm
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -64,6 +65,11 @@ def adapter_drift(
         tensors = load_file(str(folder / ADAPTER_WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
         raise AsftError(f"{folder} is no readable PEFT adapter ({error}); expected {ADAPTER_WEIGHTS}") from error
+    if takes_out(config.get("init_lora_weights", True)):
+        raise AsftError(
+            f"{folder} was initialised by {config['init_lora_weights']!r}, so that B A is not the change from the "
+            "original weight; read its drift in the training log, or convert it to a plain LoRA with PEFT first"
+        )
     layers = []
     for key in sorted(name for name in tensors if name.endswith(".lora_A.weight")):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

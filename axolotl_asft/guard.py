@@ -19,7 +19,7 @@ from axolotl_asft.errors import AsftError
 SHORT_NAME = "asft"
 PLUGIN = "axolotl_asft.AsftPlugin"
 OUR_NAMES = (SHORT_NAME, PLUGIN, "axolotl_asft.plugin.AsftPlugin")
-# The keys of the block that the command line can set, with their types; `args` would cost every start of the CLI pydantic.
+# The keys of the block that the command line can set; reading them from `args` would cost every command pydantic.
 OPTIONS = {
     "direction": "str",
     "direction_sha256": "str",
@@ -84,7 +84,7 @@ def add_options(options: tuple) -> tuple:
         AsftError: the command line has an `--asft.` option that is none; axolotl would ignore it.
     """
     ours: list[tuple] = []
-    known = set()
+    known: set[str] = set()
     for key, kind in OPTIONS.items():
         spellings = dict.fromkeys(f"{SHORT_NAME}.{name}" for name in (key.replace("_", "-"), key))
         known.update(spellings)

@@ -50,7 +50,7 @@ class FoundLayer:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
-        return self.layer.out_features, self.layer.in_features
+        return cast(int, self.layer.out_features), cast(int, self.layer.in_features)
 
     @property
     def base_weight(self) -> Tensor:
@@ -62,7 +62,12 @@ class FoundLayer:
     @property
     def was_taken_out(self) -> bool:
         """Whether the initial B A was taken out of the base weight (PiSSA and its like)."""
-        return self.initialisation not in ADDED_TO_THE_WEIGHT
+        return takes_out(self.initialisation)
+
+
+def takes_out(initialisation: str | bool) -> bool:
+    """Whether an initialisation subtracts its scaling B0 A0 from the base weight."""
+    return str(initialisation).partition("_niter_")[0] in TAKEN_OUT_OF_THE_WEIGHT
 
 
 def trainable_lora_layers(model: nn.Module) -> list[FoundLayer]:
@@ -135,10 +140,8 @@ def _refuse_variants(layer: FoundLayer) -> None:
         )
     if variant is not None:
         raise AsftError(f"{layer.name} uses {type(variant).__name__}, whose update is not scaling B A; use plain LoRA")
-    kind = str(layer.initialisation)
-    known = kind in TAKEN_OUT_OF_THE_WEIGHT or kind.startswith("pissa_niter_")
-    if layer.initialisation not in ADDED_TO_THE_WEIGHT and not known:
+    if layer.initialisation not in ADDED_TO_THE_WEIGHT and not layer.was_taken_out:
         raise AsftError(
-            f"adapter {layer.adapter} is initialised by {kind!r}, which the constraint does not know; leave "
-            "peft_init_lora_weights out"
+            f"adapter {layer.adapter} is initialised by {layer.initialisation!r}, which the constraint does not know; "
+            "leave peft_init_lora_weights out"
         )

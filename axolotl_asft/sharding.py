@@ -13,7 +13,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # parameters offloaded to the host are gathered where the mesh can talk
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    gathered: DTensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]
+    return gathered.full_tensor()
 
 
 @torch.no_grad()

@@ -270,7 +270,7 @@ def test_precision(pair, rows, direction, tmp_path, dtype, base):
     """The penalty is computed in fp32 from the weights as they are, and added in their dtype."""
 
     def cast(trainer):
-        for name, weight in trainer.model.named_parameters():
+        for weight in trainer.model.parameters():
             weight.data = weight.data.to(dtype if weight.requires_grad else base)
         return trainer
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_adapter import lora_model
 from test_lora_kinds import shake

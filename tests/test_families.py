@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_adapter import literal_formula_of
 from test_lora_kinds import shake
 
@@ -117,6 +118,21 @@ def test_every_lora_layer_finds_its_direction(family, tmp_path):
     )
     with pytest.raises(AsftError, match="extracted for another model"):
         AlignmentPenalty(wrong, direction)
+
+
+def test_a_checkpoint_without_the_prefix_of_its_head(tmp_path):
+    """GPT-2 on the Hub: `h.0.attn.c_attn.weight`, which the model calls `transformer.h.0.attn.c_attn.weight`."""
+    make_family(tmp_path, "GPT-2 (Conv1D)")
+    for name in ("base", "aligned"):
+        file = tmp_path / name / "model.safetensors"
+        stored = {key.removeprefix("transformer."): weight for key, weight in load_file(file).items()}
+        assert "h.0.attn.c_attn.weight" in stored
+        save_file(stored, file, metadata={"format": "pt"})
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
+    assert "transformer.h.0.attn.c_attn" in direction.modules
+    aligned = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "aligned")
+    model = get_peft_model(aligned, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    assert len(AlignmentPenalty(model, direction).layers) == 2
 
 
 @pytest.mark.parametrize(

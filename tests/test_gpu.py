@@ -1,6 +1,6 @@
 """What needs a GPU: axolotl's FSDP2 path, fp16 with loss scaling, fused kernels, activation offloading.
 
-    ASFT_TEST_GPU=1 python -m pytest -m gpu
+ASFT_TEST_GPU=1 python -m pytest -m gpu
 """
 
 import json

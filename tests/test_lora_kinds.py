@@ -8,6 +8,7 @@ from test_adapter import lora_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty
+from axolotl_asft.diagnostics import adapter_drift
 from axolotl_asft.errors import AsftError
 
 PREFIX = "base_model.model."
@@ -107,6 +108,12 @@ def test_the_weight_without_its_initial_part_is_recognised(pair, direction, kind
         AlignmentPenalty(lora_model(pair[0], random_b=False, **KINDS[kind]), direction)
 
 
+def test_a_saved_pissa_adapter_does_not_say_its_change(pair, direction, tmp_path):
+    lora_model(pair[1], random_b=False, init_lora_weights="pissa").save_pretrained(tmp_path)
+    with pytest.raises(AsftError, match="initialised by 'pissa', so that B A is not the change from the original"):
+        adapter_drift(tmp_path, direction)
+
+
 def test_olora_in_4_bit(pair, direction):
     """PEFT takes the initial part out of the dequantised weight and rounds the rest again."""
     model = lora_model(pair[1], "single", random_b=False, init_lora_weights="olora")
@@ -144,7 +151,7 @@ def test_loftq_of_peft(pair, direction):
 
 
 def assert_loftq_is_constrained(model, direction):
-    with pytest.raises(AsftError, match="LoftQ replaced the weights by rounded ones.*set verify_model: false"):
+    with pytest.raises(AsftError, match=r"LoftQ replaced the weights by rounded ones.*set verify_model: false"):
         AlignmentPenalty(model, direction)
     penalty = AlignmentPenalty(model, direction, projector="subspace", rank=0, verify_model=False)
     assert float(penalty()) == 0
@@ -178,7 +185,8 @@ def test_the_active_adapter_is_constrained(pair, direction):
     shake(model)
     penalty.add_gradient()
     got = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    assert got and all(".second." in name for name in got)
+    assert got
+    assert all(".second." in name for name in got)
 
 
 def test_two_adapters_that_train_at_once(pair, direction):

@@ -229,7 +229,6 @@ def test_ways_of_training_that_are_not_supported(refused, direction_file, change
     assert message in refused({"direction": str(direction_file)}, **changes)
 
 
-
 @pytest.mark.slow
 def test_import_failure_of_our_package(tmp_path, pair, dataset, direction_file):
     """axolotl swallows an ImportError from a plugin; here one of our own modules fails to import."""

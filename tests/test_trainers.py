@@ -124,7 +124,9 @@ def test_relatives_of_dpo(record, data, rl):
 
 def test_kto(record, data):
     kind = {"field_prompt": "q", "field_completion": "a", "field_label": "ok", "prompt_format": "{prompt} "}
-    answer = record(rl="kto", datasets=jsonl(data["kto"], kind), dataset_prepared_path=None, remove_unused_columns=False)
+    answer = record(
+        rl="kto", datasets=jsonl(data["kto"], kind), dataset_prepared_path=None, remove_unused_columns=False
+    )
     assert "KTO" in answer["trainer"]
     counts_once(answer, tolerance=IN_BF16)
 
