@@ -10,7 +10,8 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
-    "lora", "sharding", "adapter", "diagnostics", "stamp", "engines", "constraint", "args", "guard", "startup", "plugin", "summary",
+    "lora", "sharding", "adapter", "diagnostics", "stamp", "engines", "constraint",
+    "args", "guard", "startup", "plugin", "summary",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart", "cli", "__main__",
 ]  # fmt: skip
 
