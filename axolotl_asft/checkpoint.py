@@ -53,7 +53,8 @@ class Checkpoint:
             AsftError: no such folder, no safetensors in it, or a file that cannot be read.
         """
         folder = _existing_folder(location)
-        if _is_quantized(folder):
+        config = _config(folder)
+        if config.get("quantization_config"):
             raise AsftError(
                 f"{folder} is a quantised checkpoint (config.json has quantization_config); expected full-precision "
                 "weights; give the original model instead"
@@ -64,7 +65,7 @@ class Checkpoint:
                 for name in tensors.keys():  # noqa: SIM118 - not iterable itself
                     view = tensors.get_slice(name)
                     headers[name] = file, tuple(view.get_shape()), view.get_dtype()
-        stored = {renamed: name for name, renamed in model_names(folder, headers).items()}
+        stored = {renamed: name for name, renamed in model_names(folder, config, headers).items()}
         return cls(
             path=folder,
             name=folder.resolve().name,
@@ -72,7 +73,7 @@ class Checkpoint:
             files={renamed: headers[name][0] for renamed, name in stored.items()},
             shapes={renamed: headers[name][1] for renamed, name in stored.items()},
             dtypes={renamed: headers[name][2] for renamed, name in stored.items()},
-            transposed=_model_type(folder) in TRANSPOSED_MODEL_TYPES,
+            transposed=config.get("model_type") in TRANSPOSED_MODEL_TYPES,
         )
 
     def linear_weights(self) -> dict[str, tuple[int, int]]:
@@ -135,14 +136,6 @@ def _read_json(path: Path) -> dict:
 def _config(folder: Path) -> dict:
     path = folder / "config.json"
     return _read_json(path) if path.is_file() else {}
-
-
-def _model_type(folder: Path) -> str | None:
-    return _config(folder).get("model_type")
-
-
-def _is_quantized(folder: Path) -> bool:
-    return bool(_config(folder).get("quantization_config"))
 
 
 def _weight_files(folder: Path) -> list[Path]:

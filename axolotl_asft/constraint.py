@@ -14,7 +14,7 @@ from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.direction import AlignmentDirection
-from axolotl_asft.engines import engine, refuse_unsupported
+from axolotl_asft.engines import engine, refuse_unsupported, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
 
@@ -165,10 +165,7 @@ class Constraint:
         for layer in self.penalty.layers:
             for factor in (layer.found.A, layer.found.B):
                 if getattr(factor, "_post_accumulate_grad_hooks", None):
-                    raise AsftError(
-                        f"optimizer {self.trainer.args.optim} steps during the backward pass, before the gradient is "
-                        "complete; use another optimizer, for example adamw_8bit"
-                    )
+                    raise AsftError(steps_in_backward(self.trainer.args.optim))
 
 
 class _EveryStepConstrained(TrainerCallback):

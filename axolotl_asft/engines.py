@@ -38,10 +38,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     _refuse_other_parallelism(trainer)
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
     if optimizer in STEPS_IN_BACKWARD or optimizer.endswith("layerwise"):
-        raise AsftError(
-            f"optimizer {optimizer} steps during the backward pass, before the gradient is complete; use another "
-            "optimizer, for example adamw_8bit"
-        )
+        raise AsftError(steps_in_backward(optimizer))
 
 
 def _refuse_other_parallelism(trainer: Trainer) -> None:
@@ -49,6 +46,14 @@ def _refuse_other_parallelism(trainer: Trainer) -> None:
     for key, size in (("tensor_parallel_size", "tp_size"), ("context_parallel_size", "cp_size")):
         if parallel is not None and (getattr(parallel, size, 1) or 1) > 1:
             raise AsftError(other_parallelism(key))
+
+
+def steps_in_backward(optimizer: str) -> str:
+    """The line for an optimizer that leaves no gradient to add to."""
+    return (
+        f"optimizer {optimizer} steps during the backward pass, before the gradient is complete; use another "
+        "optimizer, for example adamw_8bit"
+    )
 
 
 def other_parallelism(key: str) -> str:

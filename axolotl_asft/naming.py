@@ -1,19 +1,23 @@
 """How a checkpoint's tensors are called in the model: transformers renames, and fuses, some of them as it loads."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
-def model_names(folder: Path, tensors: Iterable[str]) -> dict[str, str]:
+def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) -> dict[str, str]:
     """Stored tensor name -> name in the loaded model, for the tensors that become a parameter of their own.
 
     Tensors that transformers merges with others as it loads them (the experts of a mixture, mostly) are left out:
     no module of the model has their weight. A checkpoint of no model type that transformers renames keeps its names;
     for the others the model is built without weights, by transformers' own classes alone (no code of the checkpoint).
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json, empty where there is none.
+        tensors: the names as stored.
     """
     tensors = list(tensors)
-    config = _config(folder)
     if not _may_be_renamed(config, tensors):
         return {name: name for name in tensors}
     import torch
@@ -50,11 +54,3 @@ def _may_be_renamed(config: dict, tensors: list[str]) -> bool:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     return get_checkpoint_conversion_mapping(model_type) is not None
-
-
-def _config(folder: Path) -> dict:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
