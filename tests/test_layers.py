@@ -9,7 +9,8 @@ import axolotl_asft
 
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
-    "errors", "files", "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
+    "errors", "files", "evaluation.refusals",
+    "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
     "lora", "sharding", "adapter", "diagnostics", "stamp", "engines", "constraint",
     "args", "guard", "startup", "plugin", "summary",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart", "cli", "__main__",
@@ -29,7 +30,7 @@ def imports(path: Path) -> set[str]:
 
 def test_every_module_has_a_place():
     modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
-    assert modules - {"__init__", "demo.__init__"} == set(ORDER)
+    assert modules - {"__init__", "demo.__init__", "evaluation.__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -1,0 +1,1 @@
+"""How safe and how useful a chat model is, measured from its answers."""
