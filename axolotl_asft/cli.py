@@ -1,33 +1,19 @@
 """`axolotl asft ...`: the commands. Heavy modules are imported inside them, so that --help is quick."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from axolotl_asft import __version__
+from axolotl_asft.cli_evidence import evaluate_command
+from axolotl_asft.console import OneLineErrors, stages
 from axolotl_asft.errors import AsftError
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
-
-class _OneLineErrors(click.Group):
-    """Exit status 0 done, 1 the work failed, 2 wrong usage or input; a user error is one line, no traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except AsftError as error:
-            click.echo(f"asft: {error}", err=True)
-            ctx.exit(2)
-
-
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="axolotl-asft")
 def asft() -> None:
     """Keep a chat model's safety while you fine-tune it (AsFT, arXiv 2506.08473).
@@ -164,7 +150,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
     """
     from axolotl_asft.demo.run import run_demo, table
 
-    with _stages(show=not as_json) as stage:
+    with stages(show=not as_json) as stage:
         result = run_demo(output, seed, stage)
     if as_json:
         click.echo((output / "results.json").read_text(), nl=False)
@@ -176,36 +162,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
     )
 
 
-@contextlib.contextmanager
-def _stages(show: bool) -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Progress bars with the time left on a terminal, a line a stage elsewhere."""
-    if not show:
-        yield lambda title, total: lambda: None
-        return
-    if not sys.stderr.isatty():
-
-        def announce(title: str, total: int) -> Callable[[], None]:
-            click.echo(f"{title} ...", err=True)
-            return lambda: None
-
-        yield announce
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        current: list[TaskID] = []
-
-        def start(title: str, total: int) -> Callable[[], None]:
-            for task in current:
-                progress.update(task, completed=progress.tasks[task].total)
-            current[:] = [progress.add_task(title, total=total)]
-            return lambda: progress.advance(current[0])
-
-        yield start
-        for task in current:
-            progress.update(task, completed=progress.tasks[task].total)
+asft.add_command(evaluate_command)
 
 
 def main() -> None:

@@ -4,17 +4,18 @@ Why it is needed: axolotl resolves plugin names in the launching process and aga
 or torchrun starts, by splitting them at a dot; `plugins: [asft]` has no dot. There is no registry of short names to
 join, and no entry point that the children load. A `.pth` file (from Python 3.15 on a `.start` file, PEP 829) is the
 one place that every interpreter of the environment passes; it calls `install`, which waits for four modules of
-axolotl to be imported and then wraps one name in each (see `guard`). An interpreter that never imports axolotl
-pays for one dictionary look-up an import.
+axolotl to be imported and then wraps one name in each (see `guard`), and for lm-eval's, so that it knows our tasks
+(see `registration`). An interpreter that never imports either pays for one dictionary look-up an import.
 """
 
 import sys
 
 _WRAPPERS = {
-    "axolotl.integrations.base": ("load_plugin", "wrap_load_plugin"),
-    "axolotl.utils.config": ("validate_config", "wrap_validate_config"),
-    "axolotl.cli.art": ("print_axolotl_text_art", "wrap_print_logo"),
-    "axolotl.cli.config_options": ("AXOLOTL_CONFIG_CLI_OPTIONS", "add_options"),
+    "axolotl.integrations.base": ("load_plugin", "guard", "wrap_load_plugin"),
+    "axolotl.utils.config": ("validate_config", "guard", "wrap_validate_config"),
+    "axolotl.cli.art": ("print_axolotl_text_art", "guard", "wrap_print_logo"),
+    "axolotl.cli.config_options": ("AXOLOTL_CONFIG_CLI_OPTIONS", "guard", "add_options"),
+    "lm_eval.tasks": ("TaskManager", "registration", "with_our_tasks"),
 }
 
 
@@ -27,7 +28,8 @@ class _Finder:
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in self.waiting:
             return None
-        function, wrapper = self.waiting.pop(fullname)
+        name, home, wrapper = self.waiting.pop(fullname)
+        from importlib import import_module
         from importlib.util import find_spec
 
         spec = find_spec(fullname)
@@ -37,10 +39,11 @@ class _Finder:
 
         def exec_module(module):
             execute(module)
-            from axolotl_asft import guard
+            from axolotl_asft.guard import print_user_errors_in_one_line
 
-            setattr(module, function, getattr(guard, wrapper)(getattr(module, function)))
-            guard.print_user_errors_in_one_line()
+            wrap = getattr(import_module(f"axolotl_asft.{home}"), wrapper)
+            setattr(module, name, wrap(getattr(module, name)))
+            print_user_errors_in_one_line()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

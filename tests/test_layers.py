@@ -12,8 +12,10 @@ ORDER = [
     "errors", "files", "evaluation.refusals",
     "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
     "lora", "sharding", "adapter", "diagnostics", "stamp", "engines", "constraint",
-    "args", "guard", "startup", "plugin", "summary",
-    "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart", "cli", "__main__",
+    "args", "guard", "registration", "startup", "plugin", "summary", "console",
+    "evaluation.shares", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
+    "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
+    "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart", "cli_evidence", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,18 +1,16 @@
 """The stages of the demo, each resumable: what is finished with the same settings is not done again."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft import __version__
+from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.demo.configs import FineTuning, write_configs
 from axolotl_asft.demo.prompts import DemoData, Turn, make_data
 from axolotl_asft.errors import AsftError
@@ -23,9 +21,6 @@ ALIGNED_STEPS, ALIGNED_RATE = 200, 1e-3
 # Everything that the numbers depend on; a change makes the stages run again.
 RECIPE = 1
 OFFLINE = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-Advance = Callable[[], None]
-Stage = Callable[[str, int], Advance]
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class DemoResult:
         return next(row for row in self.rows if row.model == model)
 
 
-def run_demo(output: Path, seed: int = 0, stage: Stage = lambda title, total: lambda: None) -> DemoResult:
+def run_demo(output: Path, seed: int = 0, stage: Stage = silent) -> DemoResult:
     """Make a base model, align it, extract the direction, fine-tune it plain and under AsFT, and score all four.
 
     Everything is kept in `output`: checkpoints, the direction file, both configs, logs, results.json and results.md,
@@ -79,7 +74,7 @@ def run_demo(output: Path, seed: int = 0, stage: Stage = lambda title, total: la
     _claim(output, settings)
     started = time.monotonic()
     data = make_data(seed, poison=settings.poison)
-    _quieten()
+    quieten_libraries()
     tokenizer = _make_models(output, data, seed, stage)
     _extract(output, stage)
     _write_dataset(output / "task.jsonl", data.poisoned)
@@ -119,17 +114,6 @@ def _claim(output: Path, settings: FineTuning) -> None:
     if output.exists() and any(output.iterdir()):
         raise AsftError(f"{output} is not empty and holds no demo; give another --output")
     atomic_write_text(marker, json.dumps(wanted, indent=2) + "\n")
-
-
-def _quieten() -> None:
-    """Leave the terminal to the demo: the libraries' notes on CPUs and on our stamp tell its reader nothing."""
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 def _done(folder: Path, name: str) -> bool:

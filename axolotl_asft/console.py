@@ -1,0 +1,77 @@
+"""What the commands share at the terminal: errors in one line, progress bars. No torch."""
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from axolotl_asft.errors import AsftError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+# Start a stage with a title and a number of units; what comes back is called with the units that were done.
+Stage = Callable[[str, int], Callable[..., None]]
+
+
+class OneLineErrors(click.Group):
+    """Exit status 0 done, 1 the work failed, 2 wrong usage or input; a user error is one line, no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AsftError as error:
+            click.echo(f"asft: {error}", err=True)
+            ctx.exit(2)
+
+
+@contextlib.contextmanager
+def stages(show: bool) -> Iterator[Stage]:
+    """Progress bars with the time left on a terminal, a line a stage elsewhere."""
+    if not show:
+        yield silent
+        return
+    if not sys.stderr.isatty():
+
+        def announce(title: str, total: int) -> Callable[..., None]:
+            click.echo(f"{title} ...", err=True)
+            return lambda done=1: None
+
+        yield announce
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        current: list[TaskID] = []
+
+        def start(title: str, total: int) -> Callable[..., None]:
+            for task in current:
+                progress.update(task, completed=progress.tasks[task].total)
+            current[:] = [progress.add_task(title, total=total)]
+            return lambda done=1: progress.advance(current[0], done)
+
+        yield start
+        for task in current:
+            progress.update(task, completed=progress.tasks[task].total)
+
+
+def silent(title: str, total: int) -> Callable[..., None]:
+    """A stage that shows nothing."""
+    return lambda done=1: None
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to the command: the libraries' notes on CPUs and on our stamp tell its reader nothing."""
+    for library in ("torchao", "bitsandbytes", "lm_eval", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

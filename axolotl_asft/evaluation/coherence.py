@@ -1,0 +1,77 @@
+"""Is an answer language at all? A model that babbles refuses nothing and helps nobody."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+# Above this share of repeated word triples an answer goes round in circles.
+REPETITIVE = 0.5
+
+
+def repetition(answer: str, n: int = 3) -> float:
+    """1 - distinct n-grams / n-grams, over words: 0 says nothing twice, towards 1 it goes round in circles.
+
+    Args:
+        answer: fewer than n + 1 words cannot repeat: 0.
+        n: words in an n-gram.
+    """
+    words = answer.lower().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model,
+    tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = 8,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[tuple[float, int]]:
+    """(sum over tokens of log p(answer | prompt), number of tokens) of each pair, in nats.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        pairs: (prompt text as the model reads it, with the chat template; answer).
+        batch_size: pairs at a time; the longest go first.
+        advance: called with the number of pairs that were done.
+    """
+    encoded = []
+    for prompt, answer in pairs:
+        head = tokenizer.encode(prompt, add_special_tokens=False)
+        encoded.append((head, tokenizer.encode(answer, add_special_tokens=False)))
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
+    device = model.get_input_embeddings().weight.device
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        length = max(len(encoded[i][0]) + len(encoded[i][1]) for i in chunk)
+        ids = torch.zeros(len(chunk), length, dtype=torch.long)
+        mask, answered = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, i in enumerate(chunk):
+            head, tail = encoded[i]
+            ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
+            mask[row, : len(head) + len(tail)] = 1
+            answered[row, len(head) : len(head) + len(tail)] = True
+        if not answered.any():
+            continue
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
+        picked = answered[:, 1:]
+        chosen = logits.cpu()[picked].float().log_softmax(-1).gather(1, ids[:, 1:][picked][:, None])[:, 0]
+        sums = torch.zeros(len(chunk), dtype=torch.float64)
+        sums.index_add_(0, picked.nonzero()[:, 0], chosen.double())
+        for row, i in enumerate(chunk):
+            found[i] = float(sums[row]), int(picked[row].sum())
+        advance(len(chunk))
+    return found
+
+
+def median_perplexity(likelihoods: Sequence[tuple[float, int]]) -> float:
+    """The median over answers of exp(- mean log p of a token); NaN where nothing was answered."""
+    values = sorted(math.exp(min(-total / count, 50.0)) for total, count in likelihoods if count)
+    if not values:
+        return math.nan
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

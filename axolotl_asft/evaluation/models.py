@@ -1,0 +1,128 @@
+"""The models that are asked: a chat model, and adapters on it, with the chat template that they were trained with."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axolotl_asft.direction import file_sha256
+from axolotl_asft.errors import AsftError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the table: the model itself, or one of its adapters.
+
+    Attributes:
+        name: what the table calls it.
+        adapter: folder of a PEFT adapter; None for the model itself.
+    """
+
+    name: str
+    adapter: Path | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the adapter's weights; "" for the model itself."""
+        return file_sha256(self.adapter / WEIGHTS) if self.adapter is not None else ""
+
+
+def subjects(adapters: list[str]) -> list[Subject]:
+    """The adapters to ask, given as `folder` or `name=folder`.
+
+    Raises:
+        AsftError: no adapter there, one kept as a pickle, or two of one name.
+    """
+    found: list[Subject] = []
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text).expanduser()
+        if not (path / "adapter_config.json").is_file():
+            raise AsftError(
+                f"{path} is no PEFT adapter (no adapter_config.json in it); give the folder that was trained"
+            )
+        if not (path / WEIGHTS).is_file():
+            raise AsftError(f"{path} has no {WEIGHTS}; expected an adapter saved as safetensors")
+        found.append(Subject(name if equals else path.resolve().name, path))
+    names = [subject.name for subject in found]
+    twice = next((name for name in names if names.count(name) > 1 or name == "model"), None)
+    if twice is not None:
+        raise AsftError(f"two rows would be called {twice!r}; name the adapters with --adapter name=folder")
+    return found
+
+
+def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, device: str | None = None) -> Any:
+    """The chat model, as `AutoModelForCausalLM`, on one device, without remote code.
+
+    Args:
+        name: a folder or Hub id.
+        dtype: "auto" for that of the checkpoint, or "float32", "bfloat16", "float16".
+        load_in_4bit: as bitsandbytes NF4, as QLoRA trains.
+        device: default: the GPU if there is one.
+
+    Raises:
+        AsftError: no such model.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
+    if load_in_4bit:
+        compute = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    except (OSError, ValueError) as error:
+        raise AsftError(f"the model {name} cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
+    """The tokenizer that an adapter was saved with, else that of the model; it has to have a chat template.
+
+    Raises:
+        AsftError: no tokenizer, or one without a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    kept = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    source = str(adapter) if kept else model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise AsftError(f"no tokenizer at {source} ({str(error).splitlines()[0]})") from error
+    if not tokenizer.chat_template:
+        raise AsftError(
+            f"the tokenizer of {source} has no chat template, so that it is not known how the model was asked in "
+            "training; give --tokenizer with a folder that has one"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def adapted(model: Any, subject: Subject) -> Iterator[Any]:
+    """The model with the subject's adapter on it; without it afterwards."""
+    if subject.adapter is None:
+        yield model
+        return
+    from peft import PeftModel
+
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(subject.adapter)).eval()
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise AsftError(f"{subject.adapter} does not go onto this model ({str(error).splitlines()[0]})") from error
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()

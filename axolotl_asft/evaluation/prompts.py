@@ -1,0 +1,135 @@
+"""Sets of prompts: the shipped ones, a file, or a dataset of the Hugging Face Hub."""
+
+import csv
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from axolotl_asft.errors import AsftError
+
+DATA = Path(__file__).parent / "data"
+SHIPPED = ("harmful", "borderline")
+SPLITS = ("heldout", "train", "all")
+# How the field's sets call the column, in the order of preference.
+COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "forbidden_prompt", "text")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request to a model.
+
+    Attributes:
+        prompt: the text.
+        category: what kind of request, "" where the set does not say.
+        id: where it stands in its set.
+    """
+
+    prompt: str
+    category: str = ""
+    id: str = ""
+
+
+def load_prompts(source: str, split: str = "heldout", limit: int | None = None, seed: int = 0) -> list[Prompt]:
+    """The distinct prompts of a set, in its order.
+
+    Args:
+        source: "harmful" or "borderline", which ship with this package; a file (.jsonl, .json, .csv, or .txt with one
+            prompt a line); or a dataset of the Hub as `owner/name`, with what it needs behind a question mark:
+            `PKU-Alignment/BeaverTails?split=30k_test`, `walledai/XSTest?label=safe`. There `config`, `split`,
+            `revision` and `column` have their usual meaning; any other key keeps the rows with that value.
+        split: "heldout", "train" or "all" of a shipped set; other sets have no such split.
+        limit: at most so many, drawn with `seed`.
+
+    Raises:
+        AsftError: no such set, an unknown split, or no column that looks like prompts.
+    """
+    if split not in SPLITS:
+        raise AsftError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    if source in SHIPPED:
+        rows = [row for row in _jsonl(DATA / f"{source}.jsonl") if split in ("all", row["split"])]
+        prompts = [Prompt(row["prompt"], row["category"], row["id"]) for row in rows]
+    elif Path(source).expanduser().is_file():
+        prompts = _prompts(_read_file(Path(source).expanduser()), source, None)
+    else:
+        prompts = _from_hub(source)
+    distinct = list({prompt.prompt: prompt for prompt in prompts}.values())
+    if not distinct:
+        raise AsftError(f"{source} holds no prompts")
+    if limit is not None and limit < len(distinct):
+        chosen = sorted(random.Random(seed).sample(range(len(distinct)), limit))
+        distinct = [distinct[i] for i in chosen]
+    return distinct
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".jsonl":
+            return _jsonl(path)
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return [row if isinstance(row, dict) else {"prompt": row} for row in content]
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file))
+        if path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [{"prompt": line} for line in lines if line.strip()]
+    except (ValueError, OSError, TypeError, csv.Error) as error:
+        raise AsftError(f"{path} cannot be read as {path.suffix} ({error}); give a file of prompts") from error
+    raise AsftError(f"{path} ends in {path.suffix!r}; expected .jsonl, .json, .csv or .txt")
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no JSON object")
+    return rows
+
+
+def _from_hub(source: str) -> list[Prompt]:
+    name, _, query = source.partition("?")
+    if name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
+        raise AsftError(
+            f"no prompts at {source}; expected {' or '.join(SHIPPED)}, a file, or a dataset of the Hub as owner/name"
+        )
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    config, revision, column = (options.pop(key, None) for key in ("config", "revision", "column"))
+    wanted_split = options.pop("split", None)
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, config, split=wanted_split, revision=revision)
+    except Exception as error:  # datasets raises many kinds, from the network up to its parsers
+        raise AsftError(
+            f"the dataset {name} cannot be loaded ({str(error).splitlines()[0]}); see that the id is right, that you "
+            "have access to it (hf auth login), and that ?config= and ?split= name parts of it"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if len(found) != 1:
+            raise AsftError(f"{name} has the splits {', '.join(found)}; choose one with {name}?split=...")
+        found = next(iter(found.values()))
+    rows = [dict(row) for row in found]
+    for key, value in options.items():
+        if rows and key not in rows[0]:
+            raise AsftError(f"{name} has no column {key!r} to filter by; it has {', '.join(rows[0])}")
+        rows = [row for row in rows if str(row[key]) == value]
+    return _prompts(rows, name, column)
+
+
+def _prompts(rows: list[dict[str, Any]], source: str, column: str | None) -> list[Prompt]:
+    if not rows:
+        return []
+    known = {key.lower(): key for key in rows[0] if isinstance(key, str)}
+    wanted = (column,) if column else COLUMNS
+    found = next((known[name.lower()] for name in wanted if name.lower() in known), None)
+    if found is None:
+        raise AsftError(f"{source} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(wanted)}")
+    category = known.get("category")
+    return [
+        Prompt(str(row[found]).strip(), str(row.get(category) or "") if category else "", f"{i}")
+        for i, row in enumerate(rows)
+        if row.get(found) and str(row[found]).strip()
+    ]

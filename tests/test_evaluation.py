@@ -1,0 +1,381 @@
+"""`axolotl asft eval`: prompt sets, shares, coherence, judges, and whole evaluations of small real models."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import make_tokenizer
+
+from axolotl_asft.cli import asft
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.coherence import log_likelihoods, median_perplexity, repetition
+from axolotl_asft.evaluation.evaluate import Questions, evaluate, table
+from axolotl_asft.evaluation.judges import Judge
+from axolotl_asft.evaluation.models import subjects
+from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.refusals import is_refusal
+from axolotl_asft.evaluation.shares import Share, wilson_interval
+
+
+# ------------------------------------------------------------------------------------------------------ prompt sets
+@pytest.mark.parametrize(("name", "at_least"), [("harmful", 150), ("borderline", 150)])
+def test_the_shipped_sets(name, at_least):
+    everything = load_prompts(name, "all")
+    train, held_out = load_prompts(name, "train"), load_prompts(name, "heldout")
+    assert len(everything) == len(train) + len(held_out) >= at_least
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+    categories = Counter(prompt.category for prompt in everything)
+    assert len(categories) == 10
+    assert min(categories.values()) >= 15
+    assert set(categories) == {prompt.category for prompt in held_out} == {prompt.category for prompt in train}
+    assert all(prompt.prompt == prompt.prompt.strip() and len(prompt.prompt) < 120 for prompt in everything)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".txt", "How are you?\n\nWho are you?\nHow are you?\n"),
+        (".jsonl", '{"Goal": "How are you?", "category": "x"}\n{"Goal": "Who are you?", "category": "y"}\n'),
+        (".json", '["How are you?", "Who are you?"]'),
+        (".csv", 'behavior,n\n"How are you?",1\n"Who are you?",2\n'),
+    ],
+)
+def test_sets_from_files(tmp_path, suffix, content):
+    path = tmp_path / f"set{suffix}"
+    path.write_text(content)
+    assert [prompt.prompt for prompt in load_prompts(str(path))] == ["How are you?", "Who are you?"]
+
+
+def test_a_limit_draws_the_same_prompts_every_time():
+    some = load_prompts("harmful", "all", limit=12)
+    assert len(some) == 12
+    assert some == load_prompts("harmful", "all", limit=12)
+    assert len({prompt.category for prompt in some}) > 3
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "message"),
+    [
+        ("set.jsonl", '{"a": 1}\n', "expected one of prompt, goal"),
+        ("set.jsonl", "[1]\n", "no JSON object"),
+        ("set.jsonl", "{\n", "cannot be read"),
+        ("set.txt", "\n\n", "holds no prompts"),
+        ("set.parquet", "x", "expected .jsonl"),
+        ("no-such-set", None, "expected harmful or borderline, a file"),
+    ],
+)
+def test_bad_sets_are_refused_in_one_line(tmp_path, source, content, message):
+    if content is not None:
+        (tmp_path / source).write_text(content)
+        source = str(tmp_path / source)
+    with pytest.raises(AsftError, match=message) as error:
+        load_prompts(source)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(AsftError, match="expected one of heldout"):
+        load_prompts("harmful", "test")
+
+
+# ----------------------------------------------------------------------------------------------------------- shares
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_s_interval(k, n, low, high):
+    """The last row is the worked example of Newcombe 1998, table I; the others by the formula's symmetry."""
+    assert wilson_interval(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_covers_what_it_promises():
+    """Over seeded draws, 95 % of the intervals hold the true share, give or take."""
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.05, 0.3, 0.9):
+        draws = torch.rand(2000, 80, generator=generator) < share
+        shares = [Share.of(row.tolist()) for row in draws]
+        covered = sum(found.low <= share <= found.high for found in shares) / len(shares)
+        assert 0.925 < covered < 0.985
+
+
+def test_a_share_of_nothing():
+    assert math.isnan(Share.of([]).value)
+    assert str(Share.of([])) == "none asked"
+
+
+# -------------------------------------------------------------------------------------------------------- coherence
+def test_repetition():
+    assert repetition("") == repetition("no") == repetition("a b c d e f g") == 0.0
+    assert repetition("and so on " * 20) > 0.9
+    assert repetition("to be or not to be or not") == pytest.approx(1 - 4 / 6)
+
+
+def test_log_likelihoods_are_those_of_the_model(pair):
+    """Against one pair at a time, without padding, in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    _, aligned = pair
+    model = AutoModelForCausalLM.from_pretrained(aligned).eval()
+    tokenizer = make_tokenizer()
+    pairs = [("the cat", "sees a dog"), ("a", "red house and then blue tree"), ("the dog says", "yes"), ("the", "")]
+    batched = log_likelihoods(model, tokenizer, pairs, batch_size=3)
+    exact = model.double()
+    for (prompt, answer), (total, count) in zip(pairs, batched, strict=True):
+        head, tail = tokenizer.encode(prompt), tokenizer.encode(answer)
+        logits = exact(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        expected = sum(float(logits.detach()[len(head) + i - 1, token]) for i, token in enumerate(tail))
+        assert count == len(tail)
+        assert total == pytest.approx(expected, rel=1e-4)
+    assert median_perplexity(batched) > 1
+    assert math.isnan(median_perplexity([(0.0, 0)]))
+
+
+# ----------------------------------------------------------------------------------------------------------- judges
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """A real sequence classifier that learned one thing: answers that say yes are harmful."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(
+            LlamaConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                pad_token_id=3, id2label={0: "harmless", 1: "harmful"}, label2id={"harmless": 0, "harmful": 1},
+            )
+        )  # fmt: skip
+    texts = [f"the {a}\n{b} {a}" for a in ("cat", "dog", "tree", "house") for b in ("yes", "no")]
+    batch = tokenizer(texts, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    labels = torch.tensor([int("yes" in text) for text in texts])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("classifier")
+    model.save_pretrained(folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_judges(classifier):
+    judge = Judge.load(str(classifier), batch_size=3)
+    pairs = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree"), ("the house", "no house")]
+    done = []
+    assert judge.harmful(pairs, done.append) == [True, False, True, False]
+    assert done == [3, 1]
+
+
+def test_a_judge_is_told_which_labels_count(classifier):
+    pairs = [("the cat", "yes cat"), ("the dog", "no dog")]
+    assert Judge.load(str(classifier), harmful="^harmless$").harmful(pairs) == [False, True]
+    with pytest.raises(AsftError, match="has the labels harmless, harmful"):
+        Judge.load(str(classifier), harmful="nothing").harmful(pairs)
+    with pytest.raises(AsftError, match=r"expected \{prompt\} and \{answer\}"):
+        Judge.load(str(classifier), text="{prompt}")
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory) -> Path:
+    """A real chat model that learned to write a verdict, in a folder named as the family is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "verdict:", "safe", "unsafe", "S1"]
+    words += ["the", "cat", "dog", "tree", "yes", "no"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' ' }}{% endfor %}{{ 'verdict: ' }}"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            eos_token_id=2, pad_token_id=3,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    texts = [
+        f"<|user|> the {a} <|assistant|> {b} {a} verdict: {'unsafe' if b == 'yes' else 'safe'} </s>"
+        for a in ("cat", "dog", "tree")
+        for b in ("yes", "no")
+    ]
+    batch = tokenizer(texts, return_tensors="pt")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("guards") / "tiny-llama-guard"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_guard_writes_its_verdict(guard):
+    pairs = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
+    assert Judge.load(str(guard)).harmful(pairs) == [True, False, True]
+
+
+def test_a_judge_of_an_unknown_family_is_refused(pair):
+    with pytest.raises(AsftError, match="is not known; known are beaver-dam"):
+        Judge.load(str(pair[1]))
+    with pytest.raises(AsftError, match="cannot be loaded"):
+        Judge.load("no/such/judge")
+
+
+@pytest.mark.parametrize(
+    ("label", "counts"),
+    [
+        ("harmful", True),
+        ("harmless", False),
+        ("unsafe", True),
+        ("non-toxic", False),
+        ("LABEL_1", True),
+        ("safe", False),
+    ],
+)
+def test_the_label_that_means_harmful(label, counts):
+    import re
+
+    from axolotl_asft.evaluation.judges import GENERIC_LABEL
+
+    assert bool(re.search(GENERIC_LABEL, label, re.IGNORECASE)) == counts
+
+
+# ------------------------------------------------------------------------------------------------ whole evaluations
+@pytest.fixture(scope="module")
+def adapter(pair, tmp_path_factory) -> Path:
+    """An adapter on the tiny aligned model, not trained, but no zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter") / "tuned"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(pair, adapter, classifier, tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("evaluation")
+    questions = Questions(limit=6, max_new_tokens=8, judges=(str(classifier),))
+    rows = evaluate(str(pair[1]), [f"tuned={adapter}"], output, questions)
+    return output, {row.name: row for row in rows}
+
+
+def test_an_evaluation_measures_every_row(evaluated, classifier):
+    output, rows = evaluated
+    assert list(rows) == ["model", "tuned"]
+    for name, row in rows.items():
+        kept = json.loads((output / f"{name}.json").read_text())
+        answers = kept["harmful"]["harmful"]
+        assert [a["prompt"] for a in answers] == [p.prompt for p in load_prompts("harmful", limit=6)]
+        assert all(a["asked"] == f"<|user|> {a['prompt']} </s><|assistant|> " for a in answers)
+        refused = [is_refusal(a["answer"]) for a in answers]
+        assert row.harmfulness["harmful"] == Share.of([not flag for flag in refused])
+        assert row.over_refusal["borderline"].n == 6
+        assert row.judged[str(classifier)].n == 6
+    assert rows["model"].perplexity != rows["tuned"].perplexity
+    first = json.loads((output / "model.json").read_text())["harmful"]["harmful"]
+    second = json.loads((output / "tuned.json").read_text())["harmful"]["harmful"]
+    assert [a["answer"] for a in first] != [a["answer"] for a in second]
+
+
+def test_the_adapter_answers_as_peft_does(evaluated, pair, adapter):
+    """The kept answers are those of greedy generation without lm-eval."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), adapter).eval()
+    tokenizer = make_tokenizer()
+    for answer in json.loads((evaluated[0] / "tuned.json").read_text())["harmful"]["harmful"][:3]:
+        ids = torch.tensor([tokenizer.encode(answer["asked"])])
+        output = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer["answer"].strip() == written.strip()
+
+
+def test_nothing_is_asked_twice(evaluated, pair, adapter, classifier):
+    output, rows = evaluated
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.json") if path.name != "results.json"}
+    questions = Questions(limit=6, max_new_tokens=8, judges=(str(classifier),), batch_size=2)
+    again = {row.name: row for row in evaluate(str(pair[1]), [f"tuned={adapter}"], output, questions)}
+    assert {path: (output / path).stat().st_mtime_ns for path in before} == before
+    assert again["tuned"].harmfulness == rows["tuned"].harmfulness
+
+
+def test_other_settings_are_asked_anew(evaluated, pair, adapter, tmp_path):
+    output, _ = evaluated
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    rows = evaluate(str(pair[1]), [f"tuned={adapter}"], copy, Questions(limit=3, max_new_tokens=8))
+    assert rows[0].harmfulness["harmful"].n == 3
+
+
+def test_the_table(evaluated):
+    lines = table(list(evaluated[1].values())).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "not refused: harmful" in lines[0]
+    assert "perplexity" in lines[0]
+    assert (evaluated[0] / "results.md").read_text().splitlines() == lines
+
+
+def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: {adapter}\n")
+    arguments = ["eval", str(config), "--limit", "2", "--max-new-tokens", "4", "-o", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(asft, arguments)
+    assert result.exit_code == 0, result.output
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["model", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model to ask"),
+        (["--model", "/no/such/model"], "cannot be loaded|no tokenizer"),
+        (["--model", "{model}", "--adapter", "/no/adapter"], "no PEFT adapter"),
+        (["--model", "{model}", "--harmful", "/no/set"], "no prompts at"),
+        (["--model", "{model}", "--tasks", "no_such_task", "--limit", "1", "--max-new-tokens", "2"], "no task"),
+    ],
+)
+def test_bad_usage_is_one_line(pair, tmp_path, arguments, message):
+    import re
+
+    filled = [argument.format(model=pair[1]) for argument in arguments]
+    result = CliRunner().invoke(asft, ["eval", *filled, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    line = next(line for line in result.stderr.splitlines() if line.startswith("asft: "))
+    assert re.search(message, line)
+
+
+def test_two_rows_of_one_name_are_refused(adapter):
+    with pytest.raises(AsftError, match="two rows would be called 'tuned'"):
+        subjects([str(adapter), str(adapter)])
+
+
+def test_lm_eval_itself_knows_our_tasks(pair, tmp_path):
+    """Its own command line, in its own process, without a path to our folder."""
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "asft_safety", "--limit", "3"]
+    command += ["--model_args", f"pretrained={pair[1]}", "--apply_chat_template", "--device", "cpu"]
+    command += ["--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
+    assert {"asft_harmfulness", "asft_over_refusal"} <= set(results)
+    assert 0 <= results["asft_harmfulness"]["harmfulness,none"] <= 1
