@@ -162,6 +162,44 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
     )
 
 
+@asft.command()
+@click.option("--adapter", required=True, metavar="DIR", help="Folder of the trained LoRA adapter; it is left alone.")
+@click.option(
+    "--direction", "file", required=True, type=click.Path(path_type=Path), help="Direction file of its model."
+)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the projected adapter."
+)
+@click.option("--threshold", type=float, metavar="COS", help="Project the layers with cos(C dW, dW) at most this.")
+@click.option("--layers", type=int, metavar="N", help="Project the N layers of smallest cosine.")
+@click.option(
+    "--attenuate", type=float, metavar="F", help="B - F (I - C) B instead of C B: 0 leaves a layer, 1 projects it."
+)
+@click.option(
+    "--projector", type=click.Choice(["paper", "normalized", "subspace"]), default="paper", show_default=True, help="C."
+)
+@click.option("--rank", type=int, metavar="K", help="Use only the leading K stored directions.")
+@click.option("--on-uncovered", type=click.Choice(["error", "ignore"]), default="error", show_default=True)
+@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print what became of every layer as JSON.")
+def project(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Project a trained adapter towards the alignment direction: Safe LoRA, after the fact.
+
+    For adapters that were trained without the constraint. Layers whose update points away from the direction get
+    B <- C B (arXiv 2405.16833), or lose a part of what is orthogonal to it with --attenuate.
+
+    \b
+    Examples:
+      axolotl asft project --adapter out/ --direction chat.asft.safetensors --threshold 0.35 -o out-safe/
+      axolotl asft project --adapter out/ --direction chat.asft.safetensors --attenuate 0.5 -o out-half/
+    """
+    from axolotl_asft.direction import AlignmentDirection
+    from axolotl_asft.project import as_dict, project_adapter, summary_text
+
+    report = project_adapter(direction=AlignmentDirection.load(file), output=output, **options)
+    click.echo(json.dumps(as_dict(report)) if as_json else f"{summary_text(report)}\nwritten to {output}/")
+
+
 asft.add_command(evaluate_command)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from axolotl_asft.files import atomic_write_text
 
 STAMP_KEY = "asft"
-CARD_BEGIN, CARD_END = "<!-- asft -->", "<!-- /asft -->"
 
 
 def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
@@ -15,13 +14,7 @@ def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
 
     Loaders ignore the key (PEFT with a warning). Returns whether there was a file to stamp.
     """
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        return False
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config[STAMP_KEY] = stamp
-    atomic_write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return True
+    return add_to_config(Path(folder) / "adapter_config.json", STAMP_KEY, stamp)
 
 
 def stamp_model_card(folder: str | Path, stamp: dict[str, Any]) -> bool:
@@ -29,16 +22,34 @@ def stamp_model_card(folder: str | Path, stamp: dict[str, Any]) -> bool:
 
     A section written before is replaced. Returns whether there was a card to stamp.
     """
-    path = Path(folder) / "README.md"
+    return add_to_model_card(Path(folder) / "README.md", _section(stamp), STAMP_KEY, "asft")
+
+
+def add_to_config(path: Path, key: str, value: dict[str, Any]) -> bool:
+    """Set one key of a JSON file, where there is one; returns whether there was."""
+    if not path.is_file():
+        return False
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config[key] = value
+    atomic_write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return True
+
+
+def add_to_model_card(path: Path, section: str, mark: str, tag: str) -> bool:
+    """Put a section, in comments of the name `mark`, and a tag into a model card, where there is one.
+
+    A section of that mark written before is replaced. Returns whether there was a card.
+    """
     if not path.is_file():
         return False
     from huggingface_hub import ModelCard
 
-    card = ModelCard(_without_section(path.read_text(encoding="utf-8")), ignore_metadata_errors=True)
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    card = ModelCard(_without(path.read_text(encoding="utf-8"), begin, end), ignore_metadata_errors=True)
     tags = list(card.data.get("tags") or [])
-    if "asft" not in tags:
-        card.data["tags"] = [*tags, "asft"]
-    atomic_write_text(path, str(card).rstrip() + "\n\n" + _section(stamp))
+    if tag not in tags:
+        card.data["tags"] = [*tags, tag]
+    atomic_write_text(path, f"{str(card).rstrip()}\n\n{begin}\n{section.rstrip()}\n{end}\n")
     return True
 
 
@@ -50,19 +61,16 @@ def _section(stamp: dict[str, Any]) -> str:
             f"update norm {stamp['update_norm']:.4f}\n"
         )
     return (
-        f"{CARD_BEGIN}\n## Safety constraint\n\n"
+        "## Safety constraint\n\n"
         "Trained with [axolotl-asft](https://pypi.org/project/axolotl-asft/) (AsFT, arXiv 2506.08473): the weight "
         "update was penalised for leaving the alignment direction of the base model.\n\n"
         f"- direction: `{stamp['direction']}`, sha256 `{stamp['direction_sha256']}`\n"
         f"- `lambda_reg`: {stamp['lambda_reg']:g}, `projector`: {stamp['projector']}, layers constrained: "
         f"{stamp['layers']}\n{measured}\n"
         "The constraint makes harmful drift less likely; it proves nothing. Evaluate the model before you rely on it.\n"
-        f"{CARD_END}\n"
     )
 
 
-def _without_section(text: str) -> str:
-    begin, end = text.find(CARD_BEGIN), text.find(CARD_END)
-    if begin < 0 or end < begin:
-        return text
-    return text[:begin] + text[end + len(CARD_END) :]
+def _without(text: str, begin: str, end: str) -> str:
+    first, last = text.find(begin), text.find(end)
+    return text if first < 0 or last < first else text[:first] + text[last + len(end) :]

@@ -11,11 +11,12 @@ SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
     "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
-    "lora", "sharding", "adapter", "diagnostics", "stamp", "engines", "constraint",
+    "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "console",
     "evaluation.shares", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
-    "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart", "cli_evidence", "cli", "__main__",
+    "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
+    "cli_evidence", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,283 @@
+"""Safe LoRA: project an adapter that was trained without the constraint, after the fact."""
+
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from axolotl_asft import __version__
+from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.errors import AsftError
+from axolotl_asft.penalty import PROJECTORS, orthogonal_part, projector_eigenvalues, squared_norm
+from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter, SavedLayer
+from axolotl_asft.stamp import add_to_config, add_to_model_card
+
+# What a training leaves beside the adapter that is needed to go on training, or that belongs to the run.
+NOT_COPIED = ("checkpoint-", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "merged", "debug")
+
+
+@dataclass(frozen=True)
+class ProjectedLayer:
+    """What became of one layer.
+
+    Attributes:
+        cosine: of C dW and dW; NaN where dW or C dW is zero.
+        projected: whether it was chosen.
+        norm_before, norm_after: ||dW||_F.
+    """
+
+    name: str
+    cosine: float
+    projected: bool
+    norm_before: float
+    norm_after: float
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """What became of the adapter.
+
+    Attributes:
+        layers: one entry a layer.
+        settings: how it was projected, as written into adapter_config.json.
+    """
+
+    layers: tuple[ProjectedLayer, ...]
+    settings: dict[str, Any]
+
+    @property
+    def projected(self) -> int:
+        """Number of layers that were projected."""
+        return sum(layer.projected for layer in self.layers)
+
+    @property
+    def norm_before(self) -> float:
+        """||dW||_F over all layers."""
+        return math.sqrt(sum(layer.norm_before**2 for layer in self.layers))
+
+    @property
+    def norm_after(self) -> float:
+        """||dW||_F over all layers, afterwards."""
+        return math.sqrt(sum(layer.norm_after**2 for layer in self.layers))
+
+
+def projection_cosine(A: Tensor, B: Tensor, U: Tensor, c: Tensor) -> float:
+    """cos(C B A, B A) = <C B A, B A>_F / (||C B A||_F ||B A||_F), in O((out (k + r) + in r) r).
+
+    Args:
+        A: (r, in). B: (out, r).
+        U: (out, k), orthonormal columns; c: (k,), eigenvalues of C = U diag(c) U^T.
+
+    Returns:
+        0 to 1 for c >= 0; NaN where B A or C B A is zero, which have no angle.
+    """
+    projected = U @ (c[:, None] * (U.T @ B))
+    inner = ((projected.T @ B) * (A @ A.T)).sum()
+    norms = squared_norm(projected, A) * squared_norm(B, A)
+    return float(inner / norms.sqrt()) if norms > 0 else math.nan
+
+
+def attenuated(B: Tensor, U: Tensor, c: Tensor, attenuate: float = 1.0) -> Tensor:
+    """B - f (I - C) B: f = 1 is Safe LoRA's C B, f = 0 leaves B as it is.
+
+    Args:
+        B: (out, r). U: (out, k). c: (k,).
+        attenuate: f, how much of the orthogonal part is taken away, 0 to 1.
+    """
+    return B - attenuate * orthogonal_part(B, U, c)
+
+
+def project_adapter(
+    adapter: str | Path,
+    direction: AlignmentDirection,
+    output: str | Path,
+    threshold: float | None = None,
+    layers: int | None = None,
+    attenuate: float | None = None,
+    projector: str = "paper",
+    rank: int | None = None,
+    on_uncovered: str = "error",
+    force: bool = False,
+) -> ProjectionReport:
+    """B <- C B in the chosen layers of a saved LoRA adapter: Safe LoRA (Hsu et al. 2024, arXiv 2405.16833).
+
+    A layer is chosen where cos(C dW, dW) is at most `threshold`, or where it is among the `layers` smallest (of
+    equal ones, the first by name). Each chosen layer is projected once; the authors' code rounds the cosine to five
+    digits, and projects twice when it chooses by number. With `attenuate` alone, every layer is chosen.
+
+    Args:
+        adapter: folder of a PEFT LoRA adapter; it is left as it is.
+        direction: of the model that it belongs to.
+        output: folder to write; a complete adapter.
+        threshold: -1 to 1.
+        layers: how many layers to project.
+        attenuate: f in B - f (I - C) B; default 1.
+        projector, rank: C, as for `AlignmentPenalty`; Safe LoRA's is "paper".
+        on_uncovered: "ignore" leaves a layer without a direction as it is; "error" refuses it.
+        force: replace `output`.
+
+    Raises:
+        AsftError: no such adapter or output, settings out of range, or a direction of another model.
+    """
+    _check(threshold, layers, attenuate, projector, rank, on_uncovered)
+    output = Path(output)
+    if output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    if output.exists() and not output.joinpath(ADAPTER_CONFIG).is_file() and any(output.iterdir()):
+        raise AsftError(f"{output} holds no adapter, so that it is not replaced; give another --output")
+    if output.resolve() == Path(adapter).resolve():
+        raise AsftError(f"{output} is the adapter itself; give another --output")
+    saved = SavedAdapter.read(adapter)
+    found = list(saved.layers())
+    covered = _covered(found, direction, on_uncovered)
+    if layers is not None and layers > len(covered):
+        raise AsftError(f"--layers is {layers}; the adapter has {len(covered)} layers with a direction")
+    parts = {layer.name: _factors(layer, direction, projector, rank) for layer in covered}
+    cosines = {layer.name: projection_cosine(*parts[layer.name]) for layer in covered}
+    chosen = _choose(cosines, threshold, layers)
+    tensors, rows = dict(saved.tensors), []
+    for layer in found:
+        before = after = layer.scaling * math.sqrt(float(squared_norm(layer.B.float(), layer.A.float())))
+        if layer.name in chosen:
+            A, B, U, c = parts[layer.name]
+            new = attenuated(B, U, c, 1.0 if attenuate is None else attenuate).to(layer.B.dtype)
+            tensors[layer.key_B] = new.contiguous()
+            after = layer.scaling * math.sqrt(float(squared_norm(new.float(), A)))
+        rows.append(ProjectedLayer(layer.name, cosines.get(layer.name, math.nan), layer.name in chosen, before, after))
+    settings = {
+        "method": "Safe LoRA (arXiv 2405.16833)",
+        "threshold": threshold,
+        "layers": layers,
+        "attenuate": 1.0 if attenuate is None else attenuate,
+        "projector": projector,
+        "rank": rank,
+        "direction_sha256": direction.sha256,
+        "projected": len(chosen),
+        "version": __version__,
+    }
+    report = ProjectionReport(tuple(rows), settings)
+    _write(saved, tensors, output, report)
+    return report
+
+
+def summary_text(report: ProjectionReport) -> str:
+    """A few lines: how many layers, the range of cosines, the norm before and after."""
+    cosines = sorted(layer.cosine for layer in report.layers if not math.isnan(layer.cosine))
+    spread = ""
+    if cosines:
+        spread = f"cos(C dW, dW): {cosines[0]:.4f} to {cosines[-1]:.4f}, median {cosines[len(cosines) // 2]:.4f}\n"
+    return (
+        f"projected {report.projected} of {len(report.layers)} layers\n{spread}"
+        f"||dW||: {report.norm_before:.4g} before, {report.norm_after:.4g} after"
+    )
+
+
+def _check(threshold, layers, attenuate, projector: str, rank: int | None, on_uncovered: str) -> None:
+    if threshold is not None and layers is not None:
+        raise AsftError("both --threshold and --layers are given; choose the layers by one of them")
+    if threshold is None and layers is None and attenuate is None:
+        raise AsftError(
+            "nothing says which layers to project; give --threshold (a cosine, 0.35 for example), --layers, or --attenuate "
+            "for all of them"
+        )
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise AsftError(f"--threshold is {threshold}; expected a cosine, -1 to 1")
+    if layers is not None and layers < 1:
+        raise AsftError(f"--layers is {layers}; expected 1 or more")
+    if attenuate is not None and not 0 <= attenuate <= 1:
+        raise AsftError(f"--attenuate is {attenuate}; expected 0 (leave) to 1 (project)")
+    if projector not in PROJECTORS:
+        raise AsftError(f"--projector is {projector!r}; expected one of {', '.join(PROJECTORS)}")
+    if rank is not None and rank < 1:
+        raise AsftError(f"--rank is {rank}; expected 1 or more; a rank of 0 would erase the adapter")
+    if on_uncovered not in ("error", "ignore"):
+        raise AsftError(f"--on-uncovered is {on_uncovered!r}; expected error or ignore")
+
+
+def _covered(found: list[SavedLayer], direction: AlignmentDirection, on_uncovered: str) -> list[SavedLayer]:
+    if not found:
+        raise AsftError("the adapter has no LoRA layers of linear layers; there is nothing to project")
+    missing = [layer.name for layer in found if layer.name not in direction.modules]
+    if missing and (on_uncovered == "error" or len(missing) == len(found)):
+        raise AsftError(
+            f"{len(missing)} of {len(found)} layers have no direction (first {missing[0]}); use the direction of the "
+            "adapter's model, or --on-uncovered ignore to leave such layers as they are"
+        )
+    covered = [layer for layer in found if layer.name in direction.modules]
+    for layer in covered:
+        shape = (layer.B.shape[0], layer.A.shape[1])
+        if shape != direction.modules[layer.name].shape:
+            raise AsftError(
+                f"{layer.name} is {shape} (out, in) in the adapter and {direction.modules[layer.name].shape} in the "
+                "direction; use the direction of the adapter's model"
+            )
+    return covered
+
+
+def _factors(layer: SavedLayer, direction: AlignmentDirection, projector: str, rank: int | None):
+    """A, B, U and c, in fp32."""
+    module = direction.modules[layer.name]
+    k = module.rank if rank is None else min(rank, module.rank)
+    c = projector_eigenvalues(projector, module.S, module.norm)[:k]
+    return layer.A.float(), layer.B.float(), module.U[:, :k].float(), c
+
+
+def _choose(cosines: dict[str, float], threshold: float | None, layers: int | None) -> set[str]:
+    """A zero update has no cosine; it stays what it is. One orthogonal to all of C has cosine 0 by continuity."""
+    order = sorted(cosines, key=lambda name: (0.0 if math.isnan(cosines[name]) else cosines[name], name))
+    if layers is not None:
+        return set(order[:layers])
+    if threshold is not None:
+        return {name for name in order if (0.0 if math.isnan(cosines[name]) else cosines[name]) <= threshold}
+    return set(order)
+
+
+def _write(saved: SavedAdapter, tensors: dict[str, Tensor], output: Path, report: ProjectionReport) -> None:
+    """A complete adapter, beside its place first and then renamed into it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        for path in saved.folder.iterdir():
+            wanted = path.is_file() and path.suffix not in (".pt", ".pth", ".bin", ".pkl")
+            if wanted and path.name != ADAPTER_WEIGHTS and not path.name.startswith(NOT_COPIED):
+                shutil.copy2(path, work / path.name)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            str(work / ADAPTER_WEIGHTS),
+            {"format": "pt"},
+        )
+        add_to_config(work / ADAPTER_CONFIG, "asft_projection", report.settings)
+        add_to_model_card(work / "README.md", _section(report), "asft-projection", "safe-lora")
+        os.chmod(work, 0o755)
+        with (work / ADAPTER_WEIGHTS).open("rb") as written:
+            os.fsync(written.fileno())
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _section(report: ProjectionReport) -> str:
+    settings = report.settings
+    how = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None and key != "method")
+    return (
+        "## Projection after training\n\n"
+        f"Projected towards the alignment direction of its base model by {settings['method']}, with "
+        "[axolotl-asft](https://pypi.org/project/axolotl-asft/): "
+        f"{how}. Update norm {report.norm_before:.4g} before, {report.norm_after:.4g} after.\n"
+    )
+
+
+def as_dict(report: ProjectionReport) -> dict[str, Any]:
+    """The report as JSON values; a missing cosine is null."""
+    content = asdict(report)
+    for layer in content["layers"]:
+        layer["cosine"] = None if math.isnan(layer["cosine"]) else layer["cosine"]
+    return content

@@ -1,0 +1,97 @@
+"""A PEFT LoRA adapter as it lies on disk: its factors by the names of the Hugging Face model, without the model."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.lora import takes_out
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One layer's factors, dW = scaling B A.
+
+    Attributes:
+        name: full module name in the Hugging Face model.
+        A: (r, in), B: (out, r), in their stored dtype.
+        scaling: PEFT's alpha / r, alpha / sqrt(r) for rsLoRA.
+        key_B: name of B's tensor in the file.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    key_B: str
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder, read.
+
+    Attributes:
+        folder: where it lies.
+        config: adapter_config.json.
+        tensors: all of adapter_model.safetensors.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "SavedAdapter":
+        """Read a folder that PEFT saved.
+
+        Raises:
+            AsftError: no LoRA adapter there, or one whose B A is not the change from the original weight.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            tensors = load_file(str(folder / ADAPTER_WEIGHTS))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise AsftError(f"{folder} is no readable PEFT adapter ({error}); expected {ADAPTER_WEIGHTS}") from error
+        if str(config.get("peft_type", "LORA")).upper() != "LORA":
+            raise AsftError(f"{folder} is an adapter of type {config['peft_type']}; expected LORA")
+        if takes_out(config.get("init_lora_weights", True)):
+            raise AsftError(
+                f"{folder} was initialised by {config['init_lora_weights']!r}, so that B A is not the change from the "
+                "original weight; read its drift in the training log, or convert it to a plain LoRA with PEFT first"
+            )
+        if config.get("use_dora"):
+            raise AsftError(f"{folder} uses DoRA, whose update is not scaling B A; train a plain LoRA")
+        return cls(folder, config, tensors)
+
+    def layers(self) -> Iterator[SavedLayer]:
+        """Every pair of factors, by name."""
+        for key in sorted(name for name in self.tensors if name.endswith(A_SUFFIX)):
+            name = key.removeprefix(PREFIX).removesuffix(A_SUFFIX)
+            key_B = key.removesuffix(A_SUFFIX) + B_SUFFIX
+            A, B = self.tensors[key], self.tensors.get(key_B)
+            if B is None or A.ndim != 2 or B.ndim != 2:
+                raise AsftError(
+                    f"{self.folder}: {name} has no pair of matrices A and B; expected LoRA of a linear layer"
+                )
+            yield SavedLayer(name, A, B, _scaling(self.config, name, A.shape[0]), key_B)
+
+
+def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    key = get_pattern_key(list(patterns), name) if patterns else name
+    alpha = patterns.get(key, config["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -1,0 +1,258 @@
+"""Safe LoRA's projection against its published formula on dense matrices, and as adapters on disk."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft.cli import asft
+from axolotl_asft.errors import AsftError
+from axolotl_asft.project import attenuated, project_adapter, projection_cosine
+
+F64 = torch.float64
+
+
+def layer(seed: int, out: int = 12, columns: int = 10, r: int = 3):
+    """A, B, and the direction d of one layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(*shape, generator=generator, dtype=F64) for shape in ((r, columns), (out, r), (out, columns))
+    )
+
+
+def eigen(d, k):
+    U, S, _ = torch.linalg.svd(d, full_matrices=False)
+    return U[:, :k], (S**2 / d.norm())[:k]
+
+
+# --------------------------------------------------------------------------------------------------------- formulas
+@pytest.mark.parametrize("seed", range(5))
+def test_the_projection_is_the_published_formula(seed):
+    """C = d d^T / ||d||_F; W' = C W; the cosine of the flattened matrices."""
+    A, B, d = layer(seed)
+    C = d @ d.T / d.norm()
+    U, c = eigen(d, k=10)
+    before, after = B @ A, C @ B @ A
+    expected = torch.nn.functional.cosine_similarity(after.reshape(1, -1), before.reshape(1, -1)).item()
+    assert projection_cosine(A, B, U, c) == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(attenuated(B, U, c) @ A, after)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+def test_attenuation_takes_a_part_of_what_is_orthogonal(factor):
+    A, B, d = layer(0)
+    U, c = eigen(d, k=4)
+    C = U @ torch.diag(c) @ U.T
+    torch.testing.assert_close(attenuated(B, U, c, factor) @ A, B @ A - factor * (B @ A - C @ B @ A))
+
+
+def test_a_true_projector_projects_once_and_for_all():
+    A, B, d = layer(1)
+    U, _ = eigen(d, k=4)
+    ones = torch.ones(4, dtype=F64)
+    once = attenuated(B, U, ones)
+    torch.testing.assert_close(attenuated(once, U, ones), once)
+    assert projection_cosine(A, once, U, ones) == pytest.approx(1)
+
+
+def test_the_paper_s_c_shrinks_what_it_projects():
+    """It is no projector: projecting twice shrinks twice, which is why once matters."""
+    A, B, d = layer(2)
+    U, c = eigen(0.05 * d, k=10)
+    once = attenuated(B, U, c)
+    assert attenuated(once, U, c).norm() < 0.5 * once.norm() < 0.25 * B.norm()
+    assert not math.isnan(projection_cosine(A, B, U, c))
+
+
+def test_no_angle_without_an_update():
+    A, B, d = layer(3)
+    U, c = eigen(d, k=4)
+    assert math.isnan(projection_cosine(A, 0 * B, U, c))
+    assert math.isnan(projection_cosine(A, B, U[:, :0], c[:0]))
+
+
+# ------------------------------------------------------------------------------------------------- adapters on disk
+@pytest.fixture(scope="module")
+def full_direction(pair, tmp_path_factory):
+    """All directions in fp32, so that U diag(c) U^T is d d^T / ||d||_F."""
+    path = tmp_path_factory.mktemp("full") / "full.safetensors"
+    extract_direction(*pair, rank="full", dtype="float32").save(path)
+    return path, AlignmentDirection.load(path)
+
+
+def make_adapter(pair, folder, dtype=torch.float32, **changes):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(**settings))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(pair, tmp_path_factory):
+    return make_adapter(pair, tmp_path_factory.mktemp("trained") / "adapter")
+
+
+def dense(pair, adapter):
+    """What the authors' way computes, name -> (d d^T / ||d||_F, B A, its cosine), in fp64, and the pairs (A, B)."""
+    base, aligned = (load_file(str(folder / "model.safetensors")) for folder in pair)
+    tensors = load_file(str(adapter / "adapter_model.safetensors"))
+    found = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            d = aligned[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+            C = d @ d.T / d.norm()
+            update = tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()
+            cosine = torch.nn.functional.cosine_similarity((C @ update).reshape(1, -1), update.reshape(1, -1))
+            found[name] = C, update, float(cosine)
+    return found
+
+
+def updates(adapter):
+    tensors = load_file(str(adapter / "adapter_model.safetensors"))
+    return {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): tensors[
+            key.replace("lora_A", "lora_B")
+        ].double()
+        @ tensors[key].double()
+        for key in tensors
+        if key.endswith(".lora_A.weight")
+    }
+
+
+def test_a_threshold_projects_the_layers_below_it(pair, adapter, full_direction, tmp_path):
+    expected = dense(pair, adapter)
+    cosines = sorted(cosine for _, _, cosine in expected.values())
+    threshold = (cosines[4] + cosines[5]) / 2
+    report = project_adapter(adapter, full_direction[1], tmp_path / "out", threshold=threshold)
+    assert report.projected == 5
+    written = updates(tmp_path / "out")
+    for row in report.layers:
+        C, update, cosine = expected[row.name]
+        assert row.cosine == pytest.approx(cosine, rel=1e-3)
+        assert row.projected == (cosine <= threshold)
+        torch.testing.assert_close(written[row.name], C @ update if row.projected else update, rtol=1e-3, atol=1e-7)
+        assert row.norm_before == pytest.approx(2 * float(update.norm()), rel=1e-4)
+        assert row.norm_after == pytest.approx(2 * float(written[row.name].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 14])
+def test_a_number_projects_so_many_and_once(pair, adapter, full_direction, tmp_path, count):
+    expected = dense(pair, adapter)
+    smallest = sorted(expected, key=lambda name: expected[name][2])[:count]
+    report = project_adapter(adapter, full_direction[1], tmp_path / "out", layers=count)
+    assert {row.name for row in report.layers if row.projected} == set(smallest)
+    written = updates(tmp_path / "out")
+    for name in smallest:
+        C, update, _ = expected[name]
+        torch.testing.assert_close(written[name], C @ update, rtol=1e-3, atol=1e-7)
+
+
+def test_attenuation_of_all_layers(adapter, full_direction, tmp_path):
+    direction = full_direction[1]
+    none = project_adapter(adapter, direction, tmp_path / "none", attenuate=0.0)
+    half = project_adapter(adapter, direction, tmp_path / "half", attenuate=0.5, projector="subspace", rank=4)
+    assert none.projected == half.projected == 14
+    before, same, halved = updates(adapter), updates(tmp_path / "none"), updates(tmp_path / "half")
+    for name, update in before.items():
+        torch.testing.assert_close(same[name], update)
+        U = direction.modules[name].U[:, :4].double()
+        inside = U @ (U.T @ update)
+        torch.testing.assert_close(halved[name], inside + 0.5 * (update - inside), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_is_an_adapter(pair, full_direction, tmp_path, dtype):
+    folder = make_adapter(pair, tmp_path / "in", dtype)
+    (folder / "README.md").write_text("---\nbase_model: x\n---\n# Card\n")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    report = project_adapter(folder, full_direction[1], tmp_path / "out", layers=14)
+    before, after = (load_file(str(f / "adapter_model.safetensors")) for f in (folder, tmp_path / "out"))
+    assert {k: (v.dtype, v.shape) for k, v in after.items()} == {k: (v.dtype, v.shape) for k, v in before.items()}
+    assert all(torch.equal(before[key], after[key]) for key in before if "lora_A" in key)
+    stamp = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["asft_projection"]
+    assert (stamp["projected"], stamp["layers"], stamp["direction_sha256"]) == (14, 14, full_direction[1].sha256)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Projection after training" in card
+    assert "- safe-lora" in card
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    assert not (tmp_path / "out" / "optimizer.pt").exists()
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    merged = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
+    original = load_file(str(pair[1] / "model.safetensors"))
+    for row in report.layers:
+        change = merged[f"{row.name}.weight"].double() - original[f"{row.name}.weight"].double()
+        torch.testing.assert_close(change, 2 * updates(tmp_path / "out")[row.name], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing says which layers"),
+        ({"threshold": 0.3, "layers": 2}, "both --threshold and --layers"),
+        ({"threshold": 1.5}, "expected a cosine"),
+        ({"layers": 0}, "expected 1 or more"),
+        ({"layers": 15}, "has 14 layers"),
+        ({"attenuate": -0.1}, "expected 0"),
+        ({"attenuate": 1, "projector": "none"}, "expected one of paper"),
+        ({"attenuate": 1, "rank": 0}, "would erase"),
+        ({"attenuate": 1, "on_uncovered": "maybe"}, "expected error or ignore"),
+    ],
+)
+def test_settings_out_of_range_are_refused(adapter, full_direction, tmp_path, options, message):
+    with pytest.raises(AsftError, match=message):
+        project_adapter(adapter, full_direction[1], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_adapters_are_refused(pair, full_direction, tmp_path):
+    direction = full_direction[1]
+
+    def attempt(folder, **options):
+        return project_adapter(folder, direction, tmp_path / "out", attenuate=1.0, **options)
+
+    with pytest.raises(AsftError, match="no readable PEFT adapter"):
+        attempt(tmp_path / "nothing")
+    with pytest.raises(AsftError, match="uses DoRA"):
+        attempt(make_adapter(pair, tmp_path / "dora", use_dora=True, init_lora_weights=True))
+    with pytest.raises(AsftError, match="'pissa'"):
+        attempt(make_adapter(pair, tmp_path / "pissa", init_lora_weights="pissa"))
+    other = make_adapter(pair, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(AsftError, match=r"1 of 3 layers have no direction \(first lm_head\)"):
+        attempt(other)
+    assert attempt(other, on_uncovered="ignore").projected == 2
+
+
+def test_an_output_is_not_overwritten_by_accident(adapter, full_direction, tmp_path):
+    output = tmp_path / "out"
+    project_adapter(adapter, full_direction[1], output, layers=1)
+    with pytest.raises(AsftError, match="exists; give another --output, or --force"):
+        project_adapter(adapter, full_direction[1], output, layers=2)
+    assert project_adapter(adapter, full_direction[1], output, layers=2, force=True).projected == 2
+    with pytest.raises(AsftError, match="is the adapter itself"):
+        project_adapter(adapter, full_direction[1], adapter, layers=2, force=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    with pytest.raises(AsftError, match="holds no adapter"):
+        project_adapter(adapter, full_direction[1], tmp_path / "precious", layers=2, force=True)
+
+
+def test_the_command(adapter, full_direction, tmp_path):
+    arguments = ["project", "--adapter", str(adapter), "--direction", str(full_direction[0]), "-o"]
+    result = CliRunner().invoke(asft, [*arguments, str(tmp_path / "a"), "--layers", "3"])
+    assert result.exit_code == 0, result.output
+    assert "projected 3 of 14 layers" in result.stdout
+    result = CliRunner().invoke(asft, [*arguments, str(tmp_path / "b"), "--threshold", "1", "--json"])
+    content = json.loads(result.stdout)
+    assert sum(row["projected"] for row in content["layers"]) == 14
+    result = CliRunner().invoke(asft, [*arguments, str(tmp_path / "b"), "--threshold", "1"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
