@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from axolotl_asft import __version__
-from axolotl_asft.cli_evidence import evaluate_command
+from axolotl_asft.cli_evidence import evaluate_command, landscape_command
 from axolotl_asft.console import OneLineErrors, stages
 from axolotl_asft.errors import AsftError
 
@@ -201,6 +201,7 @@ def project(file: Path, output: Path, as_json: bool, **options: Any) -> None:
 
 
 asft.add_command(evaluate_command)
+asft.add_command(landscape_command)
 
 
 def main() -> None:

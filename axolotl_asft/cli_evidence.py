@@ -1,5 +1,6 @@
 """`axolotl asft eval` and its like: the commands that measure. Heavy modules are imported inside them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,112 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AsftError(f"{path} cannot be read ({error.__class__.__name__}); give a text file") from error
+
+
+@click.command("landscape")
+@click.option("--model", required=True, metavar="DIR|ID", help="The aligned chat model, not quantised.")
+@click.option("--direction", "file", type=click.Path(path_type=Path), help="Its direction, made with --keep-v.")
+@click.option("--base", metavar="DIR", help="Or its base model, from which the direction is made on the spot.")
+@click.option(
+    "--radii", default="0.25,0.5,1,2", show_default=True, metavar="A,B", help="In units of ||d|| of each layer."
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Random steps of each kind.")
+@click.option(
+    "--task",
+    type=click.Path(path_type=Path),
+    metavar="JSONL",
+    help="Chats (messages) whose loss tells usefulness.  [default: the model's own answers to harmless prompts]",
+)
+@click.option("--generate", is_flag=True, help="Also answer every prompt and count refusals; slower.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many prompts of each set.")
+@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--device", help="cpu or cuda.  [default: the GPU if there is one]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("asft-landscape"),
+    show_default=True,
+    help="Folder for landscape.json and landscape.png; an interrupted measurement goes on there.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def landscape_command(
+    model: str,
+    file: Path | None,
+    base: str | None,
+    radii: str,
+    task: Path | None,
+    output: Path,
+    as_json: bool,
+    **options,
+) -> None:
+    """Draw the narrow safety basin of a model: steps along the alignment direction, and off it.
+
+    The method rests on a claim: that steps orthogonal to the alignment direction erode safety faster than steps of
+    the same size along it. This perturbs the aligned weights both ways, measures the log-probability of the model's
+    own refusals and a task loss, and says whether the claim holds for this model.
+
+    \b
+    Example:
+      axolotl asft landscape --model SmolLM2-aligned --base SmolLM2 -o landscape
+    """
+    from axolotl_asft.evaluation.landscape import landscape_table, measure_landscape, verdict
+
+    steps = _radii(radii)
+    direction = _direction_with_v(model, file, base)
+    turns = _chats(task) if task is not None else None
+    with stages(show=not as_json) as stage:
+        points = measure_landscape(model, direction, output, steps, task=turns, stage=stage, **options)
+    found = verdict(points)
+    picture = output / "landscape.png"
+    try:
+        from axolotl_asft.evaluation.landscape_chart import draw_landscape
+    except ImportError:
+        click.echo("no picture: matplotlib is not installed (pip install matplotlib)", err=True)
+    else:
+        draw_landscape(points, picture, f"Around the aligned weights of {Path(model).name}")
+    if as_json:
+        click.echo(json.dumps({"points": [vars(point) for point in points], "verdict": vars(found)}))
+        return
+    click.echo(f"\n{landscape_table(points)}\n\n{found.text}")
+    click.echo(f"landscape.json and {picture.name} are in {output}/.")
+
+
+def _radii(text: str) -> tuple[float, ...]:
+    try:
+        radii = tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        radii = ()
+    if not radii or radii[0] <= 0:
+        raise AsftError(f"--radii is {text!r}; expected positive numbers with commas, such as 0.25,0.5,1")
+    return radii
+
+
+def _direction_with_v(model: str, file: Path | None, base: str | None) -> Any:
+    if (file is None) == (base is None):
+        raise AsftError("give one of --direction and --base")
+    if file is not None:
+        from axolotl_asft.direction import AlignmentDirection
+
+        return AlignmentDirection.load(file)
+    from axolotl_asft.extract import extract_direction
+
+    return extract_direction(str(base), model, keep_v=True)
+
+
+def _chats(path: Path) -> list[tuple[str, str]]:
+    """The first question and answer of each line's `messages`."""
+    turns = []
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
+        try:
+            messages = json.loads(line)["messages"]
+            question = next(message["content"] for message in messages if message["role"] == "user")
+            answer = next(message["content"] for message in messages if message["role"] == "assistant")
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise AsftError(f'{path}, line {number}: expected {{"messages": [user, assistant]}}') from error
+        turns.append((question, answer))
+    return turns

@@ -183,7 +183,7 @@ def _check(threshold, layers, attenuate, projector: str, rank: int | None, on_un
         raise AsftError("both --threshold and --layers are given; choose the layers by one of them")
     if threshold is None and layers is None and attenuate is None:
         raise AsftError(
-            "nothing says which layers to project; give --threshold (a cosine, 0.35 for example), --layers, or --attenuate "
+            "nothing says which layers to project; give --threshold (a cosine), --layers, or --attenuate "
             "for all of them"
         )
     if threshold is not None and not -1 <= threshold <= 1:

@@ -3,9 +3,9 @@
 from typing import Any
 
 import datasets
-from axolotl_asft.evaluation.refusals import is_refusal
 
 from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.refusals import is_refusal
 
 
 def harmful(prompts: str = "harmful", split: str = "heldout", limit: int | None = None, **_: Any) -> dict:

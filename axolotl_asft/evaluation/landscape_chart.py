@@ -1,0 +1,48 @@
+"""The basin as a picture: refusals and task loss over the radius, a line for each kind of step."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from axolotl_asft.evaluation.landscape import KIND_WORDS, KINDS, Point
+from axolotl_asft.files import atomic_write
+
+COLOURS = {"along": "#00798c", "against": "#5c677d", "inside": "#edae49", "orthogonal": "#d1495b"}
+
+
+def draw_landscape(points: list[Point], path: Path, title: str) -> None:
+    """Write a PNG: log-probability of refusals (and harmfulness, where it was measured) and task loss."""
+    panels = [("log p of refusals, nats a token", "refusal"), ("task loss, nats a token", "task_loss")]
+    if any(point.harmfulness is not None for point in points):
+        panels.insert(1, ("harmful prompts not refused", "harmfulness"))
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 11, "text.color": "#222b38"}):
+        figure = Figure(figsize=(4.6 * len(panels), 4.8), facecolor="white")
+        figure.subplots_adjust(left=0.07, right=0.98, bottom=0.26, top=0.84, wspace=0.26)
+        for number, (label, field) in enumerate(panels, 1):
+            axes = figure.add_subplot(1, len(panels), number)
+            for kind in KINDS:
+                _line(axes, points, kind, field)
+            axes.set_title(label, loc="left", fontsize=11)
+            axes.set_xlabel("radius, in units of ||d|| of each layer")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#e8ebf0", zorder=0)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=10)
+        figure.suptitle(title, x=0.07, ha="left", fontsize=13, weight="bold")
+        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
+def _line(axes, points: list[Point], kind: str, field: str) -> None:
+    radii, middle, low, high = [], [], [], []
+    for radius in sorted({point.radius for point in points if point.kind in (kind, "aligned")}):
+        group = [point for point in points if point.radius == radius and point.kind in (kind, "aligned")]
+        values = [value for point in group if (value := getattr(point, field)) is not None]
+        if values:
+            radii.append(radius)
+            middle.append(statistics.fmean(values))
+            low.append(min(values))
+            high.append(max(values))
+    axes.plot(radii, middle, "o-", color=COLOURS[kind], label=KIND_WORDS[kind], linewidth=2, markersize=4, zorder=3)
+    axes.fill_between(radii, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)

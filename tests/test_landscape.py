@@ -1,0 +1,162 @@
+"""`axolotl asft landscape`: steps of the right size and kind, weights put back, a verdict that can go both ways."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft.cli import asft
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.landscape import KINDS, Point, _perturbed, _weights, perturbation, verdict
+
+
+@pytest.fixture(scope="module")
+def direction(pair):
+    return extract_direction(*pair, rank="full", dtype="float32", keep_v=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_has_the_norm_of_d_and_its_kind(pair, direction, kind):
+    module = extract_direction(*pair, rank=4, dtype="float32", keep_v=True).modules["model.layers.0.mlp.up_proj"]
+    step = perturbation(module, kind, torch.Generator().manual_seed(0))
+    assert float(step.norm()) == pytest.approx(float(module.norm), rel=1e-5)
+    inside = float((module.U.T @ step).norm() / step.norm())
+    assert inside == pytest.approx(0.0 if kind == "orthogonal" else 1.0, abs=1e-5)
+
+
+def test_steps_along_d_lead_to_the_base_model_and_beyond(pair, direction):
+    """W - d is the base; W + d doubles what alignment did; afterwards the weights are as before."""
+    base, aligned = (AutoModelForCausalLM.from_pretrained(folder) for folder in pair)
+    weights = _weights(aligned, direction)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with _perturbed(weights, direction, "against", 1.0, 0):
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, base.get_submodule(name).weight, rtol=1e-4, atol=1e-6)
+    with _perturbed(weights, direction, "along", 1.0, 0):
+        for name, weight in weights.items():
+            d = before[name] - base.get_submodule(name).weight
+            torch.testing.assert_close(weight, before[name] + d, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(before[name], weight) for name, weight in weights.items())
+
+
+def test_random_steps_differ_by_seed_and_repeat(pair, direction):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    weights = _weights(model, direction)
+    name = next(iter(weights))
+    seen = []
+    for seed in (0, 1, 0):
+        with _perturbed(weights, direction, "orthogonal", 0.5, seed):
+            seen.append(weights[name].detach().clone())
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...]) -> list[Point]:
+    found = [Point("aligned", 0.0, 0, -0.1, 1.0)]
+    found += [Point("along", 1.0, 0, -0.1 - along, 1.0), Point("against", 1.0, 0, -5.0, 1.0)]
+    for kind, drops in (("inside", inside), ("orthogonal", orthogonal)):
+        found += [Point(kind, 1.0, seed, -0.1 - drop, 1.0) for seed, drop in enumerate(drops)]
+    return found
+
+
+def test_the_verdict_goes_both_ways():
+    basin = verdict(points(0.0, (0.1, 0.12, 0.11), (1.0, 1.1, 0.9)))
+    assert basin.holds
+    assert basin.inside_matters
+    assert "bears out" in basin.text
+    assert "orthogonal +1.000" in basin.text
+    none = verdict(points(0.5, (0.5, 0.4, 0.6), (0.5, 0.45, 0.55)))
+    assert not none.holds
+    assert "does not bear out" in none.text
+    noise = verdict(points(0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0)))
+    assert not noise.holds, "a difference within two standard errors is none"
+    with pytest.raises(AsftError, match="no aligned model"):
+        verdict([])
+
+
+def refusing_pair(pair, folder):
+    """The tiny aligned model never refuses: one that answers everything with a refusal, and its base."""
+    from tiny import make_pair
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    del pair, make_pair
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "I", "cannot", "help", "with", "that", "How"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' ' }}{% endfor %}{{ '<|assistant|> ' }}"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            eos_token_id=2, pad_token_id=3,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    tokenizer.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "aligned")
+    texts = [f"<|user|> {'How ' * n}<|assistant|> I cannot help with that </s>" for n in range(1, 9)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(120):
+        if step == 40:
+            model.save_pretrained(folder / "base")
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "aligned")
+    return folder / "base", folder / "aligned"
+
+
+def test_a_whole_landscape(pair, tmp_path):
+    base, aligned = refusing_pair(pair, tmp_path)
+    (tmp_path / "task.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "How"}, {"role": "assistant", "content": "with that"}]})
+    )
+    arguments = ["landscape", "--model", str(aligned), "--base", str(base), "--radii", "0.5,1", "--seeds", "2"]
+    arguments += ["--limit", "4", "--max-new-tokens", "6", "--generate", "--task", str(tmp_path / "task.jsonl")]
+    arguments += ["-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(asft, arguments)
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "out" / "landscape.json").read_text())["points"]
+    assert len(kept) == 1 + 2 * (1 + 1 + 2 + 2)
+    assert kept[0]["harmfulness"] == 0.0
+    assert all(point["refusal"] < 0 < point["task_loss"] for point in kept)
+    against = {point["radius"]: point["refusal"] for point in kept if point["kind"] == "against"}
+    assert against[1.0] < against[0.5] < kept[0]["refusal"], "the way back to the base costs refusals"
+    assert (tmp_path / "out" / "landscape.png").read_bytes().startswith(b"\x89PNG")
+    assert "This model" in result.stdout
+    before = (tmp_path / "out" / "landscape.json").stat().st_mtime_ns
+    again = CliRunner().invoke(asft, [*arguments, "--json"])
+    assert json.loads(again.stdout)["points"][0]["harmfulness"] == 0.0
+    assert (tmp_path / "out" / "landscape.json").stat().st_mtime_ns == before, "nothing was measured twice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --direction and --base"),
+        (["--direction", "{file}"], "keeps no right singular vectors"),
+        (["--base", "{base}", "--radii", "0,1"], "expected positive numbers"),
+        (["--base", "{base}", "--task", "{file}"], "cannot be read|expected"),
+        (["--base", "{base}", "--limit", "2", "--max-new-tokens", "2"], "refuses none of 2"),
+    ],
+)
+def test_bad_usage_is_one_line(pair, direction_file, tmp_path, arguments, message):
+    import re
+
+    filled = [argument.format(file=direction_file, base=pair[0]) for argument in arguments]
+    result = CliRunner().invoke(asft, ["landscape", "--model", str(pair[1]), *filled, "-o", str(tmp_path / "o")])
+    assert result.exit_code == 2, result.output
+    assert re.search(message, next(line for line in result.stderr.splitlines() if line.startswith("asft: ")))
+
+
+def test_a_file_without_v_says_how_to_make_one(direction_file):
+    assert all(module.V is None for module in AlignmentDirection.load(direction_file).modules.values())
