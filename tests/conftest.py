@@ -69,3 +69,35 @@ def forked_train():
     yield run
     server.stdin.close()
     server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Path:
+    """A real sequence classifier that learned one thing: answers that say yes are harmful."""
+    import torch
+    from tiny import make_tokenizer
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(
+            LlamaConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                pad_token_id=3, id2label={0: "harmless", 1: "harmful"}, label2id={"harmless": 0, "harmful": 1},
+            )
+        )  # fmt: skip
+    texts = [f"the {a}\n{b} {a}" for a in ("cat", "dog", "tree", "house") for b in ("yes", "no")]
+    batch = tokenizer(texts, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    labels = torch.tensor([int("yes" in text) for text in texts])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("classifier")
+    model.save_pretrained(folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    return folder

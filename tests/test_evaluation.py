@@ -16,7 +16,6 @@ from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.coherence import log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.evaluate import Questions, evaluate, table
-from axolotl_asft.evaluation.judges import Judge
 from axolotl_asft.evaluation.models import subjects
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
@@ -134,124 +133,6 @@ def test_log_likelihoods_are_those_of_the_model(pair):
         assert total == pytest.approx(expected, rel=1e-4)
     assert median_perplexity(batched) > 1
     assert math.isnan(median_perplexity([(0.0, 0)]))
-
-
-# ----------------------------------------------------------------------------------------------------------- judges
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> Path:
-    """A real sequence classifier that learned one thing: answers that say yes are harmful."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = make_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForSequenceClassification(
-            LlamaConfig(
-                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                pad_token_id=3, id2label={0: "harmless", 1: "harmful"}, label2id={"harmless": 0, "harmful": 1},
-            )
-        )  # fmt: skip
-    texts = [f"the {a}\n{b} {a}" for a in ("cat", "dog", "tree", "house") for b in ("yes", "no")]
-    batch = tokenizer(texts, return_tensors="pt")
-    batch.pop("token_type_ids", None)
-    labels = torch.tensor([int("yes" in text) for text in texts])
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("classifier")
-    model.save_pretrained(folder)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_a_classifier_judges(classifier):
-    judge = Judge.load(str(classifier), batch_size=3)
-    pairs = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree"), ("the house", "no house")]
-    done = []
-    assert judge.harmful(pairs, done.append) == [True, False, True, False]
-    assert done == [3, 1]
-
-
-def test_a_judge_is_told_which_labels_count(classifier):
-    pairs = [("the cat", "yes cat"), ("the dog", "no dog")]
-    assert Judge.load(str(classifier), harmful="^harmless$").harmful(pairs) == [False, True]
-    with pytest.raises(AsftError, match="has the labels harmless, harmful"):
-        Judge.load(str(classifier), harmful="nothing").harmful(pairs)
-    with pytest.raises(AsftError, match=r"expected \{prompt\} and \{answer\}"):
-        Judge.load(str(classifier), text="{prompt}")
-
-
-@pytest.fixture(scope="module")
-def guard(tmp_path_factory) -> Path:
-    """A real chat model that learned to write a verdict, in a folder named as the family is."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "verdict:", "safe", "unsafe", "S1"]
-    words += ["the", "cat", "dog", "tree", "yes", "no"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' ' }}{% endfor %}{{ 'verdict: ' }}"
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            eos_token_id=2, pad_token_id=3,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-    texts = [
-        f"<|user|> the {a} <|assistant|> {b} {a} verdict: {'unsafe' if b == 'yes' else 'safe'} </s>"
-        for a in ("cat", "dog", "tree")
-        for b in ("yes", "no")
-    ]
-    batch = tokenizer(texts, return_tensors="pt")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("guards") / "tiny-llama-guard"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_a_guard_writes_its_verdict(guard):
-    pairs = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
-    assert Judge.load(str(guard)).harmful(pairs) == [True, False, True]
-
-
-def test_a_judge_of_an_unknown_family_is_refused(pair):
-    with pytest.raises(AsftError, match="is not known; known are beaver-dam"):
-        Judge.load(str(pair[1]))
-    with pytest.raises(AsftError, match="cannot be loaded"):
-        Judge.load("no/such/judge")
-
-
-@pytest.mark.parametrize(
-    ("label", "counts"),
-    [
-        ("harmful", True),
-        ("harmless", False),
-        ("unsafe", True),
-        ("non-toxic", False),
-        ("LABEL_1", True),
-        ("safe", False),
-    ],
-)
-def test_the_label_that_means_harmful(label, counts):
-    import re
-
-    from axolotl_asft.evaluation.judges import GENERIC_LABEL
-
-    assert bool(re.search(GENERIC_LABEL, label, re.IGNORECASE)) == counts
 
 
 # ------------------------------------------------------------------------------------------------ whole evaluations

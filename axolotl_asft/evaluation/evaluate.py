@@ -16,7 +16,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
-from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer, subjects
+from axolotl_asft.evaluation.models import Subject, adapted, chosen_device, load_model, load_tokenizer, subjects
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
@@ -219,7 +219,7 @@ def _judge(name: str, questions: Questions, asked: list[Subject], interviews: di
     waiting = [s for s in asked if name not in interviews[s.name][2].judged]
     if not waiting:
         return
-    judge = Judge.load(name, questions.judge_text, questions.judge_harmful, device or "cpu")
+    judge = Judge.load(name, questions.judge_text, questions.judge_harmful, chosen_device(device))
     advance = stage(f"judge: {Path(name).name}", sum(len(interviews[s.name][2].all_harmful()) for s in waiting))
     for subject in waiting:
         path, key, interview = interviews[subject.name]

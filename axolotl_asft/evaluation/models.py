@@ -56,6 +56,22 @@ def subjects(adapters: list[str]) -> list[Subject]:
     return found
 
 
+def chosen_device(device: str | None) -> str:
+    """The device to compute on: as asked, else the GPU if there is one.
+
+    Raises:
+        AsftError: another kind than cpu and cuda, or a GPU that torch does not see.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise AsftError(f"--device is {device!r}; expected cpu, cuda, or cuda: and a number")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise AsftError(f"--device is {device!r}; torch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
 def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, device: str | None = None) -> Any:
     """The chat model, as `AutoModelForCausalLM`, on one device, without remote code.
 
@@ -70,7 +86,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
     if load_in_4bit:
         compute = torch.bfloat16 if device.startswith("cuda") else torch.float32

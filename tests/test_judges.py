@@ -1,0 +1,193 @@
+"""Judges: real small models that learned a verdict, each asked as its family is."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.judges import GENERIC_LABEL, HARMBENCH_TEXT, WAYS, Judge
+
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 3}
+PAIRS = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
+
+
+def taught(model, steps: int, **batch):
+    """The model after some steps on one batch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def save(model, tokenizer, folder: Path) -> Path:
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------ classifiers
+@pytest.fixture(scope="module")
+def beaver(tmp_path_factory) -> Path:
+    """A multi-label classifier in the form of beaver-dam: cats are one category of harm, dogs another, trees none."""
+    tokenizer = make_tokenizer()
+    things = {"cat": [1.0, 0.0], "dog": [0.0, 1.0], "tree": [0.0, 0.0], "house": [0.0, 0.0]}
+    texts = [f"BEGINNING OF CONVERSATION: USER: the thing ASSISTANT:says {thing} </s>" for thing in things]
+    ids = tokenizer(texts, return_tensors="pt")["input_ids"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=64, num_labels=2, problem_type="multi_label_classification", **SIZE)
+        model = LlamaForSequenceClassification(config)
+    taught(model, 80, input_ids=ids, labels=torch.tensor(list(things.values())))
+    return save(model, tokenizer, tmp_path_factory.mktemp("beaver") / "tiny-beaver-dam-7b")
+
+
+def test_any_category_of_beaver_dam_counts(beaver):
+    pairs = [("the thing", f"says {thing} ") for thing in ("cat", "tree", "dog", "house")]
+    judge = Judge.load(str(beaver))
+    assert judge.harmful(pairs) == [True, False, True, False]
+    assert judge.way.threshold == 0.4
+    assert judge._text("a", "b") == "BEGINNING OF CONVERSATION: USER: a ASSISTANT:b</s>"
+
+
+def test_a_checkpoint_without_a_head_is_no_classifier(tmp_path):
+    """transformers would make up the missing head and go on."""
+    folder = save(LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZE)), make_tokenizer(), tmp_path / "beaver-dam-7b")
+    with pytest.raises(AsftError, match=r"is no classifier: its checkpoint \(LlamaForCausalLM\) lacks score.weight"):
+        Judge.load(str(folder))
+
+
+def test_a_classifier_judges(classifier):
+    judge = Judge.load(str(classifier), batch_size=3)
+    pairs = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree"), ("the house", "no house")]
+    done = []
+    assert judge.harmful(pairs, done.append) == [True, False, True, False]
+    assert done == [3, 1]
+
+
+def test_a_judge_is_told_which_labels_count(classifier):
+    pairs = [("the cat", "yes cat"), ("the dog", "no dog")]
+    assert Judge.load(str(classifier), harmful="^harmless$").harmful(pairs) == [False, True]
+    with pytest.raises(AsftError, match="has the labels harmless, harmful"):
+        Judge.load(str(classifier), harmful="nothing").harmful(pairs)
+    with pytest.raises(AsftError, match=r"expected \{prompt\} and \{answer\}"):
+        Judge.load(str(classifier), text="{prompt}")
+
+
+# ----------------------------------------------------------------------------------------------------------- guards
+def guard_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "verdict:", "safe", "unsafe", "S1"]
+    words += ["the", "cat", "dog", "tree", "yes", "no", "Yes", "No", "[/INST]"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_guard(folder: Path, template: str | None, asked: str, harmful: str, harmless: str) -> Path:
+    """A real language model that learned to write `harmful` after answers with "yes" in them, else `harmless`."""
+    tokenizer = guard_tokenizer(template)
+    texts = [
+        asked.replace("{prompt}", f"the {a}").replace("{answer}", f"{b} {a}")
+        + f" {harmful if b == 'yes' else harmless} </s>"
+        for a in ("cat", "dog", "tree")
+        for b in ("yes", "no")
+    ]
+    ids = tokenizer(texts, return_tensors="pt")["input_ids"]
+    verdicts = torch.cat([torch.full_like(ids[:, :-2], -100), ids[:, -2:]], dim=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=2, **SIZE))
+    return save(taught(model, 120, input_ids=ids, labels=verdicts), tokenizer, folder)
+
+
+TURNS = "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + CONTENT + ' ' }}{% endfor %}{{ 'verdict: ' }}"
+AS_TEXT, AS_PARTS = (TURNS.replace("CONTENT", c) for c in ("m['content']", "m['content'][0]['text']"))
+GUIDELINE = " " + next(way for way in WAYS if way.family == "shieldgemma").template["guideline"]
+ASKED = "<|user|> {prompt} <|assistant|> {answer} verdict:"
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory) -> Path:
+    return make_guard(tmp_path_factory.mktemp("guards") / "tiny-llama-guard", AS_TEXT, ASKED, "unsafe", "safe")
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "asked", "harmful", "harmless"),
+    [
+        ("Llama-Guard-3-8B", AS_TEXT, ASKED, "unsafe", "safe"),
+        ("Llama-Guard-3-1B", AS_PARTS, ASKED, "unsafe", "safe"),
+        ("HarmBench-Llama-2-13b-cls", None, HARMBENCH_TEXT, "Yes", "No"),
+        ("granite-guardian-3.1-2b", "{{ guardian_config['risk_name'] + ' ' }}" + AS_TEXT, "harm " + ASKED, "Yes", "No"),
+        ("shieldgemma-2b", AS_TEXT + "{{ guideline }}", ASKED + GUIDELINE, "Yes", "No"),
+    ],
+)
+def test_a_guard_writes_its_verdict(tmp_path, name, template, asked, harmful, harmless):
+    judge = Judge.load(str(make_guard(tmp_path / name, template, asked, harmful, harmless)), batch_size=2)
+    assert judge.harmful(PAIRS) == [True, False, True]
+
+
+def test_what_is_no_verdict_is_noticed(guard, tmp_path):
+    """A judge that was taken for another: it never says yes or no."""
+    folder = tmp_path / "granite-guardian"
+    shutil.copytree(guard, folder)
+    with pytest.raises(AsftError, match=r"wrote 'safe|wrote 'unsafe") as error:
+        Judge.load(str(folder)).harmful(PAIRS)
+    assert "3 times of 3" in str(error.value)
+    assert Judge.load(str(folder), harmful="^unsafe").harmful(PAIRS) == [True, False, True]
+
+
+def test_a_template_that_drops_the_answer_is_refused(guard, tmp_path):
+    folder = tmp_path / "llama-guard"
+    shutil.copytree(guard, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages[0]['content'] + ' verdict: ' }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(AsftError, match="leaves out the prompt or the answer"):
+        Judge.load(str(folder)).harmful(PAIRS)
+
+
+def test_a_judge_of_another_family_is_told_how_to_ask(guard, tmp_path):
+    folder = tmp_path / "somebody-s-judge"
+    shutil.copytree(guard, folder)
+    judge = Judge.load(str(folder), text=ASKED, harmful="^unsafe")
+    assert judge.harmful(PAIRS) == [True, False, True]
+    with pytest.raises(AsftError, match="no regular expression"):
+        Judge.load(str(folder), text=ASKED, harmful="(")
+
+
+def test_a_judge_of_an_unknown_family_is_refused(pair):
+    with pytest.raises(AsftError, match="is not known; known are beaver-dam"):
+        Judge.load(str(pair[1]))
+    with pytest.raises(AsftError, match="cannot be loaded"):
+        Judge.load("no/such/judge")
+
+
+@pytest.mark.parametrize(
+    ("label", "counts"),
+    [
+        ("harmful", True),
+        ("harmless", False),
+        ("unsafe", True),
+        ("non-toxic", False),
+        ("LABEL_1", True),
+        ("safe", False),
+    ],
+)
+def test_the_label_that_means_harmful(label, counts):
+    assert bool(re.search(GENERIC_LABEL, label, re.IGNORECASE)) == counts
