@@ -1,6 +1,8 @@
 """`axolotl asft eval` and its like: the commands that measure. Heavy modules are imported inside them."""
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,12 @@ from axolotl_asft.errors import AsftError
 @click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="At most so many documents of each task.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in a task's prompt.")
 @click.option("--judge", "judges", multiple=True, metavar="DIR|ID", help="A judge model; repeat for more.")
-@click.option("--judge-text", metavar="TEXT|@FILE", help="What a judge of another family reads: {prompt}, {answer}.")
-@click.option("--judge-harmful", metavar="REGEX", help="Which of its labels, or written verdicts, mean harmful.")
+@click.option(
+    "--judge-text",
+    metavar="TEXT|@FILE",
+    help="What the judges read: {prompt}, {answer}.  [default: as their families want]",
+)
+@click.option("--judge-harmful", metavar="REGEX", help="Which of their labels, or written verdicts, mean harmful.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time.")
 @click.option(
@@ -133,9 +139,12 @@ def _text_of(path: Path) -> str:
 @click.option("--direction", "file", type=click.Path(path_type=Path), help="Its direction, made with --keep-v.")
 @click.option("--base", metavar="DIR", help="Or its base model, from which the direction is made on the spot.")
 @click.option(
+    "--rank", default=64, show_default=True, type=click.IntRange(min=1), help="With --base: directions a layer."
+)
+@click.option(
     "--radii", default="0.25,0.5,1,2", show_default=True, metavar="A,B", help="In units of ||d|| of each layer."
 )
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Random steps of each kind.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=2), help="Random steps of each kind.")
 @click.option(
     "--task",
     type=click.Path(path_type=Path),
@@ -163,6 +172,7 @@ def landscape_command(
     model: str,
     file: Path | None,
     base: str | None,
+    rank: int,
     radii: str,
     task: Path | None,
     output: Path,
@@ -179,13 +189,14 @@ def landscape_command(
     Example:
       axolotl asft landscape --model SmolLM2-aligned --base SmolLM2 -o landscape
     """
-    from axolotl_asft.evaluation.landscape import landscape_table, measure_landscape, verdict
+    from axolotl_asft.evaluation.basin import landscape_table, verdict
+    from axolotl_asft.evaluation.landscape import measure_landscape
 
     steps = _radii(radii)
-    direction = _direction_with_v(model, file, base)
+    direction = _direction(model, file, base, rank, show=not as_json)
     turns = _chats(task) if task is not None else None
     with stages(show=not as_json) as stage:
-        points = measure_landscape(model, direction, output, steps, task=turns, stage=stage, **options)
+        points = measure_landscape(model, direction, output, base, steps, task=turns, stage=stage, **options)
     found = verdict(points)
     picture = output / "landscape.png"
     try:
@@ -206,12 +217,12 @@ def _radii(text: str) -> tuple[float, ...]:
         radii = tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         radii = ()
-    if not radii or radii[0] <= 0:
+    if not radii or not all(0 < radius < math.inf for radius in radii):
         raise AsftError(f"--radii is {text!r}; expected positive numbers with commas, such as 0.25,0.5,1")
     return radii
 
 
-def _direction_with_v(model: str, file: Path | None, base: str | None) -> Any:
+def _direction(model: str, file: Path | None, base: str | None, rank: int, show: bool) -> Any:
     if (file is None) == (base is None):
         raise AsftError("give one of --direction and --base")
     if file is not None:
@@ -220,7 +231,7 @@ def _direction_with_v(model: str, file: Path | None, base: str | None) -> Any:
         return AlignmentDirection.load(file)
     from axolotl_asft.extract import extract_direction
 
-    return extract_direction(str(base), model, keep_v=True)
+    return extract_direction(str(base), model, rank, progress=show and sys.stderr.isatty())
 
 
 def _chats(path: Path) -> list[tuple[str, str]]:

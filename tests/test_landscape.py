@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.landscape import KINDS, Point, _perturbed, _weights, perturbation, verdict
+from axolotl_asft.evaluation.basin import KINDS, Point, verdict
+from axolotl_asft.evaluation.landscape import _perturbed, _weights, measure_landscape, perturbation
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +56,107 @@ def test_random_steps_differ_by_seed_and_repeat(pair, direction):
     assert not torch.equal(seen[0], seen[1])
 
 
-def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...]) -> list[Point]:
+def test_a_base_model_gives_d_itself(pair):
+    """Of rank 4 the direction keeps a part of d; with the base model at hand, W - d is the base all the same."""
+    base, aligned = (AutoModelForCausalLM.from_pretrained(folder) for folder in pair)
+    weights = _weights(aligned, extract_direction(*pair, rank=4))
+    direction = extract_direction(*pair, rank=4)
+    with _perturbed(weights, direction, "against", 1.0, 0, Checkpoint.open(pair[0])):
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, base.get_submodule(name).weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_put_back_bit_by_bit(pair, direction, dtype):
+    """Also when what is measured in between fails."""
+    model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=dtype)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    name = "model.layers.0.mlp.up_proj"
+
+    def interrupted(kind: str) -> None:
+        with _perturbed(_weights(model, direction), direction, kind, 2.0, 1):
+            assert not torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+            raise KeyboardInterrupt
+
+    for kind in KINDS:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(kind)
+        assert all(torch.equal(before[key], weight) for key, weight in model.state_dict().items())
+
+
+def test_layers_that_are_kept_transposed(tmp_path):
+    """GPT-2 keeps its weights as (in, out)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+        model.save_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if ".h." in name and weight.ndim == 2:
+                    weight += 0.001 * torch.randn_like(weight)
+        model.save_pretrained(tmp_path / "aligned")
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    weights = _weights(model, direction)
+    assert len(weights) == 4
+    with _perturbed(weights, direction, "against", 1.0, 0, Checkpoint.open(tmp_path / "base")):
+        for name in weights:
+            ours, theirs = model.get_submodule(name).weight, base.get_submodule(name).weight
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_direction_of_another_model_is_refused(pair, tmp_path):
+    with pytest.raises(AsftError, match="extracted for another model"):
+        measure_landscape(str(pair[0]), extract_direction(*pair, rank=4), tmp_path, base=pair[0])
+
+
+def test_shared_and_absent_layers_are_refused(pair, direction):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(AsftError, match=r"layers.0.mlp.up_proj and model.layers.1.mlp.up_proj share one weight"):
+        _weights(model, direction)
+    del model.model.layers[1].mlp.up_proj
+    with pytest.raises(AsftError, match=r"the model has no layer model.layers.1.mlp.up_proj"):
+        _weights(model, direction)
+
+
+def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...], radius: float = 1.0) -> list[Point]:
     found = [Point("aligned", 0.0, 0, -0.1, 1.0)]
-    found += [Point("along", 1.0, 0, -0.1 - along, 1.0), Point("against", 1.0, 0, -5.0, 1.0)]
+    found += [Point("along", radius, 0, -0.1 - along, 1.5), Point("against", radius, 0, -5.0, 1.0)]
     for kind, drops in (("inside", inside), ("orthogonal", orthogonal)):
-        found += [Point(kind, 1.0, seed, -0.1 - drop, 1.0) for seed, drop in enumerate(drops)]
+        found += [Point(kind, radius, seed, -0.1 - drop, 1.0) for seed, drop in enumerate(drops)]
     return found
 
 
-def test_the_verdict_goes_both_ways():
-    basin = verdict(points(0.0, (0.1, 0.12, 0.11), (1.0, 1.1, 0.9)))
-    assert basin.holds
-    assert basin.inside_matters
-    assert "bears out" in basin.text
-    assert "orthogonal +1.000" in basin.text
-    none = verdict(points(0.5, (0.5, 0.4, 0.6), (0.5, 0.45, 0.55)))
-    assert not none.holds
-    assert "does not bear out" in none.text
-    noise = verdict(points(0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0)))
-    assert not noise.holds, "a difference within two standard errors is none"
+@pytest.mark.parametrize(
+    ("along", "inside", "orthogonal", "claim", "of_inside", "words"),
+    [
+        (0.0, (0.1, 0.12, 0.11), (1.0, 1.1, 0.9), "borne out", "borne out", "This model bears out that steps ortho"),
+        (0.9, (0.1, 0.12, 0.11), (0.5, 0.45, 0.55), "refuted", "borne out", "This model refutes that steps ortho"),
+        (0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0), "undecided", "undecided", "neither bears out nor refutes"),
+        (0.5, (0.9, 1.0, 0.95), (0.5, 0.45, 0.55), "undecided", "refuted", "refutes that they cost more than random"),
+    ],
+)
+def test_the_verdict_goes_every_way(along, inside, orthogonal, claim, of_inside, words):
+    found = verdict(points(along, inside, orthogonal))
+    assert (found.claim, found.inside) == (claim, of_inside)
+    assert words in found.text
+    assert f"orthogonal {sum(orthogonal) / 3:+.3f}" in found.text
+    assert "the task along +0.500" in found.text
+
+
+def test_the_verdict_holds_at_every_radius_or_not_at_all():
+    near, far = points(0.0, (0.1, 0.1), (1.0, 1.1)), points(1.0, (0.1, 0.1), (0.2, 0.3), radius=2.0)
+    assert verdict(near).claim == "borne out"
+    assert verdict(far).claim == "refuted"
+    assert verdict(near + far[1:]).claim == "undecided"
+
+
+def test_too_few_points_give_no_verdict():
     with pytest.raises(AsftError, match="no aligned model"):
         verdict([])
+    with pytest.raises(AsftError, match="one random step"):
+        verdict(points(0.0, (0.1,), (1.0,)))
 
 
 def refusing_pair(pair, folder):
@@ -121,6 +203,7 @@ def test_a_whole_landscape(pair, tmp_path):
         json.dumps({"messages": [{"role": "user", "content": "How"}, {"role": "assistant", "content": "with that"}]})
     )
     arguments = ["landscape", "--model", str(aligned), "--base", str(base), "--radii", "0.5,1", "--seeds", "2"]
+    arguments += ["--rank", "8"]
     arguments += ["--limit", "4", "--max-new-tokens", "6", "--generate", "--task", str(tmp_path / "task.jsonl")]
     arguments += ["-o", str(tmp_path / "out")]
     result = CliRunner().invoke(asft, arguments)
@@ -138,6 +221,20 @@ def test_a_whole_landscape(pair, tmp_path):
     assert json.loads(again.stdout)["points"][0]["harmfulness"] == 0.0
     assert (tmp_path / "out" / "landscape.json").stat().st_mtime_ns == before, "nothing was measured twice"
 
+    whole = json.loads((tmp_path / "out" / "landscape.json").read_text())
+    cut = {**whole, "points": [{**whole["points"][0], "task_loss": 7.0}, *whole["points"][1:5]]}
+    (tmp_path / "out" / "landscape.json").write_text(json.dumps(cut))
+    resumed = CliRunner().invoke(asft, [*arguments, "--json"])
+    found = json.loads(resumed.stdout)["points"]
+    assert found[0]["task_loss"] == 7.0, "what was measured before is kept"
+    assert [p | {"task_loss": 0} for p in found] == [p | {"task_loss": 0} for p in whole["points"]]
+    other = CliRunner().invoke(asft, [*arguments, "--max-new-tokens", "7"])
+    assert other.exit_code == 2
+    assert "of other settings (" in other.stderr
+    (tmp_path / "out" / "landscape.json").write_text('{"settings"')
+    broken = CliRunner().invoke(asft, arguments)
+    assert (broken.exit_code, "holds no landscape" in broken.stderr) == (2, True)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -146,7 +243,13 @@ def test_a_whole_landscape(pair, tmp_path):
         (["--direction", "{file}"], "keeps no right singular vectors"),
         (["--base", "{base}", "--radii", "0,1"], "expected positive numbers"),
         (["--base", "{base}", "--task", "{file}"], "cannot be read|expected"),
-        (["--base", "{base}", "--limit", "2", "--max-new-tokens", "2"], "refuses none of 2"),
+        (["--base", "{base}", "--rank", "8", "--limit", "2", "--max-new-tokens", "2"], "refuses none of 2"),
+        (["--base", "{base}"], "keeps all 64 directions of .* smaller --rank"),
+        (["--base", "/no/base"], "no checkpoint folder at /no/base"),
+        (["--base", "{base}", "--radii", "nan"], "expected positive numbers"),
+        (["--base", "{base}", "--radii", "inf"], "expected positive numbers"),
+        (["--base", "{base}", "--rank", "8", "--device", "tpu"], "expected cpu, cuda"),
+        (["--direction", "{file}", "--base", "{base}"], "give one of"),
     ],
 )
 def test_bad_usage_is_one_line(pair, direction_file, tmp_path, arguments, message):

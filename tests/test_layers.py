@@ -15,7 +15,7 @@ ORDER = [
     "args", "guard", "registration", "startup", "plugin", "summary", "console",
     "evaluation.shares", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
-    "evaluation.landscape", "evaluation.landscape_chart",
+    "evaluation.basin", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
     "cli_evidence", "cli", "__main__",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from axolotl_asft.evaluation.landscape import KIND_WORDS, KINDS, Point
+from axolotl_asft.evaluation.basin import KIND_WORDS, KINDS, Point
 from axolotl_asft.files import atomic_write
 
 COLOURS = {"along": "#00798c", "against": "#5c677d", "inside": "#edae49", "orthogonal": "#d1495b"}
