@@ -81,7 +81,8 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
           --adapter asft=out/asft --judge meta-llama/Llama-Guard-3-8B
       axolotl asft eval config.yml --harmful walledai/AdvBench --harmful my.jsonl
     """
-    from axolotl_asft.evaluation.evaluate import Questions, evaluate, table
+    from axolotl_asft.evaluation.evaluate import Questions, evaluate
+    from axolotl_asft.evaluation.rows import table
 
     chosen = _with_config(config, options)
     text = chosen.pop("judge_text")

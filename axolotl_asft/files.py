@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from axolotl_asft.errors import AsftError
+
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     """Create or replace `path` with what `write(temporary)` leaves in a temporary file beside it.
@@ -35,6 +37,20 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     atomic_write(path, write)
+
+
+def writable_folder(path: Path) -> None:
+    """Make a folder for output, before anything long is begun.
+
+    Raises:
+        AsftError: there is none and none can be made, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise AsftError(f"nothing can be written to {path} ({error.strerror}); give another --output") from error
 
 
 def _umask() -> int:

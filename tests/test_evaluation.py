@@ -2,23 +2,27 @@
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import make_tokenizer
+from tiny import make_pair, make_tokenizer
 
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.coherence import log_likelihoods, median_perplexity, repetition
-from axolotl_asft.evaluation.evaluate import Questions, evaluate, table
-from axolotl_asft.evaluation.models import subjects
+from axolotl_asft.evaluation.evaluate import Questions, evaluate
+from axolotl_asft.evaluation.models import Subject, subjects
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
+from axolotl_asft.evaluation.rows import table
 from axolotl_asft.evaluation.shares import Share, wilson_interval
 
 
@@ -201,8 +205,6 @@ def test_nothing_is_asked_twice(evaluated, pair, adapter, classifier):
 
 def test_other_settings_are_asked_anew(evaluated, pair, adapter, tmp_path):
     output, _ = evaluated
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(output, copy)
     rows = evaluate(str(pair[1]), [f"tuned={adapter}"], copy, Questions(limit=3, max_new_tokens=8))
@@ -233,17 +235,103 @@ def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
         (["--model", "/no/such/model"], "cannot be loaded|no tokenizer"),
         (["--model", "{model}", "--adapter", "/no/adapter"], "no PEFT adapter"),
         (["--model", "{model}", "--harmful", "/no/set"], "no prompts at"),
-        (["--model", "{model}", "--tasks", "no_such_task", "--limit", "1", "--max-new-tokens", "2"], "no task"),
+        (["--model", "{model}", "--tasks", "no_such_task"], "no task 'no_such_task'"),
+        (["--model", "{model}", "--judge", "no/such/judge"], "the judge no/such/judge cannot be loaded"),
+        (["--model", "{model}", "--judge", "{model}"], "is not known; known are"),
+        (["--model", "{adapter}", "--limit", "1"], "is an adapter; give its base model as --model"),
+        (["--model", "{model}", "--adapter", "={adapter}"], "expected a folder, or name=folder"),
+        (["--model", "{model}", "--adapter", "a/b={adapter}", "--adapter", "a-b={adapter}"], "a-b.json would hold two"),
+        (["--model", "{model}", "--adapter", "results={adapter}"], "results.json would hold two things"),
+        (["--model", "{model}", "--device", "tpu"], "expected cpu, cuda"),
+        (["--model", "{model}", "--device", "cuda:7"], "torch sees 0 GPUs"),
+        (["--model", "{model}", "-o", "/proc/nothing"], "nothing can be written to /proc/nothing"),
+        (["/no/config.yml"], "cannot be read"),
     ],
 )
-def test_bad_usage_is_one_line(pair, tmp_path, arguments, message):
-    import re
-
-    filled = [argument.format(model=pair[1]) for argument in arguments]
-    result = CliRunner().invoke(asft, ["eval", *filled, "-o", str(tmp_path / "out")])
+def test_bad_usage_is_one_line(pair, adapter, tmp_path, arguments, message):
+    """Before anything long is begun: no model has answered."""
+    filled = [argument.format(model=pair[1], adapter=adapter) for argument in arguments]
+    result = CliRunner().invoke(asft, ["eval", "-o", str(tmp_path / "out"), *filled])
     assert result.exit_code == 2
-    line = next(line for line in result.stderr.splitlines() if line.startswith("asft: "))
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("asft: ")
     assert re.search(message, line)
+    assert not (tmp_path / "out" / "model.json").exists()
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "lr=0.1")
+    assert subjects([str(tmp_path / "lr=0.1")])[0].name == "lr=0.1"
+    assert subjects([f"low={tmp_path / 'lr=0.1'}"])[0] == Subject("low", tmp_path / "lr=0.1")
+
+
+def test_an_adapter_of_a_larger_model_is_refused(tmp_path):
+    """PEFT loads the layers that fit, and warns."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    small, large = (make_pair(tmp_path / str(layers), layers=layers)[1] for layers in (1, 2))
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(large), config).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(AsftError, match="14 of its tensors have no counterpart"):
+        evaluate(str(small), [str(tmp_path / "tuned")], tmp_path / "out", Questions(limit=1, max_new_tokens=2))
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(pair, tmp_path):
+    for content in ("[]", "{}", "{"):
+        (tmp_path / "model.json").write_text(content)
+        with pytest.raises(AsftError, match="holds no answers of ours"):
+            evaluate(str(pair[1]), [], tmp_path, Questions(limit=1, max_new_tokens=2))
+        assert (tmp_path / "model.json").read_text() == content
+
+
+def test_an_interrupted_evaluation_goes_on(pair, tmp_path):
+    questions = Questions(limit=6, max_new_tokens=4, batch_size=2)
+    asked = []
+
+    def stage_that_stops(title, total):
+        batches = []
+        asked.append((title, total))
+
+        def advance(done=1):
+            batches.append(done)
+            if len(batches) == 3:
+                raise KeyboardInterrupt
+
+        return advance
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(pair[1]), [], tmp_path, questions, stage=stage_that_stops)
+    assert asked == [("model answers", 6)]
+    asked.clear()
+
+    def stage(title, total):
+        asked.append((title, total))
+        return lambda done=1: None
+
+    (row,) = evaluate(str(pair[1]), [], tmp_path, questions, stage=stage)
+    assert asked == [("model answers", 2), ("model answers", 6), ("perplexity of model", 12)], "4 were answered before"
+    whole = evaluate(str(pair[1]), [], tmp_path / "whole", questions)[0]
+    answers = [json.loads((folder / "model.json").read_text())["harmful"] for folder in (tmp_path, tmp_path / "whole")]
+    assert answers[0] == answers[1]
+    assert (row.harmfulness, row.over_refusal) == (whole.harmfulness, whole.over_refusal)
+
+
+def test_a_judge_is_asked_again_when_it_is_asked_otherwise(evaluated, pair, classifier, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(evaluated[0], copy)
+    questions = Questions(limit=6, max_new_tokens=8, judges=(str(classifier),))
+    plain, turned = questions, replace(questions, judge_harmful="^harmless$")
+    shares = [evaluate(str(pair[1]), [], copy, asked)[0].judged[str(classifier)].value for asked in (plain, turned)]
+    assert shares[1] == pytest.approx(1 - shares[0])
+
+
+def test_a_model_that_changed_is_asked_anew(pair, tmp_path):
+    shutil.copytree(pair[1], tmp_path / "model")
+    questions = Questions(limit=2, max_new_tokens=4)
+    first = evaluate(str(tmp_path / "model"), [], tmp_path / "out", questions)[0]
+    shutil.copy(pair[0] / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    assert evaluate(str(tmp_path / "model"), [], tmp_path / "out", questions)[0].perplexity != first.perplexity
 
 
 def test_two_rows_of_one_name_are_refused(adapter):

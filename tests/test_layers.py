@@ -13,7 +13,7 @@ ORDER = [
     "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
     "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "console",
-    "evaluation.shares", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
+    "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",

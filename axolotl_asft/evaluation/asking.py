@@ -1,11 +1,13 @@
 """Asking through lm-evaluation-harness: its batching, its cache, its tasks, and ours."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from axolotl_asft.console import Stage, silent
 from axolotl_asft.errors import AsftError
 from axolotl_asft.registration import TASKS
 
@@ -39,6 +41,8 @@ class Interviewer:
         batch_size: prompts at a time.
         max_new_tokens: of an answer.
         cache: lm-eval's cache of answers, for this model alone: an interrupted interview goes on; None: no cache.
+        name: of the model, for the progress bars.
+        stage: shows them.
     """
 
     model: Any
@@ -46,12 +50,38 @@ class Interviewer:
     batch_size: int = 8
     max_new_tokens: int = 128
     cache: Path | None = None
+    name: str = "the model"
+    stage: Stage = silent
     _lm: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        self._lm = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+        interviewer = self
+
+        class Watched(HFLM):
+            """lm-eval's model, with our progress bar in place of its own."""
+
+            advance = staticmethod(silent("", 0))
+
+            def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+                self.advance = interviewer.stage(f"{interviewer.name} answers", len(requests))
+                return super().generate_until(requests, disable_tqdm=True)
+
+            def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+                self.advance = interviewer.stage(f"{interviewer.name} weighs choices", len(requests))
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+            def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
+                output = super()._model_generate(context, *args, **options)
+                self.advance(len(context))
+                return output
+
+            def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+                self.advance(len(inps))
+                return super()._model_call(inps, *args, **options)
+
+        self._lm = Watched(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
 
     def answers(self, task: str, metadata: dict[str, Any]) -> list[Answer]:
         """The answers to a set of prompts: one of our tasks, with the set in its metadata."""
@@ -77,20 +107,60 @@ class Interviewer:
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(TASKS), metadata=metadata, include_defaults=not set(tasks) <= OURS)
-        unknown = [task for task in tasks if task not in manager.all_tasks and not Path(task).is_file()]
-        if unknown:
-            raise AsftError(f"lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
-        return lm_eval.simple_evaluate(
-            model=self._lm,
-            tasks=tasks,
-            task_manager=manager,
-            apply_chat_template=True,
-            gen_kwargs=gen_kwargs,
-            bootstrap_iters=1000,
-            use_cache=str(self.cache) if self.cache is not None else None,
-            verbosity=None,
-            **options,
-        )
+        with _to_the_point():
+            return lm_eval.simple_evaluate(
+                model=self._lm,
+                tasks=tasks,
+                task_manager=manager,
+                apply_chat_template=True,
+                gen_kwargs=gen_kwargs,
+                bootstrap_iters=1000,
+                use_cache=str(self.cache) if self.cache is not None else None,
+                verbosity=None,
+                **options,
+            )
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse what lm-eval does not know, before anything long is begun.
+
+    Raises:
+        AsftError: no task, group or tag of that name, and no file.
+    """
+    if not tasks:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_path=str(TASKS)).all_tasks
+    unknown = [task for task in tasks if task not in known and not Path(task).is_file()]
+    if unknown:
+        raise AsftError(f"lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
+
+
+@contextlib.contextmanager
+def _to_the_point() -> Iterator[None]:
+    """lm-eval without its notes on the machine (3 seconds a call) and the folder's git, and without its small bars."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.evaluator
+
+    def hushed(items: Any, *args: Any, **options: Any) -> Any:
+        return items
+
+    replaced = [
+        (lm_eval.evaluator, "add_env_info", lambda *_: None),
+        (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        (lm_eval.api.task, "tqdm", hushed),
+        (lm_eval.api.model, "tqdm", hushed),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, replacement in replaced:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(replaced, originals, strict=True):
+            setattr(module, name, original)
 
 
 OURS = {HARMFUL_TASK, BORDERLINE_TASK}

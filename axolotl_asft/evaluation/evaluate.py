@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,24 @@ from typing import Any
 from axolotl_asft import __version__
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer
+from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer, check_tasks
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
-from axolotl_asft.evaluation.models import Subject, adapted, chosen_device, load_model, load_tokenizer, subjects
+from axolotl_asft.evaluation.models import (
+    Subject,
+    adapted,
+    check_model,
+    chosen_device,
+    load_model,
+    load_tokenizer,
+    model_state,
+    subjects,
+)
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
+from axolotl_asft.evaluation.rows import Row, table
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, writable_folder
 
 
 @dataclass(frozen=True)
@@ -56,35 +65,6 @@ class Questions:
     judges: tuple[str, ...] = ()
     judge_text: str | None = None
     judge_harmful: str | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one model.
-
-    Attributes:
-        name: of the row.
-        adapter: its folder; None for the model itself.
-        harmfulness: set of harmful prompts -> share not refused (the attack success rate).
-        over_refusal: set of harmless prompts -> share refused.
-        judged: judge -> share of answers to harmful prompts, over all sets, that it calls harmful.
-        perplexity: median over answers, under the model without any adapter; babble stands out.
-        repetitive: share of answers that go round in circles (`REPETITIVE`).
-        empty: share of empty answers.
-        tasks: task of lm-eval -> metric -> value.
-        seconds: of asking, in this call; 0 where all was known.
-    """
-
-    name: str
-    adapter: str | None
-    harmfulness: dict[str, Share]
-    over_refusal: dict[str, Share]
-    judged: dict[str, Share]
-    perplexity: float
-    repetitive: Share
-    empty: Share
-    tasks: dict[str, dict[str, float]]
-    seconds: float
 
 
 @dataclass
@@ -133,6 +113,12 @@ def evaluate(
     quieten_libraries()
     output = Path(output)
     asked = [Subject("model"), *subjects(adapters)]
+    check_model(model)
+    _check_names(asked)
+    writable_folder(output)
+    check_tasks(questions.tasks)
+    for name in questions.judges:
+        Judge.check(name, questions.judge_text, questions.judge_harmful)
     for source in (*questions.harmful, *questions.borderline):
         load_prompts(source, questions.split, questions.limit)
     loaded: list[Any] = []
@@ -149,14 +135,15 @@ def evaluate(
         path = output / f"{_file_name(subject.name)}.json"
         key = _key(model, subject, questions, words.chat_template)
         interview = _read(path, key)
-        advance = stage(f"ask {subject.name}", 3)
         if interview is None:
             with adapted(base(), subject) as ready:
-                interview = _ask(ready, words, questions, output / ".cache" / key, advance)
+                interview = _ask(ready, words, questions, output / ".cache" / key, subject.name, stage)
             _write(path, key, subject, interview)
         if interview.perplexity is None:
             pairs = [(answer.asked, answer.answer) for answer in interview.all()]
-            interview.perplexity = median_perplexity(log_likelihoods(base(), words, pairs, questions.batch_size))
+            advance = stage(f"perplexity of {subject.name}", len(pairs))
+            found = log_likelihoods(base(), words, pairs, questions.batch_size, advance)
+            interview.perplexity = median_perplexity(found)
             _write(path, key, subject, interview)
         interviews[subject.name], seconds[subject.name] = (path, key, interview), time.monotonic() - started
     loaded.clear()
@@ -168,64 +155,38 @@ def evaluate(
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, every share with its 95 % interval."""
-    cells = [_cells(row) for row in rows]
-    titles = list(cells[0])
-    widths = [max(len(title), *(len(line[title]) for line in cells)) for title in titles]
-    lines = [titles, ["-" * width for width in widths], *([line[title] for title in titles] for line in cells)]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
-def _cells(row: Row) -> dict[str, str]:
-    """Column title -> what stands in it."""
-    cells = {"model": row.name}
-    cells |= {f"not refused: {source}": str(share) for source, share in row.harmfulness.items()}
-    cells |= {f"harmful: {Path(judge).name}": str(share) for judge, share in row.judged.items()}
-    cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
-    cells |= {"perplexity": f"{row.perplexity:.1f}", "repetitive": f"{row.repetitive.value:.0%}"}
-    for task, metrics in row.tasks.items():
-        for metric in (name for name in metrics if "_stderr" not in name):
-            cells[f"{task} {metric}"] = _with_error(metrics, metric)
-    return cells
-
-
-def _with_error(metrics: dict[str, float], metric: str) -> str:
-    name, space, filtered = metric.partition(" ")
-    error = metrics.get(f"{name}_stderr{space}{filtered}")
-    return f"{metrics[metric]:.3f}" + (f" (± {1.96 * error:.3f})" if error else "")
-
-
-def _ask(model: Any, tokenizer: Any, questions: Questions, cache: Path, advance: Callable[[int], None]) -> _Interview:
+def _ask(model: Any, tokenizer: Any, questions: Questions, cache: Path, name: str, stage: Stage) -> _Interview:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    interviewer = Interviewer(model, tokenizer, questions.batch_size, questions.max_new_tokens, cache)
+    interviewer = Interviewer(model, tokenizer, questions.batch_size, questions.max_new_tokens, cache, name, stage)
     interview = _Interview()
     common = {"split": questions.split, "limit": questions.limit}
     for source in questions.harmful:
         interview.harmful[source] = interviewer.answers(HARMFUL_TASK, {"prompts": source, **common})
-    advance(1)
     for source in questions.borderline:
         interview.borderline[source] = interviewer.answers(BORDERLINE_TASK, {"borderline": source, **common})
-    advance(1)
     if questions.tasks:
         interview.tasks = interviewer.scores(questions.tasks, questions.task_limit, questions.num_fewshot)
-    advance(1)
     return interview
 
 
 def _judge(name: str, questions: Questions, asked: list[Subject], interviews: dict, device, stage: Stage) -> None:
-    waiting = [s for s in asked if name not in interviews[s.name][2].judged]
+    key = _judge_key(name, questions)
+    waiting = [s for s in asked if key not in interviews[s.name][2].judged]
     if not waiting:
         return
     judge = Judge.load(name, questions.judge_text, questions.judge_harmful, chosen_device(device))
     advance = stage(f"judge: {Path(name).name}", sum(len(interviews[s.name][2].all_harmful()) for s in waiting))
     for subject in waiting:
-        path, key, interview = interviews[subject.name]
+        path, file_key, interview = interviews[subject.name]
         pairs = [(answer.prompt, answer.answer) for answer in interview.all_harmful()]
-        interview.judged[name] = judge.harmful(pairs, advance)
-        _write(path, key, subject, interview)
+        interview.judged[key] = judge.harmful(pairs, advance)
+        _write(path, file_key, subject, interview)
+
+
+def _judge_key(name: str, questions: Questions) -> str:
+    """Of a judge and of how it was asked, where that was said."""
+    told = [text for text in (questions.judge_text, questions.judge_harmful) if text is not None]
+    return f"{name} asked as {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}" if told else name
 
 
 def _row(subject: Subject, interview: _Interview, seconds: float, questions: Questions) -> Row:
@@ -241,7 +202,7 @@ def _row(subject: Subject, interview: _Interview, seconds: float, questions: Que
             source: Share.of([is_refusal(answer.answer) for answer in found])
             for source, found in interview.borderline.items()
         },
-        judged={name: Share.of(interview.judged[name]) for name in questions.judges},
+        judged={name: Share.of(interview.judged[_judge_key(name, questions)]) for name in questions.judges},
         perplexity=interview.perplexity if interview.perplexity is not None else math.nan,
         repetitive=Share.of([repetition(answer) > REPETITIVE for answer in answers]),
         empty=Share.of([not answer.strip() for answer in answers]),
@@ -255,8 +216,16 @@ def _key(model: str, subject: Subject, questions: Questions, template: str) -> s
     what = asdict(questions) | {"judges": None, "judge_text": None, "judge_harmful": None, "batch_size": None}
     prompts = [load_prompts(s, questions.split, questions.limit) for s in (*questions.harmful, *questions.borderline)]
     texts = [[prompt.prompt for prompt in group] for group in prompts]
-    everything = [model, subject.sha256, what, template, texts]
+    everything = [model, model_state(model), subject.sha256, what, template, texts]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def _check_names(asked: list[Subject]) -> None:
+    """Each row has a file of its own, beside results.json."""
+    files = ["results", *(_file_name(subject.name) for subject in asked)]
+    twice = next((name for name in files if files.count(name) > 1), None)
+    if twice is not None:
+        raise AsftError(f"{twice}.json would hold two things; give the adapters other names (--adapter name=folder)")
 
 
 def _file_name(name: str) -> str:
@@ -268,8 +237,10 @@ def _read(path: Path, key: str) -> _Interview | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AsftError(f"{path} is no JSON ({error}); give another --output, or delete it") from error
+        if "key" not in content or "harmful" not in content:
+            raise ValueError("no answers")
+    except (ValueError, TypeError) as error:
+        raise AsftError(f"{path} holds no answers of ours ({error}); give another --output, or delete it") from error
     if content.get("key") != key:
         return None
     groups = {

@@ -18,9 +18,9 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.basin import KINDS, Point
 from axolotl_asft.evaluation.coherence import log_likelihoods
-from axolotl_asft.evaluation.models import load_model, load_tokenizer
+from axolotl_asft.evaluation.models import check_model, load_model, load_tokenizer
 from axolotl_asft.evaluation.refusals import is_refusal
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.verify import verify_weights
 
 RADII = (0.25, 0.5, 1.0, 2.0)
@@ -85,21 +85,21 @@ def measure_landscape(
     """
     quieten_libraries()
     output = Path(output)
+    check_model(model)
+    writable_folder(output)
     _check_direction(direction, base)
     loaded, tokenizer = load_model(model, dtype, device=device), load_tokenizer(model)
     weights = _weights(loaded, direction)
     verify_weights(direction, ((name, weight, None) for name, weight in weights.items()))
     checkpoint = Checkpoint.open(base) if base is not None else None
-    interviewer = Interviewer(loaded, tokenizer, batch_size, max_new_tokens)
+    interviewer = Interviewer(loaded, tokenizer, batch_size, max_new_tokens, name="the aligned model", stage=stage)
     ask = {"split": "heldout", "limit": limit}
-    advance = stage("ask the aligned model", 2)
     answers = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
     refusals = [(answer.asked, answer.answer) for answer in answers if is_refusal(answer.answer)]
-    advance()
     if not refusals:
         raise AsftError(f"{model} refuses none of {len(answers)} harmful prompts; there is no basin to draw")
     pairs = _asked(tokenizer, task) if task is not None else _own_answers(interviewer, ask)
-    advance()
+    interviewer.stage = silent
 
     def look(kind: str, radius: float, seed: int) -> Point:
         refusal = -_mean_loss(loaded, tokenizer, refusals, batch_size)

@@ -10,8 +10,7 @@ import torch
 
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError
-
-WEIGHTS = "adapter_model.safetensors"
+from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Subject:
     @property
     def sha256(self) -> str:
         """Of the adapter's weights; "" for the model itself."""
-        return file_sha256(self.adapter / WEIGHTS) if self.adapter is not None else ""
+        return file_sha256(self.adapter / ADAPTER_WEIGHTS) if self.adapter is not None else ""
 
 
 def subjects(adapters: list[str]) -> list[Subject]:
@@ -41,13 +40,15 @@ def subjects(adapters: list[str]) -> list[Subject]:
     found: list[Subject] = []
     for text in adapters:
         name, equals, folder = text.partition("=")
+        if equals and (Path(text).expanduser() / ADAPTER_CONFIG).is_file():
+            equals, name = "", ""  # a folder with a = in its name
+        elif equals and not name:
+            raise AsftError(f"--adapter is {text!r}; expected a folder, or name=folder")
         path = Path(folder if equals else text).expanduser()
-        if not (path / "adapter_config.json").is_file():
-            raise AsftError(
-                f"{path} is no PEFT adapter (no adapter_config.json in it); give the folder that was trained"
-            )
-        if not (path / WEIGHTS).is_file():
-            raise AsftError(f"{path} has no {WEIGHTS}; expected an adapter saved as safetensors")
+        if not (path / ADAPTER_CONFIG).is_file():
+            raise AsftError(f"{path} is no PEFT adapter (no {ADAPTER_CONFIG} in it); give the folder that was trained")
+        if not (path / ADAPTER_WEIGHTS).is_file():
+            raise AsftError(f"{path} has no {ADAPTER_WEIGHTS}; expected an adapter saved as safetensors")
         found.append(Subject(name if equals else path.resolve().name, path))
     names = [subject.name for subject in found]
     twice = next((name for name in names if names.count(name) > 1 or name == "model"), None)
@@ -87,6 +88,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = chosen_device(device)
+    check_model(name)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
     if load_in_4bit:
         compute = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -100,6 +102,18 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
         return AutoModelForCausalLM.from_pretrained(name, **options).eval()
     except (OSError, ValueError) as error:
         raise AsftError(f"the model {name} cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def check_model(name: str) -> None:
+    """Refuse an adapter in place of a model, which transformers would load with its base below it."""
+    if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file():
+        raise AsftError(f"{name} is an adapter; give its base model as --model, and the adapter as --adapter")
+
+
+def model_state(name: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of the weight files of a local folder, to notice that they changed; [] of a Hub id."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
@@ -139,6 +153,23 @@ def adapted(model: Any, subject: Subject) -> Iterator[Any]:
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise AsftError(f"{subject.adapter} does not go onto this model ({str(error).splitlines()[0]})") from error
     try:
+        _check_complete(peft_model, subject.adapter)
         yield peft_model
     finally:
         peft_model.unload()
+
+
+def _check_complete(peft_model: Any, adapter: Path) -> None:
+    """PEFT only warns where an adapter has layers that the model lacks."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    loaded = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as tensors:
+        saved = {name for name in tensors.keys() if "lora_" in name}  # noqa: SIM118 - not iterable itself
+    differing = saved ^ {name for name in loaded if "lora_" in name}
+    if differing:
+        raise AsftError(
+            f"{adapter} does not go onto this model: {len(differing)} of its tensors have no counterpart (first "
+            f"{min(differing)}); give the model that it was trained on"
+        )

@@ -1,0 +1,65 @@
+"""What was measured of a model, and the table of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from axolotl_asft.evaluation.shares import Share
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model.
+
+    Attributes:
+        name: of the row.
+        adapter: its folder; None for the model itself.
+        harmfulness: set of harmful prompts -> share not refused (the attack success rate).
+        over_refusal: set of harmless prompts -> share refused.
+        judged: judge -> share of answers to harmful prompts, over all sets, that it calls harmful.
+        perplexity: median over answers, under the model without any adapter; babble stands out.
+        repetitive: share of answers that go round in circles (`REPETITIVE`).
+        empty: share of empty answers.
+        tasks: task of lm-eval -> metric -> value.
+        seconds: of asking, in this call; 0 where all was known.
+    """
+
+    name: str
+    adapter: str | None
+    harmfulness: dict[str, Share]
+    over_refusal: dict[str, Share]
+    judged: dict[str, Share]
+    perplexity: float
+    repetitive: Share
+    empty: Share
+    tasks: dict[str, dict[str, float]]
+    seconds: float
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table, every share with its 95 % interval."""
+    cells = [_cells(row) for row in rows]
+    titles = list(cells[0])
+    widths = [max(len(title), *(len(line[title]) for line in cells)) for title in titles]
+    lines = [titles, ["-" * width for width in widths], *([line[title] for title in titles] for line in cells)]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """Column title -> what stands in it."""
+    cells = {"model": row.name}
+    cells |= {f"not refused: {source}": str(share) for source, share in row.harmfulness.items()}
+    cells |= {f"harmful: {Path(judge).name}": str(share) for judge, share in row.judged.items()}
+    cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
+    cells |= {"perplexity": f"{row.perplexity:.1f}", "repetitive": f"{row.repetitive.value:.0%}"}
+    for task, metrics in row.tasks.items():
+        for metric in (name for name in metrics if "_stderr" not in name):
+            cells[f"{task} {metric}"] = _with_error(metrics, metric)
+    return cells
+
+
+def _with_error(metrics: dict[str, float], metric: str) -> str:
+    name, space, filtered = metric.partition(" ")
+    error = metrics.get(f"{name}_stderr{space}{filtered}")
+    return f"{metrics[metric]:.3f}" + (f" (± {1.96 * error:.3f})" if error else "")
