@@ -9,7 +9,7 @@ import click
 
 from axolotl_asft import __version__
 from axolotl_asft.cli_evidence import evaluate_command, landscape_command
-from axolotl_asft.console import OneLineErrors, stages
+from axolotl_asft.console import OneLineErrors, quieten_libraries, stages
 from axolotl_asft.errors import AsftError
 
 
@@ -193,6 +193,7 @@ def project(file: Path, output: Path, as_json: bool, **options: Any) -> None:
       axolotl asft project --adapter out/ --direction chat.asft.safetensors --threshold 0.35 -o out-safe/
       axolotl asft project --adapter out/ --direction chat.asft.safetensors --attenuate 0.5 -o out-half/
     """
+    quieten_libraries()
     from axolotl_asft.direction import AlignmentDirection
     from axolotl_asft.project import as_dict, project_adapter, summary_text
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from axolotl_asft.console import stages
+from axolotl_asft.console import quieten_libraries, stages
 from axolotl_asft.errors import AsftError
 
 
@@ -81,13 +81,14 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
           --adapter asft=out/asft --judge meta-llama/Llama-Guard-3-8B
       axolotl asft eval config.yml --harmful walledai/AdvBench --harmful my.jsonl
     """
-    from axolotl_asft.evaluation.evaluate import Questions, evaluate
-    from axolotl_asft.evaluation.rows import table
-
     chosen = _with_config(config, options)
     text = chosen.pop("judge_text")
     if text and text.startswith("@"):
         text = _text_of(Path(text[1:]))
+    quieten_libraries()
+    from axolotl_asft.evaluation.evaluate import Questions, evaluate
+    from axolotl_asft.evaluation.rows import table
+
     place = {key: chosen.pop(key) for key in ("model", "adapters", "tokenizer", "device")}
     tasks = tuple(task.strip() for task in chosen.pop("tasks").split(",") if task.strip())
     questions = Questions(**chosen, tasks=tasks, judge_text=text)
@@ -190,12 +191,15 @@ def landscape_command(
     Example:
       axolotl asft landscape --model SmolLM2-aligned --base SmolLM2 -o landscape
     """
+    steps = _radii(radii)
+    if (file is None) == (base is None):
+        raise AsftError("give one of --direction and --base")
+    turns = _chats(task) if task is not None else None
+    quieten_libraries()
     from axolotl_asft.evaluation.basin import landscape_table, verdict
     from axolotl_asft.evaluation.landscape import measure_landscape
 
-    steps = _radii(radii)
     direction = _direction(model, file, base, rank, show=not as_json)
-    turns = _chats(task) if task is not None else None
     with stages(show=not as_json) as stage:
         points = measure_landscape(model, direction, output, base, steps, task=turns, stage=stage, **options)
     found = verdict(points)
@@ -224,8 +228,6 @@ def _radii(text: str) -> tuple[float, ...]:
 
 
 def _direction(model: str, file: Path | None, base: str | None, rank: int, show: bool) -> Any:
-    if (file is None) == (base is None):
-        raise AsftError("give one of --direction and --base")
     if file is not None:
         from axolotl_asft.direction import AlignmentDirection
 
@@ -239,11 +241,15 @@ def _chats(path: Path) -> list[tuple[str, str]]:
     """The first question and answer of each line's `messages`."""
     turns = []
     for number, line in enumerate(_text_of(path).splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             messages = json.loads(line)["messages"]
             question = next(message["content"] for message in messages if message["role"] == "user")
             answer = next(message["content"] for message in messages if message["role"] == "assistant")
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise AsftError(f'{path}, line {number}: expected {{"messages": [user, assistant]}}') from error
-        turns.append((question, answer))
+        turns.append((str(question), str(answer)))
+    if not turns:
+        raise AsftError(f"{path} holds no chats; expected a line of JSON each")
     return turns

@@ -14,9 +14,11 @@ from torch import Tensor
 from axolotl_asft import __version__
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import writable_folder
 from axolotl_asft.penalty import PROJECTORS, orthogonal_part, projector_eigenvalues, squared_norm
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter, SavedLayer
 from axolotl_asft.stamp import add_to_config, add_to_model_card
+from axolotl_asft.verify import verify_checkpoint
 
 # What a training leaves beside the adapter that is needed to go on training, or that belongs to the run.
 NOT_COPIED = ("checkpoint-", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "merged", "debug")
@@ -113,7 +115,7 @@ def project_adapter(
 
     Args:
         adapter: folder of a PEFT LoRA adapter; it is left as it is.
-        direction: of the model that it belongs to.
+        direction: of the model that it belongs to; compared with it where its checkpoint lies in a local folder.
         output: folder to write; a complete adapter.
         threshold: -1 to 1.
         layers: how many layers to project.
@@ -129,15 +131,18 @@ def project_adapter(
     output = Path(output)
     if output.exists() and not force:
         raise AsftError(f"{output} exists; give another --output, or --force to replace it")
-    if output.exists() and not output.joinpath(ADAPTER_CONFIG).is_file() and any(output.iterdir()):
+    replaceable = output.is_dir() and (output.joinpath(ADAPTER_CONFIG).is_file() or not any(output.iterdir()))
+    if output.exists() and not replaceable:
         raise AsftError(f"{output} holds no adapter, so that it is not replaced; give another --output")
     if output.resolve() == Path(adapter).resolve():
         raise AsftError(f"{output} is the adapter itself; give another --output")
     saved = SavedAdapter.read(adapter)
     found = list(saved.layers())
+    writable_folder(output.parent)
     covered = _covered(found, direction, on_uncovered)
     if layers is not None and layers > len(covered):
         raise AsftError(f"--layers is {layers}; the adapter has {len(covered)} layers with a direction")
+    verify_checkpoint(direction, str(saved.config.get("base_model_name_or_path")))
     parts = {layer.name: _factors(layer, direction, projector, rank) for layer in covered}
     cosines = {layer.name: projection_cosine(*parts[layer.name]) for layer in covered}
     chosen = _choose(cosines, threshold, layers)

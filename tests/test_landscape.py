@@ -261,5 +261,13 @@ def test_bad_usage_is_one_line(pair, direction_file, tmp_path, arguments, messag
     assert re.search(message, next(line for line in result.stderr.splitlines() if line.startswith("asft: ")))
 
 
+def test_a_task_without_chats_is_refused(pair, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    arguments = ["landscape", "--model", str(pair[1]), "--base", str(pair[0]), "--task", str(tmp_path / "empty.jsonl")]
+    result = CliRunner().invoke(asft, arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "holds no chats" in result.stderr
+
+
 def test_a_file_without_v_says_how_to_make_one(direction_file):
     assert all(module.V is None for module in AlignmentDirection.load(direction_file).modules.values())

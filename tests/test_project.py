@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import make_pair
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, extract_direction
@@ -232,6 +233,18 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
     assert attempt(other, on_uncovered="ignore").projected == 2
 
 
+def test_a_direction_of_other_weights_is_refused(pair, adapter, tmp_path):
+    """The shapes fit, the weights do not: with the adapter's base model at hand that is seen."""
+    make_pair(tmp_path, seed=5)
+    other = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
+    with pytest.raises(AsftError, match="extracted for another model"):
+        project_adapter(adapter, other, tmp_path / "out", layers=2)
+    swapped = extract_direction(pair[1], pair[0], rank=4)
+    with pytest.raises(AsftError, match="extracted for another model"):
+        project_adapter(adapter, swapped, tmp_path / "out", layers=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_is_not_overwritten_by_accident(adapter, full_direction, tmp_path):
     output = tmp_path / "out"
     project_adapter(adapter, full_direction[1], output, layers=1)
@@ -244,6 +257,10 @@ def test_an_output_is_not_overwritten_by_accident(adapter, full_direction, tmp_p
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     with pytest.raises(AsftError, match="holds no adapter"):
         project_adapter(adapter, full_direction[1], tmp_path / "precious", layers=2, force=True)
+    with pytest.raises(AsftError, match="holds no adapter"):
+        project_adapter(adapter, full_direction[1], tmp_path / "precious" / "thesis.txt", layers=2, force=True)
+    with pytest.raises(AsftError, match="nothing can be written to /proc/nothing"):
+        project_adapter(adapter, full_direction[1], "/proc/nothing/out", layers=2)
 
 
 def test_the_command(adapter, full_direction, tmp_path):

@@ -10,7 +10,9 @@ import torch
 
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError
-from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+# as in `saved`, which imports PEFT: seconds that an error in the arguments need not cost
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
