@@ -144,7 +144,7 @@ def _text_of(path: Path) -> str:
     "--rank", default=64, show_default=True, type=click.IntRange(min=1), help="With --base: directions a layer."
 )
 @click.option(
-    "--radii", default="0.25,0.5,1,2", show_default=True, metavar="A,B", help="In units of ||d|| of each layer."
+    "--radii", default="0.5,1,2,4,8", show_default=True, metavar="A,B", help="In units of ||d|| of each layer."
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=2), help="Random steps of each kind.")
 @click.option(

@@ -55,6 +55,12 @@ def test_sets_from_files(tmp_path, suffix, content):
     assert [prompt.prompt for prompt in load_prompts(str(path))] == ["How are you?", "Who are you?"]
 
 
+def test_categories_that_are_flags(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"prompt": "How?", "category": {"a": true, "b": false, "c": true}}\n{"prompt": "Who?"}\n')
+    assert [prompt.category for prompt in load_prompts(str(path))] == ["a, c", ""]
+
+
 def test_a_limit_draws_the_same_prompts_every_time():
     some = load_prompts("harmful", "all", limit=12)
     assert len(some) == 12

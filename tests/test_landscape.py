@@ -131,10 +131,24 @@ def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...
 @pytest.mark.parametrize(
     ("along", "inside", "orthogonal", "claim", "of_inside", "words"),
     [
-        (0.0, (0.1, 0.12, 0.11), (1.0, 1.1, 0.9), "borne out", "borne out", "This model bears out that steps ortho"),
-        (0.9, (0.1, 0.12, 0.11), (0.5, 0.45, 0.55), "refuted", "borne out", "This model refutes that steps ortho"),
+        (
+            0.0,
+            (0.1, 0.12, 0.11),
+            (1.0, 1.1, 0.9),
+            "borne out",
+            "borne out",
+            "At radius 1, this model bears out that steps ortho",
+        ),
+        (0.9, (0.1, 0.12, 0.11), (0.5, 0.45, 0.55), "refuted", "borne out", "this model refutes that steps ortho"),
         (0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0), "undecided", "undecided", "neither bears out nor refutes"),
-        (0.5, (0.9, 1.0, 0.95), (0.5, 0.45, 0.55), "undecided", "refuted", "refutes that they cost more than random"),
+        (
+            0.5,
+            (0.9, 1.0, 0.95),
+            (0.5, 0.45, 0.55),
+            "undecided",
+            "refuted",
+            "It refutes that they cost more than random",
+        ),
     ],
 )
 def test_the_verdict_goes_every_way(along, inside, orthogonal, claim, of_inside, words):
@@ -149,7 +163,9 @@ def test_the_verdict_holds_at_every_radius_or_not_at_all():
     near, far = points(0.0, (0.1, 0.1), (1.0, 1.1)), points(1.0, (0.1, 0.1), (0.2, 0.3), radius=2.0)
     assert verdict(near).claim == "borne out"
     assert verdict(far).claim == "refuted"
-    assert verdict(near + far[1:]).claim == "undecided"
+    both = verdict(near + far[1:])
+    assert both.claim == "undecided"
+    assert both.text.startswith("At radii 1 to 2, this model neither bears out nor refutes")
 
 
 def test_too_few_points_give_no_verdict():
@@ -215,7 +231,7 @@ def test_a_whole_landscape(pair, tmp_path):
     against = {point["radius"]: point["refusal"] for point in kept if point["kind"] == "against"}
     assert against[1.0] < against[0.5] < kept[0]["refusal"], "the way back to the base costs refusals"
     assert (tmp_path / "out" / "landscape.png").read_bytes().startswith(b"\x89PNG")
-    assert "This model" in result.stdout
+    assert "At radii 0.5 to 1, this model" in result.stdout
     before = (tmp_path / "out" / "landscape.json").stat().st_mtime_ns
     again = CliRunner().invoke(asft, [*arguments, "--json"])
     assert json.loads(again.stdout)["points"][0]["harmfulness"] == 0.0

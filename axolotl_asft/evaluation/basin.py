@@ -74,9 +74,10 @@ def verdict(points: list[Point]) -> Verdict:
         kind: _mean([p.task_loss - aligned.task_loss for p in points if (p.kind, p.radius) == (kind, nearest)])
         for kind in KINDS
     }
+    where = f"radius {radii[0]:g}" if len(radii) == 1 else f"radii {radii[0]:g} to {radii[-1]:g}"
     text = (
-        f"{WORDS[claim]} that steps orthogonal to the alignment direction cost more refusal than steps along it. "
-        f"{WORDS[inside]} that they cost more than random steps inside the aligned subspace. At radius {nearest:g}, "
+        f"At {where}, {WORDS[claim]} that steps orthogonal to the alignment direction cost more refusal than steps along it. "
+        f"It {WORDS[inside].removeprefix('this model ')} that they cost more than random steps inside the aligned subspace. At radius {nearest:g}, "
         "in nats a token, refusals lost "
         + ", ".join(f"{kind} {_mean(costs[kind][nearest]):+.3f}" for kind in KINDS)
         + " and the task "
@@ -87,9 +88,9 @@ def verdict(points: list[Point]) -> Verdict:
 
 
 WORDS = {
-    "borne out": "This model bears out",
-    "refuted": "This model refutes",
-    "undecided": "This model neither bears out nor refutes, beyond the noise of the random steps and at every radius,",
+    "borne out": "this model bears out",
+    "refuted": "this model refutes",
+    "undecided": "this model neither bears out nor refutes, beyond the noise of the random steps and at every radius,",
 }
 
 

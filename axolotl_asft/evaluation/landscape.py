@@ -23,7 +23,7 @@ from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.verify import verify_weights
 
-RADII = (0.25, 0.5, 1.0, 2.0)
+RADII = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def perturbation(module: ModuleDirection, kind: str, generator: torch.Generator, d: Tensor | None = None) -> Tensor:

@@ -129,7 +129,14 @@ def _prompts(rows: list[dict[str, Any]], source: str, column: str | None) -> lis
         raise AsftError(f"{source} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(wanted)}")
     category = known.get("category")
     return [
-        Prompt(str(row[found]).strip(), str(row.get(category) or "") if category else "", f"{i}")
+        Prompt(str(row[found]).strip(), _category(row.get(category)) if category else "", f"{i}")
         for i, row in enumerate(rows)
         if row.get(found) and str(row[found]).strip()
     ]
+
+
+def _category(value: Any) -> str:
+    """A category as text; BeaverTails has a flag for each."""
+    if isinstance(value, dict):
+        return ", ".join(name for name, flag in value.items() if flag)
+    return str(value or "")
