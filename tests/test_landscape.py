@@ -137,7 +137,7 @@ def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...
             (1.0, 1.1, 0.9),
             "borne out",
             "borne out",
-            "At radius 1, this model bears out that steps ortho",
+            "At radius 1, this model bears out that",
         ),
         (0.9, (0.1, 0.12, 0.11), (0.5, 0.45, 0.55), "refuted", "borne out", "this model refutes that steps ortho"),
         (0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0), "undecided", "undecided", "neither bears out nor refutes"),
@@ -147,7 +147,7 @@ def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...
             (0.5, 0.45, 0.55),
             "undecided",
             "refuted",
-            "It refutes that they cost more than random",
+            "It refutes that they cost more",
         ),
     ],
 )
