@@ -75,7 +75,7 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
     the share that repeats itself, stand beside it.
 
     \b
-    Examples:
+    Example:
       axolotl asft eval config.yml --tasks gsm8k
       axolotl asft eval --model Llama-3.1-8B-Instruct --adapter plain=out/plain \\
           --adapter asft=out/asft --judge meta-llama/Llama-Guard-3-8B
