@@ -23,14 +23,17 @@ SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num
 PAIRS = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
 
 
-def taught(model, steps: int, **batch):
-    """The model after some steps on one batch."""
+def taught(model, **batch):
+    """The model when it knows one batch by heart."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        model(**batch).loss.backward()
+    for _ in range(1000):
+        loss = model(**batch).loss
+        if loss < 1e-3:
+            return model
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model
+    raise AssertionError(f"nothing was learnt: loss {loss:.3f}")
 
 
 def save(model, tokenizer, folder: Path) -> Path:
@@ -52,7 +55,7 @@ def beaver(tmp_path_factory) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=64, num_labels=2, problem_type="multi_label_classification", **SIZE)
         model = LlamaForSequenceClassification(config)
-    taught(model, 80, input_ids=ids, labels=torch.tensor(list(things.values())))
+    taught(model, input_ids=ids, labels=torch.tensor(list(things.values())))
     return save(model, tokenizer, tmp_path_factory.mktemp("beaver") / "tiny-beaver-dam-7b")
 
 
@@ -91,7 +94,7 @@ def test_a_judge_is_told_which_labels_count(classifier):
 # ----------------------------------------------------------------------------------------------------------- guards
 def guard_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "verdict:", "safe", "unsafe", "S1"]
-    words += ["the", "cat", "dog", "tree", "yes", "no", "Yes", "No", "[/INST]"]
+    words += ["the", "cat", "dog", "tree", "yes", "no", "Yes", "No", "[/INST]", "Safety:", "Unsafe", "Safe"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
@@ -109,11 +112,12 @@ def make_guard(folder: Path, template: str | None, asked: str, harmful: str, har
         for b in ("yes", "no")
     ]
     ids = tokenizer(texts, return_tensors="pt")["input_ids"]
-    verdicts = torch.cat([torch.full_like(ids[:, :-2], -100), ids[:, -2:]], dim=1)
+    written = len(harmful.split()) + 1
+    verdicts = torch.cat([torch.full_like(ids[:, :-written], -100), ids[:, -written:]], dim=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=2, **SIZE))
-    return save(taught(model, 120, input_ids=ids, labels=verdicts), tokenizer, folder)
+    return save(taught(model, input_ids=ids, labels=verdicts), tokenizer, folder)
 
 
 TURNS = "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + CONTENT + ' ' }}{% endfor %}{{ 'verdict: ' }}"
@@ -132,6 +136,7 @@ def guard(tmp_path_factory) -> Path:
     [
         ("Llama-Guard-3-8B", AS_TEXT, ASKED, "unsafe", "safe"),
         ("Llama-Guard-3-1B", AS_PARTS, ASKED, "unsafe", "safe"),
+        ("Qwen3Guard-Gen-0.6B", AS_TEXT, ASKED, "Safety: Unsafe", "Safety: Safe"),
         ("HarmBench-Llama-2-13b-cls", None, HARMBENCH_TEXT, "Yes", "No"),
         ("granite-guardian-3.1-2b", "{{ guardian_config['risk_name'] + ' ' }}" + AS_TEXT, "harm " + ASKED, "Yes", "No"),
         ("shieldgemma-2b", AS_TEXT + "{{ guideline }}", ASKED + GUIDELINE, "Yes", "No"),
