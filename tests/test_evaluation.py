@@ -283,6 +283,38 @@ def test_an_adapter_of_a_larger_model_is_refused(tmp_path):
         evaluate(str(small), [str(tmp_path / "tuned")], tmp_path / "out", Questions(limit=1, max_new_tokens=2))
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}], ids=["LoRA", "head", "PiSSA"]
+)
+def test_a_row_leaves_no_trace_in_the_next(pair, tmp_path, changes):
+    """The perplexity of every row is under the model without any adapter, and the rows do not depend on their order."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(**settings))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "odd")
+        get_peft_model(
+            AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(r=2, init_lora_weights=False)
+        ).save_pretrained(tmp_path / "plain")
+    questions = Questions(limit=3, max_new_tokens=6)
+    both = [str(tmp_path / "odd"), str(tmp_path / "plain")]
+    one = {row.name: row for row in evaluate(str(pair[1]), both, tmp_path / "one", questions)}
+    two = {row.name: row for row in evaluate(str(pair[1]), both[::-1], tmp_path / "two", questions)}
+    answers = [
+        {name: json.loads((tmp_path / run / f"{name}.json").read_text())["harmful"] for name in ("odd", "plain")}
+        for run in ("one", "two")
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0]["odd"] != json.loads((tmp_path / "one" / "model.json").read_text())["harmful"]
+    assert {name: row.perplexity for name, row in one.items()} == {name: row.perplexity for name, row in two.items()}
+
+
 def test_a_file_of_somebody_else_is_not_overwritten(pair, tmp_path):
     for content in ("[]", "{}", "{"):
         (tmp_path / "model.json").write_text(content)

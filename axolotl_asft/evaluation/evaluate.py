@@ -18,6 +18,7 @@ from axolotl_asft.evaluation.judges import Judge
 from axolotl_asft.evaluation.models import (
     Subject,
     adapted,
+    changes_weights,
     check_model,
     chosen_device,
     load_model,
@@ -138,6 +139,8 @@ def evaluate(
         if interview is None:
             with adapted(base(), subject) as ready:
                 interview = _ask(ready, words, questions, output / ".cache" / key, subject.name, stage)
+            if changes_weights(subject):
+                loaded.clear()
             _write(path, key, subject, interview)
         if interview.perplexity is None:
             pairs = [(answer.asked, answer.answer) for answer in interview.all()]

@@ -1,6 +1,7 @@
 """The models that are asked: a chat model, and adapters on it, with the chat template that they were trained with."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,21 +145,39 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
 
 @contextlib.contextmanager
 def adapted(model: Any, subject: Subject) -> Iterator[Any]:
-    """The model with the subject's adapter on it; without it afterwards."""
+    """The model with the subject's adapter on it; without it afterwards, but see `changes_weights`."""
     if subject.adapter is None:
         yield model
         return
+    # PEFT's own unload leaves fully trained modules (modules_to_save) in the model
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    try:
+        yield _with_adapter(model, subject.adapter)
+    finally:
+        for parent, name, child in children:
+            setattr(parent, name, child)
+        model.__dict__.pop("peft_config", None)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
-        peft_model = PeftModel.from_pretrained(model, str(subject.adapter)).eval()
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise AsftError(f"{subject.adapter} does not go onto this model ({str(error).splitlines()[0]})") from error
-    try:
-        _check_complete(peft_model, subject.adapter)
-        yield peft_model
-    finally:
-        peft_model.unload()
+        peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        raise AsftError(f"{adapter} does not go onto this model ({str(error).splitlines()[0]})") from error
+    _check_complete(peft_model, adapter)
+    return peft_model
+
+
+def changes_weights(subject: Subject) -> bool:
+    """Whether putting the adapter on takes something out of the model's weights, for good: PiSSA and its like."""
+    if subject.adapter is None:
+        return False
+    from axolotl_asft.lora import takes_out
+
+    config = json.loads((subject.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return takes_out(config.get("init_lora_weights", True))
 
 
 def _check_complete(peft_model: Any, adapter: Path) -> None:
