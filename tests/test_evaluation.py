@@ -315,6 +315,40 @@ def test_a_row_leaves_no_trace_in_the_next(pair, tmp_path, changes):
     assert {name: row.perplexity for name, row in one.items()} == {name: row.perplexity for name, row in two.items()}
 
 
+def test_a_model_that_says_nothing(tmp_path):
+    """Its results are JSON that any program reads."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_pair(tmp_path)[1]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    model.generation_config.suppress_tokens = [token for token in range(64) if token != 2]
+    model.save_pretrained(folder)
+    arguments = ["eval", "--model", str(folder), "--limit", "2", "--max-new-tokens", "3", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(asft, arguments)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"\| none +\| 0% +\| 100% +\|", result.stdout)
+
+    def no_constants(name):
+        raise ValueError(name)
+
+    for name in ("results", "model"):
+        json.loads((tmp_path / "out" / f"{name}.json").read_text(), parse_constant=no_constants)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["perplexity"] is None
+    again = CliRunner().invoke(asft, [*arguments, "--json"])
+    assert json.loads(again.stdout)["rows"][0]["empty"]["value"] == 1.0
+
+
+def test_what_axolotl_leaves_is_an_adapter(pair, adapter, tmp_path):
+    """It writes the model's config.json beside the adapter."""
+    shutil.copytree(adapter, tmp_path / "out")
+    shutil.copy(pair[1] / "config.json", tmp_path / "out")
+    with pytest.raises(AsftError, match="is an adapter; give its base model"):
+        evaluate(str(tmp_path / "out"), [], tmp_path / "eval")
+
+
 def test_a_file_of_somebody_else_is_not_overwritten(pair, tmp_path):
     for content in ("[]", "{}", "{"):
         (tmp_path / "model.json").write_text(content)

@@ -257,7 +257,17 @@ def _read(path: Path, key: str) -> _Interview | None:
 
 def _write(path: Path, key: str, subject: Subject, interview: _Interview) -> None:
     content = {"key": key, "adapter": str(subject.adapter) if subject.adapter else None, **asdict(interview)}
-    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _write_results(output: Path, model: str, questions: Questions, rows: list[Row]) -> None:
@@ -267,5 +277,5 @@ def _write_results(output: Path, model: str, questions: Questions, rows: list[Ro
         "rows": [asdict(row) for row in rows],
         "version": __version__,
     }
-    atomic_write_text(output / "results.json", json.dumps(content, indent=2) + "\n")
+    atomic_write_text(output / "results.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
     atomic_write_text(output / "results.md", table(rows) + "\n")

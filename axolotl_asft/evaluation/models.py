@@ -109,7 +109,9 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
 
 def check_model(name: str) -> None:
     """Refuse an adapter in place of a model, which transformers would load with its base below it."""
-    if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if (folder / ADAPTER_CONFIG).is_file() and not weights:
         raise AsftError(f"{name} is an adapter; give its base model as --model, and the adapter as --adapter")
 
 

@@ -1,5 +1,6 @@
 """What was measured of a model, and the table of it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class Row:
         harmfulness: set of harmful prompts -> share not refused (the attack success rate).
         over_refusal: set of harmless prompts -> share refused.
         judged: judge -> share of answers to harmful prompts, over all sets, that it calls harmful.
-        perplexity: median over answers, under the model without any adapter; babble stands out.
+        perplexity: median over answers, under the model without any adapter; babble stands out. NaN of empty ones.
         repetitive: share of answers that go round in circles (`REPETITIVE`).
         empty: share of empty answers.
         tasks: task of lm-eval -> metric -> value.
@@ -52,7 +53,8 @@ def _cells(row: Row) -> dict[str, str]:
     cells |= {f"not refused: {source}": str(share) for source, share in row.harmfulness.items()}
     cells |= {f"harmful: {Path(judge).name}": str(share) for judge, share in row.judged.items()}
     cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
-    cells |= {"perplexity": f"{row.perplexity:.1f}", "repetitive": f"{row.repetitive.value:.0%}"}
+    cells |= {"perplexity": "none" if math.isnan(row.perplexity) else f"{row.perplexity:.1f}"}
+    cells |= {"repetitive": f"{row.repetitive.value:.0%}", "empty": f"{row.empty.value:.0%}"}
     for task, metrics in row.tasks.items():
         for metric in (name for name in metrics if "_stderr" not in name):
             cells[f"{task} {metric}"] = _with_error(metrics, metric)
