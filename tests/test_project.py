@@ -2,13 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import make_pair
+from tiny import child_environment, make_pair
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, extract_direction
@@ -273,3 +275,12 @@ def test_the_command(adapter, full_direction, tmp_path):
     assert sum(row["projected"] for row in content["layers"]) == 14
     result = CliRunner().invoke(asft, [*arguments, str(tmp_path / "b"), "--threshold", "1"])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_an_error_is_all_that_stands_on_the_terminal(adapter, tmp_path):
+    """In a process of its own: importing PEFT has other libraries write about the machine."""
+    command = [sys.executable, "-m", "axolotl_asft", "project", "--adapter", str(adapter), "--layers", "2"]
+    command += ["--direction", str(tmp_path / "nothing.safetensors"), "-o", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith("asft: no direction file at ")
