@@ -11,6 +11,7 @@ from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_m
 from axolotl_asft.errors import AsftError
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.penalty import (
+    METRICS,
     PROJECTORS,
     lora_penalty,
     lora_penalty_gradient,
@@ -19,7 +20,7 @@ from axolotl_asft.penalty import (
     relative_drift,
     squared_norm,
 )
-from axolotl_asft.sharding import add_to_gradient, whole
+from axolotl_asft.sharding import add_to_gradient, overwrite, whole
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
@@ -35,12 +36,16 @@ class ConstrainedLayer:
         found: the layer; its A and B are looked up at every call, since engines replace them.
         U: (out, k), in its stored dtype, on the layer's device.
         c: (k,), eigenvalues of the projector.
+        size: ||d M||_F, the size of what alignment did to the layer, in the metric M.
+        X: (in, m), the metric M = X; None: the identity.
         initial: A0 and B0 where the initialisation took scaling B0 A0 out of the base weight.
     """
 
     found: FoundLayer
     U: Tensor
     c: Tensor
+    size: float
+    X: Tensor | None = None
     initial: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -63,6 +68,7 @@ class ConstrainedLayer:
         A, B = whole(self.found.A), whole(self.found.B)
         if self.U.device != A.device:
             self.U, self.c = self.U.to(A.device), self.c.to(A.device)
+            self.X = None if self.X is None else self.X.to(A.device)
         if self.initial is None:
             return A, B
         A0, B0 = (factor.to(A.device) for factor in self.initial)
@@ -72,7 +78,7 @@ class ConstrainedLayer:
     def add_gradient(self, scaling: float, weight: Tensor | float) -> Tensor:
         """Add weight dP/dA and weight dP/dB to the gradients of A and B; returns P."""
         A, B = self.update()
-        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling)
+        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X)
         if self.initial is not None:
             r = grad_B.shape[1] // 2
             # A stands in both halves of [A; A - A0], B in the first half of [B - B0, B0]
@@ -82,6 +88,25 @@ class ConstrainedLayer:
                 add_to_gradient(parameter, weight * gradient)
         return value
 
+    def orthogonal(self, A: Tensor, B: Tensor) -> Tensor:
+        """||(I - C) B A M||_F^2 in fp32, without the scaling."""
+        A = A.float() if self.X is None else A.float() @ self.X.float()
+        return squared_norm(orthogonal_part(B.float(), self.U.float(), self.c), A)
+
+    def shorten(self, max_drift: float) -> Tensor:
+        """Bring ||(I - C) dW M|| down to max_drift ||d M||; returns the factor, 1 where it is below already.
+
+        B <- f B + (1 - f) U_1 U_1^T B, with U_1 the columns of U whose eigenvalue is 1: what lies wholly along the
+        direction is free and stays, all else shrinks by f, and so does (I - C) B, up to the rounding of U.
+        """
+        A, B = self.update()
+        length = self.scaling * self.orthogonal(A, B).sqrt()
+        factor = torch.clamp(max_drift * self.size / torch.clamp(length, min=1e-30), max=1.0)
+        free = self.U.float() * (self.c == 1)
+        B = B.float()
+        overwrite(self.found.B, factor * B + (1 - factor) * (free @ (free.T @ B)))
+        return factor
+
 
 @dataclass(frozen=True)
 class LayerDrift:
@@ -90,11 +115,15 @@ class LayerDrift:
     Attributes:
         orthogonal: ||(I - C) dW||_F^2.
         total: ||dW||_F^2.
+        penalty: the layer's part of P: ||(I - C) dW M||_F^2, without the scaling where that is left out.
+        relative: ||(I - C) dW M||_F / ||d M||_F: how far off the direction, in units of what alignment did there.
     """
 
     name: str
     orthogonal: float
     total: float
+    penalty: float
+    relative: float
 
     @property
     def drift(self) -> float:
@@ -108,13 +137,16 @@ class AlignmentPenalty:
 
     Call it to get P, without lambda_reg. See `axolotl_asft.penalty` for its cost. dW is the change from the aligned
     weight: scaling B A, and scaling (B A - B0 A0) where the initialisation (PiSSA and its like) took a part out of
-    the weight. Factors that FSDP2 keeps in pieces are gathered a layer at a time; then every rank has to call.
+    the weight. With metric="activations" it is sum ||(I - C_l) dW_l X_l||_F^2, with X_l X_l^T the second moment of the
+    layer's inputs on safety prompts, from the direction file: how far the outputs on such prompts move, instead of how
+    far the weights do. Factors that FSDP2 keeps in pieces are gathered a layer at a time; then every rank has to call.
 
     Args:
         model: a PEFT model (or a model with PEFT's LoRA layers in it) whose base weights are the aligned model's.
         direction: the alignment direction of that model.
         projector: "paper", "normalized" or "subspace".
         rank: use the leading `rank` stored directions alone.
+        metric: "weights" or "activations", which the direction file has to hold.
         lora_scaling: False leaves PEFT's scaling out of dW, as the authors' code does.
         modules: regular expressions of the layers to constrain; default: every LoRA layer.
         on_uncovered: "error", "warn" or "ignore" where a trainable weight is not covered by the penalty.
@@ -129,6 +161,7 @@ class AlignmentPenalty:
     direction: AlignmentDirection = field(repr=False)
     projector: str = "paper"
     rank: int | None = None
+    metric: str = "weights"
     lora_scaling: bool = True
     modules: list[str] | None = None
     on_uncovered: str = "error"
@@ -138,6 +171,7 @@ class AlignmentPenalty:
     def __post_init__(self) -> None:
         _check_choice("projector", self.projector, PROJECTORS)
         _check_choice("on_uncovered", self.on_uncovered, ON_UNCOVERED)
+        _check_choice("metric", self.metric, METRICS)
         if self.rank is not None and self.rank < 0:
             raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for all stored directions")
         found = {layer.name: layer for layer in trainable_lora_layers(self.model)}
@@ -161,7 +195,7 @@ class AlignmentPenalty:
     def __call__(self) -> Tensor:
         """P as an fp32 scalar, differentiable with respect to every A and B; without lambda_reg."""
         values = (
-            lora_penalty(*layer.update(), layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0)
+            lora_penalty(*layer.update(), layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0, layer.X)
             for layer in self.layers
         )
         return _sum_on_first_device(values)
@@ -182,16 +216,27 @@ class AlignmentPenalty:
         for layer in self.layers:
             A, B = (factor.float() for factor in layer.update())
             orthogonal = squared_norm(orthogonal_part(B, layer.U.float(), layer.c), A)
-            values.append((torch.stack([orthogonal, squared_norm(B, A)]) * layer.scaling**2).cpu())
+            penalty = orthogonal if layer.X is None else layer.orthogonal(A, B)
+            values.append((torch.stack([orthogonal, squared_norm(B, A), penalty]) * layer.scaling**2).cpu())
         return [
-            LayerDrift(layer.name, float(orthogonal), float(total))
-            for layer, (orthogonal, total) in zip(self.layers, torch.stack(values).tolist(), strict=True)
+            LayerDrift(
+                layer.name,
+                orthogonal,
+                total,
+                penalty if self.lora_scaling else penalty / layer.scaling**2,
+                relative_drift(penalty, layer.size**2),
+            )
+            for layer, (orthogonal, total, penalty) in zip(self.layers, torch.stack(values).tolist(), strict=True)
         ]
 
-    def value_of(self, drifts: list[LayerDrift]) -> float:
-        """P from what `measure` returned."""
-        scalings = [1.0 if self.lora_scaling else layer.scaling**2 for layer in self.layers]
-        return sum(drift.orthogonal / scaling for drift, scaling in zip(drifts, scalings, strict=True))
+    @torch.no_grad()
+    def shorten(self, max_drift: float) -> Tensor:
+        """Keep ||(I - C_l) dW_l M_l|| <= max_drift ||d_l M_l|| in every layer l; returns the smallest factor.
+
+        A budget with a meaning that carries over between models: fine-tuning may move a layer off the alignment
+        direction by at most this multiple of what alignment moved it. To be called after every optimizer step.
+        """
+        return torch.stack([layer.shorten(max_drift).cpu() for layer in self.layers]).min()
 
     def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
         module = self.direction.modules[found.name]
@@ -205,7 +250,15 @@ class AlignmentPenalty:
         initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None
         # a meta device has nothing on it yet; U follows A when it is first used
         device = torch.device("cpu") if found.A.is_meta else found.A.device
-        return ConstrainedLayer(found, module.U[:, :k].contiguous().to(device), c.to(device), initial)
+        X, size = None, module.norm
+        if self.metric == "activations":
+            if module.X is None or module.norm_X is None:
+                raise AsftError(
+                    f"metric is 'activations', but the direction file holds none (first {found.name}); make it with "
+                    "`axolotl asft extract --activations harmful`, or set metric: weights"
+                )
+            X, size = module.X.to(device), module.norm_X
+        return ConstrainedLayer(found, module.U[:, :k].contiguous().to(device), c.to(device), float(size), X, initial)
 
     def _verify(self) -> None:
         if any(layer.found.initialisation == "loftq" for layer in self.layers):

@@ -17,11 +17,23 @@ class AsftArgs(BaseModel):
     direction_sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="refuse a direction file with another sha256"
     )
-    lambda_reg: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight of the penalty")
+    lambda_reg: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="weight of the penalty; with max_drift its default is 0"
+    )
     projector: Literal["paper", "normalized", "subspace"] = Field(
         default="paper", description="how the singular values of the direction weigh its directions"
     )
     rank: int | None = Field(default=None, ge=0, description="use only the leading stored directions; null: all")
+    metric: Literal["weights", "activations"] = Field(
+        default="weights",
+        description="penalise the change of the weights, or of the layers' outputs on the direction file's prompts",
+    )
+    max_drift: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="budget: no layer leaves the direction by more than this multiple of what alignment moved it",
+    )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: the authors' code's dW = B A, without PEFT's scaling"
     )
@@ -37,13 +49,15 @@ class AsftArgs(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, block: Any) -> Any:
+    def _check_keys(cls, block: Any) -> Any:
         if isinstance(block, dict):
             for key in block:
                 if key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                     raise ValueError(f"asft.{key} is no key of the asft block; {hint}")
+            if block.get("max_drift") is not None and block.get("lambda_reg") is None:
+                return {**block, "lambda_reg": 0.0}  # the budget alone; both, where both are given
         return block
 
 

@@ -70,11 +70,26 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     help="Of the stored vectors.",
 )
 @click.option("--keep-v", is_flag=True, help="Store the right singular vectors too (a larger file).")
+@click.option(
+    "--activations",
+    metavar="SET",
+    help="Also store what the aligned model's layers are fed on these prompts, for asft.metric: activations. SET is "
+    "harmful (the shipped prompts), a file, or a Hub dataset. Loads the aligned model.",
+)
+@click.option("--activation-rank", default=64, show_default=True, help="Input directions a layer for --activations.")
 @click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
 @click.option("--device", default="cpu", show_default=True, help="Where the algebra runs: cpu or cuda.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def extract(output: Path, as_json: bool, force: bool, modules: tuple[str, ...], **options: Any) -> None:
+def extract(
+    output: Path,
+    as_json: bool,
+    force: bool,
+    modules: tuple[str, ...],
+    activations: str | None,
+    activation_rank: int,
+    **options: Any,
+) -> None:
     """Make a direction file from a base model and its aligned model.
 
     Reads one pair of weights at a time: memory holds the largest pair, not the models.
@@ -91,8 +106,16 @@ def extract(output: Path, as_json: bool, force: bool, modules: tuple[str, ...], 
     from axolotl_asft.extract import extract_direction
     from axolotl_asft.summary import summary, summary_table
 
+    inputs = None
+    if activations is not None:
+        from axolotl_asft.evaluation.safety_inputs import safety_inputs
+
+        with stages(show=not as_json) as stage:
+            inputs = safety_inputs(
+                options["aligned"], activations, activation_rank, device=options["device"], stage=stage
+            )
     show = sys.stderr.isatty() and not as_json
-    direction = extract_direction(modules=list(modules) or None, progress=show, **options)
+    direction = extract_direction(modules=list(modules) or None, activations=inputs, progress=show, **options)
     sha256 = direction.save(output)
     result = summary(direction, output, sha256)
     if as_json:

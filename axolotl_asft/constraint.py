@@ -32,13 +32,15 @@ class Constraint:
     Attributes:
         penalty: the `AlignmentPenalty` over the trainer's model.
         lambda_reg: its weight. At 0 the training is left alone and the numbers are logged.
+        max_drift: the budget that every layer is brought back to after each optimizer step; None: no budget.
     """
 
-    def __init__(self, trainer: Trainer, penalty: AlignmentPenalty, lambda_reg: float):
+    def __init__(self, trainer: Trainer, penalty: AlignmentPenalty, lambda_reg: float, max_drift: float | None):
         self.trainer = trainer
         self.penalty = penalty
         self.lambda_reg = lambda_reg
-        self._steps = self._first_step = 0
+        self.max_drift = max_drift
+        self._steps = self._shortened = self._first_step = 0
         self._peak: Tensor | None = None
         self._final_stamp: dict[str, Any] | None = None
         self._training_step = trainer.training_step
@@ -74,9 +76,10 @@ class Constraint:
         """The logged numbers, of the weights as they are now."""
         report = self.report()
         return {
-            "asft/penalty": _significant(self.lambda_reg * self.penalty.value_of(list(report.layers))),
+            "asft/penalty": _significant(self.lambda_reg * report.penalty),
             "asft/drift": _significant(report.drift),
             "asft/update_norm": _significant(report.update_norm),
+            "asft/max_drift": _significant(report.max_drift),
         }
 
     def report(self) -> DriftReport:
@@ -97,6 +100,8 @@ class Constraint:
             "lambda_reg": self.lambda_reg,
             "projector": self.penalty.projector,
             "rank": self.penalty.rank,
+            "metric": self.penalty.metric,
+            "max_drift": self.max_drift,
             "lora_scaling": self.penalty.lora_scaling,
             "modules": self.penalty.modules,
             "on_uncovered": self.penalty.on_uncovered,
@@ -128,7 +133,7 @@ class Constraint:
 
     def begin(self) -> None:
         """Training starts."""
-        self._steps, self._peak, self._final_stamp = 0, None, None
+        self._steps, self._shortened, self._peak, self._final_stamp = 0, 0, None, None
         self._first_step = self.trainer.state.global_step
 
     def check_step(self) -> None:
@@ -139,11 +144,18 @@ class Constraint:
                 "gradient; this trainer is not supported"
             )
 
+    def keep_budget(self) -> None:
+        """An optimizer step was taken: back to the budget where it went past."""
+        if self.max_drift is not None:
+            self.penalty.shorten(self.max_drift)
+            self._shortened += 1
+
     def end(self) -> None:
         """Training ended: remember the numbers while every process and its weights are still there."""
         steps = self.trainer.state.global_step - self._first_step
-        if self._steps != steps:
-            raise AsftError(f"{steps} steps were trained, {self._steps} of them constrained; do not use this adapter")
+        constrained = self._steps if self.max_drift is None else min(self._steps, self._shortened)
+        if constrained != steps:
+            raise AsftError(f"{steps} steps were trained, {constrained} of them constrained; do not use this adapter")
         self._final_stamp = self.stamp()
 
     def _note(self, value: Tensor) -> None:
@@ -180,18 +192,28 @@ class _EveryStepConstrained(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._constraint.check_step()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._constraint.keep_budget()
+
     def on_train_end(self, args, state, control, **kwargs):
         self._constraint.end()
 
 
-def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 1.0, **options: Any) -> Constraint:
+def attach(
+    trainer: Trainer,
+    direction: AlignmentDirection,
+    lambda_reg: float = 1.0,
+    max_drift: float | None = None,
+    **options: Any,
+) -> Constraint:
     """Train with L = L_task + lambda_reg P from the first step to the last (AsFT, arXiv 2506.08473).
 
     Args:
         trainer: a transformers or TRL trainer over a PEFT model.
         direction: the alignment direction of the trainer's model.
         lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is.
-        options: as for `AlignmentPenalty`: projector, rank, lora_scaling, modules, on_uncovered, verify_model.
+        max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
+        options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
     alone.
@@ -201,6 +223,8 @@ def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 
     """
     if isinstance(lambda_reg, bool) or not math.isfinite(lambda_reg) or lambda_reg < 0:
         raise AsftError(f"lambda_reg is {lambda_reg}; expected a finite number, 0 or more")
+    if max_drift is not None and (isinstance(max_drift, bool) or not math.isfinite(max_drift) or max_drift <= 0):
+        raise AsftError(f"max_drift is {max_drift}; expected a finite number above 0, or None")
     attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
         raise AsftError("the constraint is attached to this trainer already; attach it once")
@@ -208,7 +232,12 @@ def attach(trainer: Trainer, direction: AlignmentDirection, lambda_reg: float = 
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
-    constraint = Constraint(trainer, penalty, float(lambda_reg))
+    if max_drift is not None and (taken := [layer.name for layer in penalty.layers if layer.initial is not None]):
+        raise AsftError(
+            f"max_drift cannot shorten the update of {taken[0]}: its initialisation took a part out of the weight; use "
+            "lambda_reg, or plain LoRA initialisation"
+        )
+    constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, projector %s, direction of %s (sha256 %s)",
         len(penalty.layers),

@@ -32,6 +32,16 @@ class DriftReport:
         return math.sqrt(sum(layer.total for layer in self.layers))
 
     @property
+    def penalty(self) -> float:
+        """P, without lambda_reg."""
+        return sum(layer.penalty for layer in self.layers)
+
+    @property
+    def max_drift(self) -> float:
+        """max over layers of ||(I - C) dW M|| / ||d M||: what the key of that name bounds."""
+        return max((layer.relative for layer in self.layers), default=0.0)
+
+    @property
     def drift(self) -> float:
         """||(I - C) dW|| / ||dW|| over all layers, 0 to 1."""
         return relative_drift(sum(x.orthogonal for x in self.layers), sum(x.total for x in self.layers))
@@ -60,7 +70,8 @@ def adapter_drift(
         A, B = layer.A.float(), layer.B.float()
         k = module.rank if rank is None else min(rank, module.rank)
         c = projector_eigenvalues(projector, module.S, module.norm)[:k]
-        orthogonal = squared_norm(orthogonal_part(B, module.U[:, :k].float(), c), A)
         factor = layer.scaling**2
-        layers.append(LayerDrift(layer.name, factor * float(orthogonal), factor * float(squared_norm(B, A))))
+        orthogonal = factor * float(squared_norm(orthogonal_part(B, module.U[:, :k].float(), c), A))
+        total = factor * float(squared_norm(B, A))
+        layers.append(LayerDrift(layer.name, orthogonal, total, orthogonal, relative_drift(orthogonal, module.norm**2)))
     return DriftReport(tuple(layers))

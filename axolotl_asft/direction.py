@@ -22,6 +22,7 @@ FORMAT = "asft-direction"
 FORMAT_VERSION = "1"
 SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
 MODULE_FIELDS = ("shape", "k", "energy", "bound")
+OPTIONAL_PARTS = ("V", "X", "norm_X")
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
 ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 REMAKE = "make it again with `axolotl asft extract`"
@@ -37,6 +38,9 @@ class ModuleDirection:
         norm: () fp32, ||d||_F over all of d.
         in_features: number of columns of d.
         V: (in, k), right singular vectors, where the file keeps them.
+        X: (in, m), where the file keeps it: X X^T is the second moment of the layer's inputs on safety prompts,
+            scaled to trace `in`, so that inputs without a preferred direction would make it the identity.
+        norm_X: () fp32, ||d X||_F over all of d, where X is.
     """
 
     U: Tensor
@@ -44,6 +48,8 @@ class ModuleDirection:
     norm: Tensor
     in_features: int
     V: Tensor | None = None
+    X: Tensor | None = None
+    norm_X: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -78,8 +84,9 @@ class AlignmentDirection:
             tensors[f"{name}.U"] = module.U.contiguous()
             tensors[f"{name}.S"] = module.S.contiguous()
             tensors[f"{name}.norm"] = module.norm.contiguous()
-            if module.V is not None:
-                tensors[f"{name}.V"] = module.V.contiguous()
+            for part in OPTIONAL_PARTS:
+                if (tensor := getattr(module, part)) is not None:
+                    tensors[f"{name}.{part}"] = tensor.contiguous()
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -198,6 +205,8 @@ def _check_module_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     integers = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
     if not integers or not _is_count(k) or k > min(shape):
         raise AsftError(f"{path}: its spec for {name} has shape {shape} and k {k}; expected [out, in] and k; {REMAKE}")
+    if not _is_count(entry.get("m", 0)) or entry.get("m", 0) > shape[1]:
+        raise AsftError(f"{path}: its spec for {name} has m {entry['m']}; expected 0 to {shape[1]}; {REMAKE}")
     for key in ("energy", "bound"):
         if isinstance(entry[key], bool) or not isinstance(entry[key], int | float) or not math.isfinite(entry[key]):
             raise AsftError(f"{path}: its spec for {name} has {key} {entry[key]!r}; expected a number; {REMAKE}")
@@ -210,13 +219,14 @@ def _is_count(value: object) -> bool:
 def _checked_module(path: Path, file: safe_open, name: str, spec: dict[str, Any]) -> ModuleDirection:
     rows, columns = spec["modules"][name]["shape"]
     k = spec["modules"][name]["k"]
-    expected = {"U": (rows, k), "S": (k,), "norm": (), "V": (columns, k)}
+    m = spec["modules"][name].get("m", 0)
+    expected = {"U": (rows, k), "S": (k,), "norm": (), "V": (columns, k), "X": (columns, m), "norm_X": ()}
     tensors: dict[str, Tensor] = {}
     present = set(file.keys())
     for part, shape in expected.items():
         key = f"{name}.{part}"
         if key not in present:
-            if part == "V":
+            if part == "V" or (part in OPTIONAL_PARTS and not m):
                 continue
             raise AsftError(f"{path} lacks the tensor {key}; {REMAKE}")
         stored = tuple(file.get_slice(key).get_shape())
@@ -227,7 +237,7 @@ def _checked_module(path: Path, file: safe_open, name: str, spec: dict[str, Any]
             raise AsftError(f"{path}: {key} has dtype {tensors[part].dtype}; expected floating point; {REMAKE}")
         if not torch.isfinite(tensors[part]).all():
             raise AsftError(f"{path}: {key} holds NaN or infinity; {REMAKE}")
-    direction = ModuleDirection(tensors["U"], tensors["S"], tensors["norm"], columns, tensors.get("V"))
+    direction = ModuleDirection(in_features=columns, **tensors)
     _check_values(path, name, direction)
     return direction
 
@@ -238,6 +248,8 @@ def _check_values(path: Path, name: str, module: ModuleDirection) -> None:
         raise AsftError(f"{path}: {name}.S is not descending and non-negative; {REMAKE}")
     if norm < 0 or float(torch.linalg.vector_norm(S)) > norm * (1 + 1e-4) + 1e-30:
         raise AsftError(f"{path}: {name}.norm is {norm:.6g}, less than the norm of its singular values; {REMAKE}")
+    if module.norm_X is not None and float(module.norm_X) < 0:
+        raise AsftError(f"{path}: {name}.norm_X is negative; {REMAKE}")
     for part, vectors in (("U", module.U), ("V", module.V)):
         if vectors is None or vectors.shape[1] == 0:
             continue
@@ -253,5 +265,6 @@ def _check_values(path: Path, name: str, module: ModuleDirection) -> None:
 def _tensor_names(modules: Mapping[str, ModuleDirection]) -> set[str]:
     names: set[str] = set()
     for name, module in modules.items():
-        names.update(f"{name}.{part}" for part in ("U", "S", "norm", *(("V",) if module.V is not None else ())))
+        kept = [part for part in OPTIONAL_PARTS if getattr(module, part) is not None]
+        names.update(f"{name}.{part}" for part in ("U", "S", "norm", *kept))
     return names

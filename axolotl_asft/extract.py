@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from axolotl_asft import __version__, fingerprint
+from axolotl_asft.activations import LayerInputs
 from axolotl_asft.checkpoint import Checkpoint, dtype_named
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
@@ -28,6 +30,7 @@ def extract_direction(
     modules: list[str] | None = None,
     dtype: str = "bfloat16",
     keep_v: bool = False,
+    activations: LayerInputs | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: bool = False,
@@ -44,6 +47,7 @@ def extract_direction(
         modules: regular expressions of module names; default: every linear weight of the decoder layers.
         dtype: of the stored vectors, "bfloat16", "float16" or "float32".
         keep_v: keep the right singular vectors too.
+        activations: of the aligned model on safety prompts (`layer_inputs`), kept for metric="activations".
         seed: of the randomised decomposition; the same inputs and seed give the same direction.
         device: where the algebra runs, "cpu" or "cuda".
         progress: show a progress bar with the time left on the terminal.
@@ -76,6 +80,11 @@ def extract_direction(
             subspace = leading_subspace(difference, wanted, tolerance, stored_dtype, seed)
             directions[name] = _module_direction(subspace, difference.shape[1], keep_v)
             entries[name] = _module_entry(subspace, difference.shape)
+            if activations is not None and name in activations.factors:
+                X = activations.factors[name].to(stored_dtype)
+                norm_X = torch.linalg.matrix_norm(difference.cpu() @ X.float())
+                directions[name] = replace(directions[name], X=X, norm_X=norm_X)
+                entries[name] |= {"m": X.shape[1], "input_energy": activations.energy[name]}
             advance(name)
     _check_difference(directions, squared_weight_norm, base_checkpoint, aligned_checkpoint)
     spec = {
@@ -94,6 +103,7 @@ def extract_direction(
             "seed": seed,
         },
         "modules": entries,
+        **({"activations": {"tokens": activations.tokens}} if activations is not None else {}),
         "tool": f"axolotl-asft {__version__}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -26,6 +26,8 @@ OPTIONS = {
     "lambda_reg": "float",
     "projector": "str",
     "rank": "int",
+    "metric": "str",
+    "max_drift": "float",
     "lora_scaling": "bool",
     "on_uncovered": "str",
     "verify_model": "bool",

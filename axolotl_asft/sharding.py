@@ -32,3 +32,16 @@ def add_to_gradient(parameter: Tensor, gradient: Tensor) -> None:
         parameter.grad = gradient.to(parameter.device).contiguous()
     else:
         parameter.grad.add_(gradient)
+
+
+@torch.no_grad()
+def overwrite(parameter: Tensor, value: Tensor) -> None:
+    """parameter = value, in the parameter's dtype and in its pieces.
+
+    Args:
+        value: the whole, the same on every rank. No communication.
+    """
+    value = value.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value.to(parameter.device))

@@ -41,6 +41,19 @@ def dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """48 encoded rows of 8 words, for a transformers trainer."""
+    import torch
+    from tiny import WORDS, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(WORDS), (48, 8), generator=generator).tolist()
+    encoded = [tokenizer.encode(" ".join(WORDS[i] for i in row)) for row in picked]
+    return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in encoded]
+
+
+@pytest.fixture(scope="session")
 def forked_train():
     """Runs `axolotl.cli.train` on a config in a process of its own; returns exit status and output."""
     server = subprocess.Popen(

@@ -15,7 +15,7 @@ SOURCE = Path(axolotl_asft.__file__).parent
 @pytest.mark.parametrize("field", AsftArgs.model_fields)
 def test_every_field_is_read(field):
     """Fields that nothing reads are promises that nothing keeps."""
-    readers = (SOURCE / "plugin.py").read_text() + (SOURCE / "adapter.py").read_text()
+    readers = "".join((SOURCE / f"{name}.py").read_text() for name in ("plugin", "adapter", "constraint"))
     assert re.search(rf"\b(block|self)\.{field}\b", readers)
 
 
@@ -28,6 +28,12 @@ def test_defaults():
     block = parse_block({"direction": "d"})
     assert (block.lambda_reg, block.projector, block.rank, block.lora_scaling) == (1.0, "paper", None, True)
     assert (block.modules, block.on_uncovered, block.verify_model) == (None, "error", True)
+
+
+def test_a_budget_stands_alone_unless_lambda_is_given():
+    assert parse_block({"direction": "d", "max_drift": 0.5}).lambda_reg == 0
+    assert parse_block({"direction": "d", "max_drift": 0.5, "lambda_reg": 2}).lambda_reg == 2
+    assert parse_block(parse_block({"direction": "d", "max_drift": 0.5}).model_dump()).lambda_reg == 0
 
 
 def test_yaml_writes_small_numbers_as_text():

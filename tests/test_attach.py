@@ -10,7 +10,6 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
-from tiny import WORDS, make_tokenizer
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -23,15 +22,6 @@ LAMBDA = 20.0
 @pytest.fixture(scope="module")
 def direction(direction_file):
     return AlignmentDirection.load(direction_file)
-
-
-@pytest.fixture(scope="module")
-def rows():
-    tokenizer = make_tokenizer()
-    generator = torch.Generator().manual_seed(0)
-    picked = torch.randint(len(WORDS), (48, 8), generator=generator).tolist()
-    encoded = [tokenizer.encode(" ".join(WORDS[i] for i in row)) for row in picked]
-    return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in encoded]
 
 
 def make_trainer(pair, rows, folder, micro=4, accumulation=1, loss_kwargs=True, cls=Trainer, **changes):

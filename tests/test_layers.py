@@ -10,12 +10,12 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
-    "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "extract", "verify",
+    "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "activations", "extract", "verify",
     "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
-    "evaluation.basin", "evaluation.landscape", "evaluation.landscape_chart",
+    "evaluation.basin", "evaluation.safety_inputs", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
     "cli_evidence", "cli", "__main__",
 ]  # fmt: skip

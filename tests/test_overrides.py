@@ -13,7 +13,7 @@ from axolotl_asft.guard import OPTIONS, add_options, fold_dotted_keys
 def test_every_key_of_the_block_is_an_option():
     assert set(OPTIONS) == set(AsftArgs.model_fields) - {"modules"}, "a list cannot be given on the command line"
     for key, kind in OPTIONS.items():
-        assert kind in str(AsftArgs.model_fields[key].annotation) or key == "projector" or key == "on_uncovered"
+        assert kind in str(AsftArgs.model_fields[key].annotation) or key in ("projector", "on_uncovered", "metric")
 
 
 def test_both_spellings(monkeypatch):

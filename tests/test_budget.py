@@ -1,0 +1,116 @@
+"""max_drift: no layer leaves the direction by more than a multiple of what alignment moved it."""
+
+import pytest
+import torch
+from test_adapter import lora_model
+from test_attach import lora_weights, make_trainer, training_lines
+
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
+from axolotl_asft.errors import AsftError
+
+
+@pytest.fixture(scope="module")
+def direction(direction_file):
+    return AlignmentDirection.load(direction_file)
+
+
+def relative(penalty):
+    return {layer.name: layer.relative for layer in penalty.measure()}
+
+
+@pytest.mark.parametrize("projector", ["paper", "normalized", "subspace"])
+def test_shortened_to_the_budget_against_dense_matrices(pair, direction, projector):
+    model = lora_model(pair[1])
+    penalty = AlignmentPenalty(model, direction, projector=projector, rank=4)
+    before = {layer.name: layer.scaling * (layer.found.B @ layer.found.A).detach().double() for layer in penalty.layers}
+    wanted = 0.5 * min(relative(penalty).values())
+    penalty.shorten(wanted)
+    for layer in penalty.layers:
+        U, c = layer.U.double(), layer.c.double()
+        off = torch.eye(len(U), dtype=torch.float64) - U @ torch.diag(c) @ U.T
+        after = layer.scaling * (layer.found.B @ layer.found.A).detach().double()
+        size = float(direction.modules[layer.name].norm)
+        assert float(torch.linalg.matrix_norm(off @ after)) == pytest.approx(wanted * size, rel=1e-2)  # U is bf16
+        factor = float(torch.linalg.matrix_norm(off @ after) / torch.linalg.matrix_norm(off @ before[layer.name]))
+        free = U[:, c == 1]
+        expected = factor * before[layer.name] + (1 - factor) * free @ (free.T @ before[layer.name])
+        torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_what_is_within_the_budget_is_left_alone(pair, direction):
+    model = lora_model(pair[1])
+    penalty = AlignmentPenalty(model, direction)
+    before = [layer.found.B.detach().clone() for layer in penalty.layers]
+    assert float(penalty.shorten(1.01 * max(relative(penalty).values()))) == 1
+    assert all(torch.equal(layer.found.B, kept) for layer, kept in zip(penalty.layers, before, strict=True))
+    penalty.shorten(0.3)
+    once = relative(penalty)
+    penalty.shorten(0.3)
+    assert relative(penalty) == pytest.approx(once, rel=1e-5)
+
+
+def test_a_layer_that_alignment_left_alone_stays(pair, direction):
+    penalty = AlignmentPenalty(lora_model(pair[1]), direction)
+    penalty.layers[0].size = 0.0
+    penalty.shorten(1.0)
+    assert not penalty.layers[0].found.B.any()
+
+
+@pytest.mark.parametrize(("lambda_reg", "projector"), [(0.0, "paper"), (5.0, "subspace")])
+def test_kept_after_every_step(pair, rows, direction, tmp_path, lambda_reg, projector):
+    trainer = make_trainer(pair, rows, tmp_path, optim="adamw_torch", max_steps=12, accumulation=2, micro=2)
+    constraint = attach(trainer, direction, lambda_reg, max_drift=0.4, projector=projector)
+    trainer.train()
+    reached = [line["asft/max_drift"] for line in training_lines(trainer)]
+    assert len(reached) == 12
+    assert max(reached) <= 0.4 * 1.001
+    assert reached[-1] == pytest.approx(0.4, rel=1e-2), "the task pushes against the budget"
+    assert constraint.stamp()["max_drift"] == 0.4
+    losses = [line["loss"] for line in training_lines(trainer)]
+    assert losses[-1] < losses[0], "and learns within it"
+
+
+def test_a_wide_budget_is_no_constraint(pair, rows, direction, tmp_path):
+    final = []
+    for budget in (None, 1e6):
+        trainer = make_trainer(pair, rows, tmp_path / str(budget), max_steps=3)
+        attach(trainer, direction, 0.0, max_drift=budget)
+        trainer.train()
+        final.append(lora_weights(trainer))
+    assert all(torch.equal(final[1][name], weight) for name, weight in final[0].items())
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, float("nan"), float("inf"), True])
+def test_bad_budgets(pair, rows, direction, tmp_path, budget):
+    with pytest.raises(AsftError, match="max_drift is"):
+        attach(make_trainer(pair, rows, tmp_path), direction, max_drift=budget)
+
+
+def test_a_step_that_no_budget_followed_is_noticed(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    constraint = attach(trainer, direction, 0.0, max_drift=0.5)
+    constraint.keep_budget = lambda: None
+    with pytest.raises(AsftError, match="3 steps were trained, 0 of them constrained"):
+        trainer.train()
+
+
+def test_initialisations_that_are_taken_out_of_the_weight(pair, rows, direction, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    trainer = make_trainer(pair, rows, tmp_path)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
+    trainer.model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config)
+    with pytest.raises(AsftError, match="max_drift cannot shorten"):
+        attach(trainer, direction, max_drift=0.5, verify_model=False)
+
+
+def test_the_number_means_the_same_for_a_model_of_another_scale(pair, rows, tmp_path):
+    """W and d ten times as large, and an update ten times as large: the same share of the budget."""
+    small = extract_direction(*pair, rank=8)
+    layers = AlignmentPenalty(lora_model(pair[1]), small)
+    shares = relative(layers)
+    for layer in layers.layers:
+        layer.size *= 10
+        layer.found.B.data *= 10
+    assert relative(layers) == pytest.approx(shares, rel=1e-5)
