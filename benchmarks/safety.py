@@ -1,0 +1,227 @@
+"""What fine-tuning does to safety and usefulness, method by method: SmolLM2-135M, two tasks, poison, seeds.
+
+    python -m benchmarks.safety prepare          # base, aligned model, direction: about ten minutes, once
+    python -m benchmarks.safety run              # every run of the plan that is not there yet; hours
+    python -m benchmarks.safety run --only 'generation/0.1/plain/*' --minutes 30
+    python -m benchmarks.safety table            # results/safety.md and results/safety.png
+
+All from the repository's root. Settings are in benchmarks/safety.yml, data in safety_data.py, models in
+safety_model.py. Finished runs are lines of results/safety.jsonl, which is committed: a run that is there under the same
+settings is not made again, on whatever machine. Interrupt it when you like.
+"""
+
+import argparse
+import concurrent.futures
+import fnmatch
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from axolotl_asft.errors import AsftError
+
+HERE = Path(__file__).parent
+SETTINGS = HERE / "safety.yml"
+RESULTS = HERE / "results" / "safety.jsonl"
+_WRITING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the benchmark."""
+
+    task: str
+    poison: float
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.poison:g}/{self.method}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings and the folder that models and runs are kept in."""
+
+    settings: dict[str, Any]
+    work: Path
+
+    @property
+    def aligned(self) -> Path:
+        return self.work / "aligned-nf4"
+
+    def method(self, run: Run) -> dict[str, Any]:
+        return self.settings["methods"][run.method]
+
+    def key(self, run: Run) -> str:
+        """Of everything that a run's result depends on, but for the machine's rounding."""
+        common = {
+            k: self.settings[k] for k in ("new_tokens", "test_examples", "train_examples", "alignment", "training")
+        }
+        data = HERE.joinpath("safety_data.py").read_text()
+        text = json.dumps([run.name, self.method(run), common, data], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def plan(self, only: str) -> list[Run]:
+        runs: dict[Run, None] = {}
+        for part in self.settings["plan"]:
+            methods = self.settings["compared"] if part["methods"] == "all" else part["methods"]
+            for seed in part["seeds"]:
+                for task in part["tasks"]:
+                    for poison in part["poison"]:
+                        runs |= dict.fromkeys(Run(task, poison, method, seed) for method in methods)
+        return [run for run in runs if fnmatch.fnmatch(run.name, only)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["prepare", "run", "one", "table"])
+    parser.add_argument("--work", type=Path, default=Path("safety-bench"), help="folder for models and runs")
+    parser.add_argument("--only", default="*", help="runs to make, as task/poison/method/seed with * and ?")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), help="runs at a time, a core each")
+    asked = parser.parse_args()
+    bench = Bench(yaml.safe_load(SETTINGS.read_text()), asked.work.resolve())
+    if asked.command == "prepare":
+        from benchmarks.safety_model import prepare
+
+        prepare(bench.work, bench.settings["alignment"])
+    elif asked.command == "run":
+        run_all(bench, asked.only, asked.minutes, asked.workers)
+    elif asked.command == "one":
+        task, poison, method, seed = asked.only.split("/")
+        measure(bench, Run(task, float(poison), method, int(seed)))
+    else:
+        from benchmarks.safety_table import write_table
+
+        write_table(RESULTS, bench.settings)
+
+
+def results() -> list[dict[str, Any]]:
+    """The finished runs."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def run_all(bench: Bench, only: str, minutes: float, workers: int) -> None:
+    """Every run of the plan that is not there, each in a process of one core."""
+    if not (bench.aligned / "model.safetensors").is_file():
+        raise SystemExit("no models yet: python -m benchmarks.safety prepare")
+    known = {result["key"] for result in results()}
+    waiting = [run for run in bench.plan(only) if bench.key(run) not in known]
+    print(f"{len(waiting)} runs to make", flush=True)
+    until = time.monotonic() + 60 * minutes
+
+    def one(run: Run) -> None:
+        if time.monotonic() > until:
+            return
+        started = time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.safety", "one", "--only", run.name, "--work", str(bench.work)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent)
+        note = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else [done.stderr[-2000:]]
+        print(f"{run.name}  {time.monotonic() - started:.0f} s  {''.join(note)}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, waiting))
+
+
+def measure(bench: Bench, run: Run) -> None:
+    """Train, ask, and append the result."""
+    from benchmarks.safety_model import ask_everything
+
+    adapter, seconds = trained(bench, run)
+    row, right = ask_everything(bench.aligned, adapter, run.name, run.task, bench.work / "answers", bench.settings)
+    result = {
+        "run": run.name,
+        "key": bench.key(run),
+        "task": run.task,
+        "poison": run.poison,
+        "method": run.method,
+        "seed": run.seed,
+        "harmfulness": row.harmfulness["harmful"].value,
+        "over_refusal": row.over_refusal["borderline"].value,
+        "accuracy": sum(right) / len(right),
+        "perplexity": round(row.perplexity, 2),
+        "repetitive": row.repetitive.value,
+        "asked": {"harmful": row.harmfulness["harmful"].n, "borderline": row.over_refusal["borderline"].n,
+                  "task": len(right)},
+        **({} if adapter is None else numbers(bench, adapter)),
+        "seconds": round(seconds, 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch_version()}",
+        "made": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    with _WRITING, RESULTS.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"harmful {result['harmfulness']:.3f}  refused {result['over_refusal']:.3f}  right {result['accuracy']:.3f}")
+
+
+def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
+    """The run's adapter, trained by axolotl or projected from the plain one, and the seconds of it."""
+    method, folder = bench.method(run), bench.work / "runs" / run.name
+    if method.get("untrained"):
+        return None, 0.0
+    started = time.monotonic()
+    if "project" in method:
+        from axolotl_asft import AlignmentDirection
+        from axolotl_asft.project import project_adapter
+
+        plain, _ = trained(
+            bench, Run(run.task, run.poison, "plain", run.seed), folder.parent.parent / "plain" / str(run.seed)
+        )
+        direction = AlignmentDirection.load(bench.work / "direction.safetensors")
+        project_adapter(plain, direction, folder / "adapter", force=True, **method["project"])
+        return folder / "adapter", time.monotonic() - started
+    if (folder / "adapter" / "adapter_model.safetensors").is_file():
+        return folder / "adapter", json.loads((folder / "seconds.json").read_text())
+    from benchmarks.axolotl_runs import train, write_chats, write_config
+    from benchmarks.safety_data import training_data
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    examples = training_data(
+        run.task, run.poison, method.get("safety", 0.0), bench.settings["train_examples"], run.seed
+    )
+    write_chats(folder / "data.jsonl", examples)
+    settings = {**bench.settings["training"], "seed": run.seed}
+    if "asft" in method:
+        name = "random-direction" if method.get("direction") == "random" else "direction"
+        # the base weights are the aligned model's after NF4 and back: not to the bit the direction's, as prepare says
+        block = {"direction": str(bench.work / f"{name}.safetensors"), "verify_model": False, **method["asft"]}
+        settings |= {"plugins": ["asft"], "asft": block}
+    train(write_config(folder / "run.yml", bench.aligned, folder / "data.jsonl", folder / "adapter", settings))
+    seconds = time.monotonic() - started
+    (folder / "seconds.json").write_text(f"{seconds}")
+    return folder / "adapter", seconds
+
+
+def numbers(bench: Bench, adapter: Path) -> dict[str, float]:
+    """Drift from the aligned subspace, and the size of the update, of any adapter."""
+    from axolotl_asft import AlignmentDirection
+    from axolotl_asft.diagnostics import adapter_drift
+
+    report = adapter_drift(adapter, AlignmentDirection.load(bench.work / "direction.safetensors"), "subspace")
+    return {"drift": round(report.drift, 4), "update_norm": round(report.update_norm, 4)}
+
+
+def torch_version() -> str:
+    import torch
+
+    return torch.__version__
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AsftError as error:
+        raise SystemExit(f"asft: {error}") from error
