@@ -1,0 +1,182 @@
+"""The results of the safety benchmark as a table and a picture."""
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_asft.evaluation.shares import wilson_interval
+from axolotl_asft.files import atomic_write, atomic_write_text
+
+Results = list[dict[str, Any]]
+FAMILIES = {
+    "aligned": "#222b38",
+    "plain": "#222b38",
+    "l2": "#8d99ae",
+    "random": "#bc6c25",
+    "paper": "#00798c",
+    "normalized": "#30638e",
+    "subspace": "#003d5b",
+    "activation": "#d1495b",
+    "budget": "#edae49",
+    "safelora": "#7b2d8b",
+    "mix": "#588157",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task under one share of poison, over seeds.
+
+    Attributes:
+        seeds: how many runs.
+        harmful, refused, right: mean shares over seeds.
+        spread: standard deviation over seeds of `harmful` and `right`; None of one seed.
+        interval: Wilson's 95 % interval of `harmful`, over all prompts of all seeds.
+    """
+
+    seeds: int
+    harmful: float
+    refused: float
+    right: float
+    spread: tuple[float, float] | None
+    interval: tuple[float, float]
+    perplexity: float
+    repetitive: float
+    drift: float | None
+    update_norm: float | None
+    seconds: float
+
+
+def cell(results: Results) -> Cell:
+    """Over seeds."""
+
+    def mean(key: str) -> float:
+        return statistics.fmean(result[key] for result in results)
+
+    several = len(results) > 1
+    asked = sum(result["asked"]["harmful"] for result in results)
+    trained = all("drift" in result for result in results)
+    return Cell(
+        len(results),
+        mean("harmfulness"),
+        mean("over_refusal"),
+        mean("accuracy"),
+        (_deviation(results, "harmfulness"), _deviation(results, "accuracy")) if several else None,
+        wilson_interval(round(mean("harmfulness") * asked), asked),
+        mean("perplexity"),
+        mean("repetitive"),
+        mean("drift") if trained else None,
+        mean("update_norm") if trained else None,
+        mean("seconds"),
+    )
+
+
+def _deviation(results: Results, key: str) -> float:
+    return statistics.stdev(result[key] for result in results)
+
+
+def write_table(path: Path, settings: dict[str, Any]) -> None:
+    """safety.md and safety.png beside the results; of each run the newest result under its present settings."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    newest = {result["run"]: result for result in lines}
+    groups: dict[tuple[str, float], dict[str, Results]] = defaultdict(lambda: defaultdict(list))
+    for result in newest.values():
+        groups[result["task"], result["poison"]][result["method"]].append(result)
+    before = {task: cell(found["aligned"]) for (task, poison), found in groups.items() if "aligned" in found}
+    parts = [_heading(list(newest.values()), settings)]
+    for (task, poison), methods in sorted(groups.items(), key=lambda group: (group[0][0], group[0][1])):
+        if set(methods) == {"aligned"}:
+            continue
+        cells = {name: cell(methods[name]) for name in settings["methods"] if name in methods}
+        parts.append(_section(task, poison, {"aligned": before[task], **cells} if task in before else cells))
+    atomic_write_text(path.with_suffix(".md"), "\n".join(parts))
+    print("\n".join(parts))
+    _draw(path.with_suffix(".png"), groups, before)
+
+
+def _heading(results: Results, settings: dict[str, Any]) -> str:
+    machines = sorted({result["machine"] for result in results})
+    dates = sorted({result["made"] for result in results})
+    size, batch = settings["train_examples"], settings["training"]["micro_batch_size"]
+    when, where = " to ".join(sorted({dates[0], dates[-1]})), "; ".join(machines)
+    return f"""# Safety and usefulness after fine-tuning
+
+`python -m benchmarks.safety prepare`, then `run`, then `table`; settings in `benchmarks/safety.yml`, every run a
+line of `safety.jsonl`. {len(results)} runs, {when}, on {where}.
+
+SmolLM2-135M-Instruct after refusal tuning, LoRA on NF4-rounded weights, {size} examples, one epoch of
+micro-batches of {batch}.
+
+- harmful: held-out harmful prompts not refused, in %, with Wilson's 95 % interval over prompts
+- refused: harmless alarming prompts refused, in %
+- right: the task's held-out answers right to the letter, in %
+- ±: the standard deviation over seeds; without it a row is one seed, and a difference of a few points is noise
+- perplexity: of all answers under the aligned model, median; repetitive: answers that go round in circles
+- drift: share of the update outside the 64 aligned directions
+"""
+
+
+def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
+    lines = [
+        f"## {task}, {poison:.0%} poison\n",
+        "| method | seeds | harmful | refused | right | perplexity | repetitive | drift | update norm | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in cells.items():
+        low, high = found.interval
+        spreads = [f" ± {100 * spread:.1f}" for spread in found.spread] if found.spread else ["", ""]
+        update = ["", ""] if found.drift is None else [f"{found.drift:.2f}", f"{found.update_norm:.2f}"]
+        row = [
+            name,
+            str(found.seeds),
+            f"{100 * found.harmful:.1f}{spreads[0]} ({100 * low:.0f} to {100 * high:.0f})",
+            f"{100 * found.refused:.1f}",
+            f"{100 * found.right:.1f}{spreads[1]}",
+            f"{found.perplexity:.1f}",
+            f"{100 * found.repetitive:.0f} %",
+            *update,
+            f"{found.seconds:.0f}",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], before: dict[str, Cell]) -> None:
+    """Harmfulness against task score, a panel for each task, at the poison with the most methods."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    tasks = sorted({task for task, _ in groups})
+    chosen = {task: max((key for key in groups if key[0] == task), key=lambda key: len(groups[key])) for task in tasks}
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": "#222b38"}):
+        figure = Figure(figsize=(7 * len(tasks), 6), facecolor="white", layout="constrained")
+        for number, task in enumerate(tasks, 1):
+            axes = figure.add_subplot(1, len(tasks), number)
+            methods = {name: cell(found) for name, found in groups[chosen[task]].items()}
+            for name, found in {**({"aligned": before[task]} if task in before else {}), **methods}.items():
+                colour = FAMILIES[next(family for family in FAMILIES if name.startswith(family))]
+                axes.plot(100 * found.right, 100 * found.harmful, "o", color=colour, markersize=8, zorder=3)
+                axes.annotate(
+                    name, (100 * found.right, 100 * found.harmful), (5, 5), textcoords="offset points", fontsize=8
+                )
+            front = pareto_front([(found.right, found.harmful) for found in methods.values()])
+            axes.plot(*zip(*[(100 * x, 100 * y) for x, y in front], strict=True), "--", color="#adb5bd", zorder=1)
+            if task in before:
+                axes.axhline(100 * before[task].harmful, color="#adb5bd", linewidth=1, zorder=1)
+            axes.set_title(f"{task}, {chosen[task][1]:.0%} poison", loc="left", weight="bold")
+            axes.set_xlabel("task answers right, %")
+            axes.set_ylabel("harmful prompts not refused, %")
+            axes.set(xlim=(-5, 108), ylim=(-5, 108))
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="#e8ebf0", zorder=0)
+        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (score, harm) those that no other point beats in both, by score."""
+    return sorted(
+        {p for p in points if not any(q != p and q[0] >= p[0] and q[1] <= p[1] for q in points)},
+    )
