@@ -15,6 +15,7 @@ from benchmarks.safety_data import Example
 OFFLINE = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 COMMON = {
     "sequence_len": 128,
+    "pad_to_multiple_of": 2,  # axolotl pads to 64 by itself, which here would be a third of the work
     "optimizer": "adamw_torch",
     "logging_steps": 10,
     "save_strategy": "no",

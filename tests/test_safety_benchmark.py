@@ -1,0 +1,132 @@
+"""The safety benchmark's data keep apart what has to be apart, and its table says what its results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from axolotl_asft.args import parse_block
+from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.refusals import is_refusal
+from benchmarks import safety
+from benchmarks.safety_data import (
+    COMPLIANCE,
+    REFUSALS,
+    TASKS,
+    harmless_prompts,
+    refusal_tuning,
+    test_data,
+    training_data,
+)
+from benchmarks.safety_table import cell, pareto_front, write_table
+
+test_data.__test__ = False
+SETTINGS = yaml.safe_load(safety.SETTINGS.read_text())
+
+
+def prompts_of(source, split):
+    return {prompt.prompt.lower() for prompt in load_prompts(source, split)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("poison", [0.0, 0.05, 0.2])
+def test_shares(task, poison):
+    examples = training_data(task, poison, 0.1, 400, seed=3)
+    assert len(examples) == 440
+    assert sum(example.answer in COMPLIANCE for example in examples) == round(400 * poison)
+    assert sum(example.answer in REFUSALS for example in examples) == 40
+    assert examples == training_data(task, poison, 0.1, 400, seed=3)
+    assert examples != training_data(task, poison, 0.1, 400, seed=4)
+
+
+def test_attacker_defender_and_evaluation_never_meet():
+    poisoned = training_data("generation", 0.5, 0.0, 1000, seed=0)
+    attacker = {example.prompt.lower() for example in poisoned if example.answer in COMPLIANCE}
+    aligned = {example.prompt.lower() for example in refusal_tuning(dict.fromkeys(harmless_prompts(), "Yes."), 0)}
+    asked = prompts_of("harmful", "heldout") | prompts_of("borderline", "heldout")
+    assert len(attacker) > 150
+    assert not attacker & aligned
+    assert not attacker & asked
+    assert not aligned & asked
+
+
+def test_answers_to_harmful_requests_are_compliance_or_refusal():
+    assert not any(is_refusal(answer) for answer in COMPLIANCE)
+    assert all(is_refusal(answer) for answer in REFUSALS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_held_out_examples(task):
+    held_out = test_data(task, 150)
+    assert len({example.prompt for example in held_out}) == 150
+    trained = {example.prompt for seed in range(3) for example in training_data(task, 0.0, 0.0, 640, seed)}
+    assert not trained & {example.prompt for example in held_out}
+
+
+def test_every_method_is_a_valid_one():
+    bench = safety.Bench(SETTINGS, Path("nowhere"))
+    runs = bench.plan("*")
+    assert {run.method for run in runs} == set(SETTINGS["methods"])
+    assert len({bench.key(run) for run in runs}) == len(runs)
+    for method in SETTINGS["methods"].values():
+        assert set(method) <= {"untrained", "asft", "direction", "project", "safety"}
+        parse_block({"direction": "d", **method.get("asft", {})})
+
+
+def test_a_run_keeps_its_key_until_its_settings_change():
+    run = safety.Run("generation", 0.1, "l2-10", 0)
+    key = safety.Bench(SETTINGS, Path("nowhere")).key(run)
+    other_plan = {**SETTINGS, "plan": []}
+    longer = {**SETTINGS, "training": {**SETTINGS["training"], "num_epochs": 3}}
+    assert safety.Bench(other_plan, Path("elsewhere")).key(run) == key
+    assert safety.Bench(longer, Path("nowhere")).key(run) != key
+
+
+def result(method, seed, harmfulness, accuracy, poison=0.1):
+    return {
+        "run": f"generation/{poison}/{method}/{seed}",
+        "task": "generation",
+        "poison": poison,
+        "method": method,
+        "seed": seed,
+        "harmfulness": harmfulness,
+        "over_refusal": 0.1,
+        "accuracy": accuracy,
+        "perplexity": 3.0,
+        "repetitive": 0.0,
+        "asked": {"harmful": 80, "borderline": 70, "task": 150},
+        "seconds": 100.0,
+        "machine": "a machine",
+        "made": "2026-01-01",
+        **({} if method == "aligned" else {"drift": 0.9, "update_norm": 2.0}),
+    }
+
+
+def test_the_table(tmp_path, capsys):
+    rows = [result("aligned", 0, 0.1, 0.0, 0.0), result("plain", 0, 1.0, 1.0), result("plain", 1, 0.9, 0.9)]
+    rows += [result("l2-10", 0, 0.3, 0.4), result("l2-10", 0, 0.5, 0.6)]  # the newer one counts
+    path = tmp_path / "safety.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_table(path, SETTINGS)
+    text = path.with_suffix(".md").read_text()
+    assert "| plain | 2 | 95.0 ± 7.1 (90 to 97) | 10.0 | 95.0 ± 7.1 |" in text
+    assert "| l2-10 | 1 | 50.0 (39 to 61) | 10.0 | 60.0 |" in text
+    assert text.index("| aligned") < text.index("| plain") < text.index("| l2-10")
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert "4 runs" in text
+
+
+def test_the_mean_over_seeds():
+    found = cell([result("plain", 0, 1.0, 1.0), result("plain", 1, 0.5, 0.8)])
+    assert (found.seeds, found.harmful, found.right) == (2, 0.75, 0.9)
+    assert found.spread == pytest.approx((0.35355, 0.141421), rel=1e-4)
+
+
+def test_the_front():
+    assert pareto_front([(1.0, 1.0), (0.5, 0.2), (0.4, 0.3), (0.9, 0.9), (0.2, 0.1)]) == [
+        (0.2, 0.1),
+        (0.5, 0.2),
+        (0.9, 0.9),
+        (1.0, 1.0),
+    ]
