@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,9 @@ def run_all(bench: Bench, only: str, minutes: float, workers: int) -> None:
         command = [sys.executable, "-m", "benchmarks.safety", "one", "--only", run.name, "--work", str(bench.work)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent)
-        note = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else [done.stderr[-2000:]]
-        print(f"{run.name}  {time.monotonic() - started:.0f} s  {''.join(note)}", flush=True)
+        said = done.stdout if done.returncode == 0 else done.stderr
+        note = "".join(said.strip().splitlines()[-1:])
+        print(f"{run.name}  {time.monotonic() - started:.0f} s  {note}", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, waiting))
@@ -176,9 +177,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
         from axolotl_asft import AlignmentDirection
         from axolotl_asft.project import project_adapter
 
-        plain, _ = trained(
-            bench, Run(run.task, run.poison, "plain", run.seed), folder.parent.parent / "plain" / str(run.seed)
-        )
+        plain, _ = trained(bench, replace(run, method="plain"))
         direction = AlignmentDirection.load(bench.work / "direction.safetensors")
         project_adapter(plain, direction, folder / "adapter", force=True, **method["project"])
         return folder / "adapter", time.monotonic() - started

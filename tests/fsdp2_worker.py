@@ -94,6 +94,8 @@ def main(aligned, direction_file, r, lambda_reg):
     for one in (reference, model):
         torch.optim.AdamW(trained(one).values(), lr=0.01).step()
     answer["weights"] = largest_difference(trained(model), trained(reference))
+    answer["shortened"] = [float(p.shorten(0.05)) for p in (whole_penalty, penalty)]
+    answer["weights within the budget"] = largest_difference(trained(model), trained(reference))
 
     model.zero_grad()
     (lambda_reg * penalty()).backward()  # the differentiable form, through the gathering

@@ -122,6 +122,9 @@ def test_fsdp2_shards(pair, direction_file, rank):
     assert answer["gathered value"] == pytest.approx(answer["value"], rel=1e-6)
     assert answer["gradient"] < 1e-4 < 0.1 < answer["without the penalty"]
     assert answer["weights"] < 1e-4
+    assert answer["shortened"][0] == pytest.approx(answer["shortened"][1], rel=1e-4)
+    assert answer["shortened"][0] < 0.9
+    assert answer["weights within the budget"] < 1e-4
     assert answer["autograd"] < 1e-4
     assert answer["drift"][0] == pytest.approx(answer["drift"][1], rel=1e-6)
     assert answer["most whole factors"] <= 2, "A and B of one layer at a time"

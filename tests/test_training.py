@@ -123,6 +123,36 @@ def test_other_projectors_train(trained, projector):
     assert orthogonal_norm(lines[-1]) < 0.25 * orthogonal_norm(training_lines(trained({"lambda_reg": 0}))[-1])
 
 
+def test_a_budget_is_kept(trained):
+    free = training_lines(trained({"lambda_reg": 0}))
+    budget = 0.5 * free[-1]["asft/max_drift"]
+    config = trained({"max_drift": budget})
+    lines = training_lines(config)
+    assert all(0 < line["asft/max_drift"] <= 1.01 * budget for line in lines)
+    assert all(line["asft/penalty"] == 0 for line in lines), "a budget alone is no penalty"
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    stamp = json.loads((config.parent / "out" / "adapter_config.json").read_text())["asft"]
+    assert (stamp["max_drift"], stamp["metric"], stamp["lambda_reg"]) == (budget, "weights", 0)
+
+
+def test_the_activation_metric_trains(trained, pair, tmp_path):
+    from tiny import make_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from axolotl_asft import extract_direction
+    from axolotl_asft.activations import layer_inputs
+
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    turns = [("<|user|> the cat sees a dog </s><|assistant|> ", "yes no")]
+    path = tmp_path / "with-inputs.safetensors"
+    extract_direction(*pair, rank=8, activations=layer_inputs(model, make_tokenizer(), turns, names)).save(path)
+    block = {"direction": str(path), "metric": "activations", "rank": 0}
+    free, held = (training_lines(trained({**block, "lambda_reg": value})) for value in (1e-6, 3))
+    assert held[-1]["asft/penalty"] / 3 < 0.1 * free[-1]["asft/penalty"] / 1e-6
+    assert held[-1]["asft/update_norm"] > 0.1 * free[-1]["asft/update_norm"], "elsewhere the weights move"
+
+
 @pytest.mark.parametrize("precision", [{"bf16": True}, {"bfloat16": True}], ids=["autocast", "pure"])
 def test_lora_in_bf16(forked_train, pair, dataset, direction_file, tmp_path, precision):
     block = {"direction": str(direction_file), "lambda_reg": LAMBDA, "projector": "subspace"}
