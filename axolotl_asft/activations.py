@@ -22,15 +22,14 @@ class LayerInputs:
     """The inputs of the linear layers, on average over tokens.
 
     Attributes:
-        factors: module name -> X (in, m) fp32.
-        rest: module name -> a number. X X^T + rest I is E[x x^T] in its m leading directions, and has in every other
-            direction the mean of what is left (probabilistic PCA, Tipping and Bishop 1999, eq. 8); scaled to trace
-            `in`, so that without a preferred direction of the inputs it is the identity.
+        factors: module name -> X (in, m) fp32, X X^T ~ E[x x^T] scaled to trace `in`: without a preferred direction of
+            the inputs it would be the identity.
+        energy: module name -> share of the trace that the m kept directions carry.
         tokens: how many tokens the average is over.
     """
 
     factors: Mapping[str, Tensor]
-    rest: Mapping[str, float]
+    energy: Mapping[str, float]
     tokens: int
 
 
@@ -89,23 +88,22 @@ def layer_inputs(
             if tokens >= MAX_TOKENS:
                 break
     found = {name: _factor(name, torch.cat(kept.pop(name)).float(), rank) for name in names}
-    return LayerInputs({name: X for name, (X, _) in found.items()}, {name: r for name, (_, r) in found.items()}, tokens)
+    return LayerInputs({name: X for name, (X, _) in found.items()}, {name: e for name, (_, e) in found.items()}, tokens)
 
 
 def _factor(name: str, inputs: Tensor, rank: int) -> tuple[Tensor, float]:
-    """X (in, m) and rest, of inputs (tokens, in)."""
+    """X (in, m) and its share of the trace, of inputs (tokens, in)."""
     if not torch.isfinite(inputs).all():
         raise AsftError(f"{name}: its inputs hold NaN or infinity; load the model in another dtype")
-    tokens, columns = inputs.shape
     # the Gram matrix of the smaller side: exact, and never larger than MAX_TOKENS squared
+    tokens, columns = inputs.shape
     small = (inputs @ inputs.T if tokens < columns else inputs.T @ inputs).double()
-    total = float(small.trace())
+    values, vectors = torch.linalg.eigh(small)
+    leading = slice(max(0, len(values) - rank), None)
+    values, vectors = values.clamp(min=0)[leading].flip(0), vectors[:, leading].flip(1)
+    # columns of length sqrt(value), either way
+    X = inputs.T.double() @ vectors if tokens < columns else vectors * values.sqrt()
+    total = float(inputs.double().square().sum())
     if total == 0:
-        return inputs.new_zeros(columns, 0), 1.0
-    values, vectors = torch.linalg.eigh(small * (columns / total))
-    m = min(rank, len(values))
-    values, vectors = values.clamp(min=0)[-m:].flip(0), vectors[:, -m:].flip(1)
-    rest = max(0.0, columns - float(values.sum())) / (columns - m) if m < columns else 0.0
-    if tokens < columns:
-        vectors = torch.nn.functional.normalize(inputs.T.double() @ vectors, dim=0)
-    return (vectors * (values - rest).clamp(min=0).sqrt()).float(), rest
+        return X.float(), 1.0
+    return (X * (columns / total) ** 0.5).float(), float(values.sum()) / total

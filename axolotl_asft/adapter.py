@@ -37,7 +37,7 @@ class ConstrainedLayer:
         U: (out, k), in its stored dtype, on the layer's device.
         c: (k,), eigenvalues of the projector.
         size: ||d M||_F, the size of what alignment did to the layer, in the metric M.
-        X, rest: the metric M M^T = X X^T + rest I; None: M is the identity.
+        X: (in, m), the metric M = X; None: the identity.
         initial: A0 and B0 where the initialisation took scaling B0 A0 out of the base weight.
     """
 
@@ -46,7 +46,6 @@ class ConstrainedLayer:
     c: Tensor
     size: float
     X: Tensor | None = None
-    rest: float = 0.0
     initial: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -79,7 +78,7 @@ class ConstrainedLayer:
     def add_gradient(self, scaling: float, weight: Tensor | float) -> Tensor:
         """Add weight dP/dA and weight dP/dB to the gradients of A and B; returns P."""
         A, B = self.update()
-        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X, self.rest)
+        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X)
         if self.initial is not None:
             r = grad_B.shape[1] // 2
             # A stands in both halves of [A; A - A0], B in the first half of [B - B0, B0]
@@ -91,10 +90,8 @@ class ConstrainedLayer:
 
     def orthogonal(self, A: Tensor, B: Tensor) -> Tensor:
         """||(I - C) B A M||_F^2 in fp32, without the scaling."""
-        A, Z = A.float(), orthogonal_part(B.float(), self.U.float(), self.c)
-        if self.X is None:
-            return squared_norm(Z, A)
-        return squared_norm(Z, A @ self.X.float()) + self.rest * squared_norm(Z, A)
+        A = A.float() if self.X is None else A.float() @ self.X.float()
+        return squared_norm(orthogonal_part(B.float(), self.U.float(), self.c), A)
 
     def shorten(self, max_drift: float) -> Tensor:
         """Bring ||(I - C) dW M|| down to max_drift ||d M||; returns the factor, 1 where it is below already.
@@ -140,7 +137,7 @@ class AlignmentPenalty:
 
     Call it to get P, without lambda_reg. See `axolotl_asft.penalty` for its cost. dW is the change from the aligned
     weight: scaling B A, and scaling (B A - B0 A0) where the initialisation (PiSSA and its like) took a part out of
-    the weight. With metric="activations" it is sum ||(I - C_l) dW_l M_l||_F^2, with M_l M_l^T the second moment of the
+    the weight. With metric="activations" it is sum ||(I - C_l) dW_l X_l||_F^2, with X_l X_l^T the second moment of the
     layer's inputs on safety prompts, from the direction file: how far the outputs on such prompts move, instead of how
     far the weights do. Factors that FSDP2 keeps in pieces are gathered a layer at a time; then every rank has to call.
 
@@ -198,9 +195,7 @@ class AlignmentPenalty:
     def __call__(self) -> Tensor:
         """P as an fp32 scalar, differentiable with respect to every A and B; without lambda_reg."""
         values = (
-            lora_penalty(
-                *layer.update(), layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0, layer.X, layer.rest
-            )
+            lora_penalty(*layer.update(), layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0, layer.X)
             for layer in self.layers
         )
         return _sum_on_first_device(values)
@@ -255,16 +250,15 @@ class AlignmentPenalty:
         initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None
         # a meta device has nothing on it yet; U follows A when it is first used
         device = torch.device("cpu") if found.A.is_meta else found.A.device
-        X, rest, size = None, 0.0, module.norm
+        X, size = None, module.norm
         if self.metric == "activations":
-            if module.X is None or module.norm_X is None or module.rest is None:
+            if module.X is None or module.norm_X is None:
                 raise AsftError(
                     f"metric is 'activations', but the direction file holds none (first {found.name}); make it with "
                     "`axolotl asft extract --activations harmful`, or set metric: weights"
                 )
-            X, rest, size = module.X.to(device), float(module.rest), module.norm_X
-        U = module.U[:, :k].contiguous().to(device)
-        return ConstrainedLayer(found, U, c.to(device), float(size), X, rest, initial)
+            X, size = module.X.to(device), module.norm_X
+        return ConstrainedLayer(found, module.U[:, :k].contiguous().to(device), c.to(device), float(size), X, initial)
 
     def _verify(self) -> None:
         if any(layer.found.initialisation == "loftq" for layer in self.layers):

@@ -203,6 +203,12 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
 )
 @click.option("--rank", type=int, metavar="K", help="Use only the leading K stored directions.")
 @click.option("--on-uncovered", type=click.Choice(["error", "ignore"]), default="error", show_default=True)
+@click.option(
+    "--verify-model/--no-verify-model",
+    default=True,
+    show_default=True,
+    help="Compare the direction with the adapter's base model, where that is a local folder.",
+)
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what became of every layer as JSON.")
 def project(file: Path, output: Path, as_json: bool, **options: Any) -> None:

@@ -22,7 +22,7 @@ FORMAT = "asft-direction"
 FORMAT_VERSION = "1"
 SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
 MODULE_FIELDS = ("shape", "k", "energy", "bound")
-OPTIONAL_PARTS = ("V", "X", "rest", "norm_X")
+OPTIONAL_PARTS = ("V", "X", "norm_X")
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
 ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 REMAKE = "make it again with `axolotl asft extract`"
@@ -38,9 +38,9 @@ class ModuleDirection:
         norm: () fp32, ||d||_F over all of d.
         in_features: number of columns of d.
         V: (in, k), right singular vectors, where the file keeps them.
-        X: (in, m), where the file keeps it; rest: () fp32: X X^T + rest I is the second moment of the layer's inputs on
-            safety prompts, scaled to trace `in`: without a preferred direction of the inputs it is the identity.
-        norm_X: () fp32, where X is, ||d M||_F with M M^T that second moment, over all of d.
+        X: (in, m), where the file keeps it: X X^T is the second moment of the layer's inputs on safety prompts,
+            scaled to trace `in`, so that inputs without a preferred direction would make it the identity.
+        norm_X: () fp32, ||d X||_F over all of d, where X is.
     """
 
     U: Tensor
@@ -49,7 +49,6 @@ class ModuleDirection:
     in_features: int
     V: Tensor | None = None
     X: Tensor | None = None
-    rest: Tensor | None = None
     norm_X: Tensor | None = None
 
     @property
@@ -221,7 +220,7 @@ def _checked_module(path: Path, file: safe_open, name: str, spec: dict[str, Any]
     rows, columns = spec["modules"][name]["shape"]
     k = spec["modules"][name]["k"]
     m = spec["modules"][name].get("m", 0)
-    expected = {"U": (rows, k), "S": (k,), "norm": (), "V": (columns, k), "X": (columns, m), "rest": (), "norm_X": ()}
+    expected = {"U": (rows, k), "S": (k,), "norm": (), "V": (columns, k), "X": (columns, m), "norm_X": ()}
     tensors: dict[str, Tensor] = {}
     present = set(file.keys())
     for part, shape in expected.items():
@@ -249,9 +248,8 @@ def _check_values(path: Path, name: str, module: ModuleDirection) -> None:
         raise AsftError(f"{path}: {name}.S is not descending and non-negative; {REMAKE}")
     if norm < 0 or float(torch.linalg.vector_norm(S)) > norm * (1 + 1e-4) + 1e-30:
         raise AsftError(f"{path}: {name}.norm is {norm:.6g}, less than the norm of its singular values; {REMAKE}")
-    for part in ("rest", "norm_X"):
-        if (value := getattr(module, part)) is not None and float(value) < 0:
-            raise AsftError(f"{path}: {name}.{part} is negative; {REMAKE}")
+    if module.norm_X is not None and float(module.norm_X) < 0:
+        raise AsftError(f"{path}: {name}.norm_X is negative; {REMAKE}")
     for part, vectors in (("U", module.U), ("V", module.V)):
         if vectors is None or vectors.shape[1] == 0:
             continue

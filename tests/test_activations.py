@@ -57,21 +57,16 @@ def test_against_the_dense_second_moment(model, inputs):
         X = inputs.factors[name].double()
         assert float((X @ X.T - moment).norm() / moment.norm()) < 1e-2  # inputs are kept in bf16
         assert float((X @ X.T).trace()) == pytest.approx(X.shape[0], rel=1e-3)
-        assert inputs.rest[name] == pytest.approx(0, abs=1e-3)
+        assert inputs.energy[name] == pytest.approx(1, abs=1e-3)
         assert inputs.tokens == len(rows)
 
 
-def test_fewer_directions_and_the_mean_of_the_rest(model):
+def test_fewer_directions_are_the_leading_ones(model):
     few = layer_inputs(model, make_tokenizer(), TURNS, [UP], rank=2)
-    every = layer_inputs(model, make_tokenizer(), TURNS, [UP], rank=64)
-    moment = every.factors[UP].double() @ every.factors[UP].double().T + every.rest[UP] * torch.eye(64)
-    values, vectors = torch.linalg.eigh(moment)
-    X = few.factors[UP].double()
-    modelled = X @ X.T + few.rest[UP] * torch.eye(64)
-    assert few.rest[UP] == pytest.approx(float(values[:-2].mean()), rel=1e-3)
-    assert float(modelled.trace()) == pytest.approx(64, rel=1e-5)
-    leading = vectors[:, -2:]
-    torch.testing.assert_close(leading.T @ modelled @ leading, torch.diag(values[-2:]), rtol=1e-4, atol=1e-4)
+    all_of_them = layer_inputs(model, make_tokenizer(), TURNS, [UP], rank=64)
+    values = torch.linalg.svdvals(all_of_them.factors[UP])
+    torch.testing.assert_close(torch.linalg.svdvals(few.factors[UP]), values[:2], rtol=1e-4, atol=1e-4)
+    assert few.energy[UP] == pytest.approx(float((values[:2] ** 2).sum() / (values**2).sum()), rel=1e-3)
 
 
 def test_no_hook_stays(model, inputs):
@@ -89,8 +84,7 @@ def test_norm_of_the_difference_in_the_metric(pair, direction):
     base, aligned = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in pair)
     d = aligned[f"{UP}.weight"].double() - base[f"{UP}.weight"].double()
     module = direction.modules[UP]
-    moment = module.X.double() @ module.X.double().T + float(module.rest) * torch.eye(d.shape[1])
-    assert float(module.norm_X) == pytest.approx(float((d @ moment @ d.T).trace()) ** 0.5, rel=1e-4)
+    assert float(module.norm_X) == pytest.approx(float((d @ module.X.double()).norm()), rel=1e-4)
 
 
 def test_the_penalty_measures_outputs(pair, direction):
@@ -134,7 +128,6 @@ def test_a_file_without_activations_is_refused(pair, direction_file):
         (lambda module: replace(module, X=module.X[:, :-1]), "X has shape"),
         (lambda module: replace(module, X=module.X * float("nan")), "NaN"),
         (lambda module: replace(module, norm_X=-module.norm_X), "norm_X is negative"),
-        (lambda module: replace(module, rest=-1 - module.rest), "rest is negative"),
         (lambda module: replace(module, norm_X=None), "lacks the tensor"),
     ],
 )

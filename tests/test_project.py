@@ -245,6 +245,7 @@ def test_a_direction_of_other_weights_is_refused(pair, adapter, tmp_path):
     with pytest.raises(AsftError, match="extracted for another model"):
         project_adapter(adapter, swapped, tmp_path / "out", layers=2)
     assert not (tmp_path / "out").exists()
+    assert project_adapter(adapter, other, tmp_path / "out", layers=2, verify_model=False).projected == 2
 
 
 def test_an_output_is_not_overwritten_by_accident(adapter, full_direction, tmp_path):
