@@ -106,7 +106,7 @@ def randomised(direction: AlignmentDirection, seed: int) -> AlignmentDirection:
     modules = {}
     for name, module in direction.modules.items():
         columns = torch.linalg.qr(torch.randn(module.U.shape, generator=generator))[0]
-        modules[name] = replace(module, U=columns.to(module.U.dtype), V=None, X=None, norm_X=None)
+        modules[name] = replace(module, U=columns.to(module.U.dtype), V=None)
     return AlignmentDirection(modules, direction.spec)
 
 

@@ -116,6 +116,7 @@ micro-batches of {batch}.
 - ±: the standard deviation over seeds; without it a row is one seed, and a difference of a few points is noise
 - perplexity: of all answers under the aligned model, median; repetitive: answers that go round in circles
 - drift: share of the update outside the 64 aligned directions
+- seconds: of training or projecting; wall time on a machine that did other things too
 """
 
 
@@ -156,12 +157,15 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
         for number, task in enumerate(tasks, 1):
             axes = figure.add_subplot(1, len(tasks), number)
             methods = {name: cell(found) for name, found in groups[chosen[task]].items()}
-            for name, found in {**({"aligned": before[task]} if task in before else {}), **methods}.items():
+            everything = {**({"aligned": before[task]} if task in before else {}), **methods}
+            labelled: list[tuple[float, float]] = []
+            for name, found in everything.items():
+                place = (100 * found.right, 100 * found.harmful)
+                near = sum(abs(place[0] - x) < 15 and abs(place[1] - y) < 5 for x, y in labelled)
+                labelled.append(place)
                 colour = FAMILIES[next(family for family in FAMILIES if name.startswith(family))]
-                axes.plot(100 * found.right, 100 * found.harmful, "o", color=colour, markersize=8, zorder=3)
-                axes.annotate(
-                    name, (100 * found.right, 100 * found.harmful), (5, 5), textcoords="offset points", fontsize=8
-                )
+                axes.plot(*place, "o", color=colour, markersize=8, zorder=3)
+                axes.annotate(name, place, (7, 3 - 11 * near), textcoords="offset points", fontsize=8, color=colour)
             front = pareto_front([(found.right, found.harmful) for found in methods.values()])
             axes.plot(*zip(*[(100 * x, 100 * y) for x, y in front], strict=True), "--", color="#adb5bd", zorder=1)
             if task in before:
@@ -169,7 +173,7 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
             axes.set_title(f"{task}, {chosen[task][1]:.0%} poison", loc="left", weight="bold")
             axes.set_xlabel("task answers right, %")
             axes.set_ylabel("harmful prompts not refused, %")
-            axes.set(xlim=(-5, 108), ylim=(-5, 108))
+            axes.set(xlim=(-5, 130), ylim=(-5, 108), xticks=range(0, 101, 20))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#e8ebf0", zorder=0)
         atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
