@@ -239,11 +239,14 @@ def attach(
         )
     constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift)
     LOG.info(
-        "AsFT: %d layers constrained, training on %s, lambda_reg %g, projector %s, direction of %s (sha256 %s)",
+        "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, projector %s, metric %s, "
+        "direction of %s (sha256 %s)",
         len(penalty.layers),
         engine(trainer),
         lambda_reg,
+        max_drift,
         penalty.projector,
+        penalty.metric,
         direction.spec["aligned"]["id"],
         (direction.sha256 or "unsaved")[:12],
     )
