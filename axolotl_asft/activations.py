@@ -52,7 +52,7 @@ def layer_inputs(
         model: the aligned model.
         tokenizer: its tokenizer.
         turns: (prompt text as the model reads it, with the chat template; answer).
-        names: full names of the linear layers.
+        names: full names of the linear layers; one that is not fed every token is left out of the result.
         rank: m, at most.
         batch_size: turns at a time.
         advance: called with the number of turns that were read.
@@ -66,10 +66,15 @@ def layer_inputs(
         raise AsftError(f"the model has no layer {missing[0]}; expected the aligned model of this direction")
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
     keep = torch.zeros(0, dtype=torch.bool)
+    last: list[tuple[Tensor, Tensor]] = []  # the query, key and value layers are fed one tensor: one copy serves all
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept[name].append(args[0][keep.to(args[0].device)].to("cpu", torch.bfloat16, copy=True))
+            if args[0].shape[:-1] != keep.shape:
+                return  # a layer that sees some tokens only, as experts do
+            if not last or last[0][0] is not args[0]:
+                last[:] = [(args[0], args[0][keep.to(args[0].device)].to("cpu", torch.bfloat16, copy=True))]
+            kept[name].append(last[0][1])
 
         return hook
 
@@ -87,7 +92,7 @@ def layer_inputs(
             tokens += int(keep.sum())
             if tokens >= MAX_TOKENS:
                 break
-    found = {name: _factor(name, torch.cat(kept.pop(name)).float(), rank) for name in names}
+    found = {name: _factor(name, torch.cat(rows).float(), rank) for name in names if (rows := kept.pop(name))}
     return LayerInputs({name: X for name, (X, _) in found.items()}, {name: e for name, (_, e) in found.items()}, tokens)
 
 
