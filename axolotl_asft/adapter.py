@@ -236,7 +236,8 @@ class AlignmentPenalty:
         A budget with a meaning that carries over between models: fine-tuning may move a layer off the alignment
         direction by at most this multiple of what alignment moved it. To be called after every optimizer step.
         """
-        return torch.stack([layer.shorten(max_drift).cpu() for layer in self.layers]).min()
+        factors = [layer.shorten(max_drift) for layer in self.layers]
+        return torch.stack([factor.to(factors[0].device) for factor in factors]).min()
 
     def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
         module = self.direction.modules[found.name]

@@ -202,7 +202,7 @@ class _EveryStepConstrained(TrainerCallback):
 def attach(
     trainer: Trainer,
     direction: AlignmentDirection,
-    lambda_reg: float = 1.0,
+    lambda_reg: float | None = None,
     max_drift: float | None = None,
     **options: Any,
 ) -> Constraint:
@@ -211,7 +211,8 @@ def attach(
     Args:
         trainer: a transformers or TRL trainer over a PEFT model.
         direction: the alignment direction of the trainer's model.
-        lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is.
+        lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is. Default: 1, and 0
+            where max_drift is given.
         max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
@@ -221,6 +222,8 @@ def attach(
     Raises:
         AsftError: an unsuitable lambda_reg, model, direction or way of training; a second `attach`.
     """
+    if lambda_reg is None:
+        lambda_reg = 1.0 if max_drift is None else 0.0
     if isinstance(lambda_reg, bool) or not math.isfinite(lambda_reg) or lambda_reg < 0:
         raise AsftError(f"lambda_reg is {lambda_reg}; expected a finite number, 0 or more")
     if max_drift is not None and (isinstance(max_drift, bool) or not math.isfinite(max_drift) or max_drift <= 0):

@@ -80,6 +80,11 @@ def test_a_wide_budget_is_no_constraint(pair, rows, direction, tmp_path):
     assert all(torch.equal(final[1][name], weight) for name, weight in final[0].items())
 
 
+def test_a_budget_stands_alone_unless_lambda_is_given(pair, rows, direction, tmp_path):
+    for options, expected in (({}, 1), ({"max_drift": 0.5}, 0), ({"max_drift": 0.5, "lambda_reg": 2}, 2)):
+        assert attach(make_trainer(pair, rows, tmp_path), direction, **options).lambda_reg == expected
+
+
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan"), float("inf"), True])
 def test_bad_budgets(pair, rows, direction, tmp_path, budget):
     with pytest.raises(AsftError, match="max_drift is"):
