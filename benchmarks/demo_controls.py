@@ -35,10 +35,6 @@ VARIANTS = {
     "plain L2 (`rank: 0`), lambda 10": {"rank": 0},
     "AsFT `normalized`, lambda 10": {"projector": "normalized"},
     "AsFT `subspace`, rank 8, lambda 10": {"projector": "subspace", "rank": 8},
-    "budget, `max_drift: 0.03`": {"lambda_reg": 0.0, "max_drift": 0.03},
-    "budget, `max_drift: 0.1`": {"lambda_reg": 0.0, "max_drift": 0.1},
-    "budget, `max_drift: 0.3`": {"lambda_reg": 0.0, "max_drift": 0.3},
-    "budget, `max_drift: 1`": {"lambda_reg": 0.0, "max_drift": 1.0},
 }
 RESULT = Path(__file__).parent / "results" / "demo_controls.md"
 
