@@ -12,9 +12,7 @@ from axolotl_asft.errors import AsftError
 
 DEFAULT_INPUT_RANK = 64
 OWN_WORDS = 16  # tokens of the model's own answers: a refusal shows in its first words
-MAX_TOKENS = (
-    4096  # tokens whose inputs are kept; 7B: 4096 x (3 x 4096 + 11008) numbers a decoder layer, in halves 190 MB
-)
+MAX_TOKENS = 4096  # whose inputs are kept, in bf16
 
 
 @dataclass(frozen=True)

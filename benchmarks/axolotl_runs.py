@@ -46,15 +46,13 @@ def write_config(path: Path, model: Path, data: Path, output: Path, settings: di
     return path
 
 
-def train(config: Path, threads: int | None = None) -> None:
+def train(config: Path) -> None:
     """`axolotl train` without a launcher; its log lies beside the config.
 
     Raises:
         RuntimeError: the training failed; with the end of its log.
     """
     environment = {**os.environ, **OFFLINE}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
     log = config.with_suffix(".log")
     with log.open("w") as file:
         command = [sys.executable, "-m", "axolotl.cli.train", config.name]

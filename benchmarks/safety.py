@@ -20,7 +20,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from axolotl_asft.errors import AsftError
 HERE = Path(__file__).parent
 SETTINGS = HERE / "safety.yml"
 RESULTS = HERE / "results" / "safety.jsonl"
-_WRITING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def measure(bench: Bench, run: Run) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch_version()}",
         "made": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    with _WRITING, RESULTS.open("a") as file:
+    with RESULTS.open("a") as file:  # one short line: runs that end together do not mix
         file.write(json.dumps(result) + "\n")
     print(f"harmful {result['harmfulness']:.3f}  refused {result['over_refusal']:.3f}  right {result['accuracy']:.3f}")
 
