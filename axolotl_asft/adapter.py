@@ -36,8 +36,8 @@ class ConstrainedLayer:
         found: the layer; its A and B are looked up at every call, since engines replace them.
         U: (out, k), in its stored dtype, on the layer's device.
         c: (k,), eigenvalues of the projector.
-        size: ||d M||_F, the size of what alignment did to the layer, in the metric M.
-        X: (in, m), the metric M = X; None: the identity.
+        size: ||Y^T d X||_F, the size of what alignment did to the layer, in the metric.
+        X, Y: (in, m) and (out, n), the factors of the metric; None: the identity.
         initial: A0 and B0 where the initialisation took scaling B0 A0 out of the base weight.
     """
 
@@ -46,6 +46,7 @@ class ConstrainedLayer:
     c: Tensor
     size: float
     X: Tensor | None = None
+    Y: Tensor | None = None
     initial: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -68,17 +69,23 @@ class ConstrainedLayer:
         A, B = whole(self.found.A), whole(self.found.B)
         if self.U.device != A.device:
             self.U, self.c = self.U.to(A.device), self.c.to(A.device)
-            self.X = None if self.X is None else self.X.to(A.device)
+            self.X, self.Y = (None if factor is None else factor.to(A.device) for factor in (self.X, self.Y))
         if self.initial is None:
             return A, B
         A0, B0 = (factor.to(A.device) for factor in self.initial)
         self.initial = A0, B0
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
-    def add_gradient(self, scaling: float, weight: Tensor | float) -> Tensor:
+    def penalty(self, scaled: bool) -> Tensor:
+        """P, with gradients; without PEFT's scaling where not `scaled`."""
+        A, B = self.update()  # moves the direction to where the factors are
+        return lora_penalty(A, B, self.U, self.c, self.scaling if scaled else 1.0, self.X, self.Y)
+
+    def add_gradient(self, scaled: bool, weight: Tensor | float) -> Tensor:
         """Add weight dP/dA and weight dP/dB to the gradients of A and B; returns P."""
         A, B = self.update()
-        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X)
+        scaling = self.scaling if scaled else 1.0
+        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X, self.Y)
         if self.initial is not None:
             r = grad_B.shape[1] // 2
             # A stands in both halves of [A; A - A0], B in the first half of [B - B0, B0]
@@ -89,12 +96,13 @@ class ConstrainedLayer:
         return value
 
     def orthogonal(self, A: Tensor, B: Tensor) -> Tensor:
-        """||(I - C) B A M||_F^2 in fp32, without the scaling."""
+        """||Y^T (I - C) B A X||_F^2 in fp32, without the scaling."""
         A = A.float() if self.X is None else A.float() @ self.X.float()
-        return squared_norm(orthogonal_part(B.float(), self.U.float(), self.c), A)
+        Z = orthogonal_part(B.float(), self.U.float(), self.c)
+        return squared_norm(Z if self.Y is None else self.Y.float().T @ Z, A)
 
     def shorten(self, max_drift: float) -> Tensor:
-        """Bring ||(I - C) dW M|| down to max_drift ||d M||; returns the factor, 1 where it is below already.
+        """Bring ||Y^T (I - C) dW X|| down to max_drift ||Y^T d X||; returns the factor, 1 where it is below already.
 
         B <- f B + (1 - f) U_1 U_1^T B, with U_1 the columns of U whose eigenvalue is 1: what lies wholly along the
         direction is free and stays, all else shrinks by f, and so does (I - C) B, up to the rounding of U.
@@ -115,8 +123,8 @@ class LayerDrift:
     Attributes:
         orthogonal: ||(I - C) dW||_F^2.
         total: ||dW||_F^2.
-        penalty: the layer's part of P: ||(I - C) dW M||_F^2, without the scaling where that is left out.
-        relative: ||(I - C) dW M||_F / ||d M||_F: how far off the direction, in units of what alignment did there.
+        penalty: the layer's part of P: ||Y^T (I - C) dW X||_F^2, without the scaling where that is left out.
+        relative: ||Y^T (I - C) dW X||_F / ||Y^T d X||_F: how far off the direction, in units of what alignment did.
     """
 
     name: str
@@ -137,16 +145,17 @@ class AlignmentPenalty:
 
     Call it to get P, without lambda_reg. See `axolotl_asft.penalty` for its cost. dW is the change from the aligned
     weight: scaling B A, and scaling (B A - B0 A0) where the initialisation (PiSSA and its like) took a part out of
-    the weight. With metric="activations" it is sum ||(I - C_l) dW_l X_l||_F^2, with X_l X_l^T the second moment of the
-    layer's inputs on safety prompts, from the direction file: how far the outputs on such prompts move, instead of how
-    far the weights do. Factors that FSDP2 keeps in pieces are gathered a layer at a time; then every rank has to call.
+    the weight. With another metric than "weights" it is sum ||Y_l^T (I - C_l) dW_l X_l||_F^2, with X and Y from the
+    direction file (`axolotl_asft.metrics`): "activations" measures how far the layers' outputs on safety prompts move,
+    "fisher" how far the aligned model's own refusals do. Factors that FSDP2 keeps in pieces are gathered a layer at a
+    time; then every rank has to call.
 
     Args:
         model: a PEFT model (or a model with PEFT's LoRA layers in it) whose base weights are the aligned model's.
         direction: the alignment direction of that model.
         projector: "paper", "normalized" or "subspace".
         rank: use the leading `rank` stored directions alone.
-        metric: "weights" or "activations", which the direction file has to hold.
+        metric: "weights", "activations" or "fisher"; but for the first the direction file has to hold it.
         lora_scaling: False leaves PEFT's scaling out of dW, as the authors' code does.
         modules: regular expressions of the layers to constrain; default: every LoRA layer.
         on_uncovered: "error", "warn" or "ignore" where a trainable weight is not covered by the penalty.
@@ -194,11 +203,7 @@ class AlignmentPenalty:
 
     def __call__(self) -> Tensor:
         """P as an fp32 scalar, differentiable with respect to every A and B; without lambda_reg."""
-        values = (
-            lora_penalty(*layer.update(), layer.U, layer.c, layer.scaling if self.lora_scaling else 1.0, layer.X)
-            for layer in self.layers
-        )
-        return _sum_on_first_device(values)
+        return _sum_on_first_device(layer.penalty(self.lora_scaling) for layer in self.layers)
 
     def add_gradient(self, weight: Tensor | float = 1.0) -> Tensor:
         """Add the gradient of weight P to the `.grad` of every A and B, in closed form; returns P.
@@ -206,8 +211,7 @@ class AlignmentPenalty:
         The same numbers as `(weight * penalty()).backward()`, without a graph and with one layer's temporaries at
         a time. Gradients keep the dtype of their parameters.
         """
-        values = (layer.add_gradient(layer.scaling if self.lora_scaling else 1.0, weight) for layer in self.layers)
-        return _sum_on_first_device(values)
+        return _sum_on_first_device(layer.add_gradient(self.lora_scaling, weight) for layer in self.layers)
 
     @torch.no_grad()
     def measure(self) -> list[LayerDrift]:
@@ -216,7 +220,7 @@ class AlignmentPenalty:
         for layer in self.layers:
             A, B = (factor.float() for factor in layer.update())
             orthogonal = squared_norm(orthogonal_part(B, layer.U.float(), layer.c), A)
-            penalty = orthogonal if layer.X is None else layer.orthogonal(A, B)
+            penalty = orthogonal if self.metric == "weights" else layer.orthogonal(A, B)
             values.append((torch.stack([orthogonal, squared_norm(B, A), penalty]) * layer.scaling**2).cpu())
         return [
             LayerDrift(
@@ -231,7 +235,7 @@ class AlignmentPenalty:
 
     @torch.no_grad()
     def shorten(self, max_drift: float) -> Tensor:
-        """Keep ||(I - C_l) dW_l M_l|| <= max_drift ||d_l M_l|| in every layer l; returns the smallest factor.
+        """Keep ||Y_l^T (I - C_l) dW_l X_l|| <= max_drift ||Y_l^T d_l X_l|| in every layer l; the smallest factor.
 
         A budget with a meaning that carries over between models: fine-tuning may move a layer off the alignment
         direction by at most this multiple of what alignment moved it. To be called after every optimizer step.
@@ -251,15 +255,17 @@ class AlignmentPenalty:
         initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None
         # a meta device has nothing on it yet; U follows A when it is first used
         device = torch.device("cpu") if found.A.is_meta else found.A.device
-        X, size = None, module.norm
-        if self.metric == "activations":
-            if module.X is None or module.norm_X is None:
+        X, Y, size = None, None, module.norm
+        if self.metric != "weights":
+            if (metric := module.metrics.get(self.metric)) is None:
                 raise AsftError(
-                    f"metric is 'activations', but the direction file holds none (first {found.name}); make it with "
-                    "`axolotl asft extract --activations harmful`, or set metric: weights"
+                    f"metric is {self.metric!r}, which the direction file does not hold (first {found.name}); make it "
+                    f"with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
                 )
-            X, size = module.X.to(device), module.norm_X
-        return ConstrainedLayer(found, module.U[:, :k].contiguous().to(device), c.to(device), float(size), X, initial)
+            X, size = metric.inputs.to(device), metric.norm
+            Y = None if metric.outputs is None else metric.outputs.to(device)
+        U = module.U[:, :k].contiguous().to(device)
+        return ConstrainedLayer(found, U, c.to(device), float(size), X, Y, initial)
 
     def _verify(self) -> None:
         if any(layer.found.initialisation == "loftq" for layer in self.layers):

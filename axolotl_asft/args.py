@@ -24,9 +24,10 @@ class AsftArgs(BaseModel):
         default="paper", description="how the singular values of the direction weigh its directions"
     )
     rank: int | None = Field(default=None, ge=0, description="use only the leading stored directions; null: all")
-    metric: Literal["weights", "activations"] = Field(
+    metric: Literal["weights", "activations", "fisher"] = Field(
         default="weights",
-        description="penalise the change of the weights, or of the layers' outputs on the direction file's prompts",
+        description="penalise the change of the weights, of the layers' outputs on safety prompts, or of the aligned "
+        "model's own refusals",
     )
     max_drift: float | None = Field(
         default=None,

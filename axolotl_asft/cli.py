@@ -71,12 +71,22 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 )
 @click.option("--keep-v", is_flag=True, help="Store the right singular vectors too (a larger file).")
 @click.option(
-    "--activations",
-    metavar="SET",
-    help="Also store what the aligned model's layers are fed on these prompts, for asft.metric: activations. SET is "
-    "harmful (the shipped prompts), a file, or a Hub dataset. Loads the aligned model.",
+    "--metric",
+    "metric_names",
+    multiple=True,
+    type=click.Choice(["fisher", "activations"]),
+    help="Also store this metric, for asft.metric: what keeps the aligned model's refusals (fisher), or its outputs on "
+    "prompts that ask for harm (activations). Loads the aligned model; repeat for both.",
 )
-@click.option("--activation-rank", default=64, show_default=True, help="Input directions a layer for --activations.")
+@click.option(
+    "--prompts",
+    default="harmful",
+    show_default=True,
+    metavar="SET",
+    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset.",
+)
+@click.option("--metric-rank", default=64, show_default=True, type=click.IntRange(min=1), help="Directions a metric.")
+@click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4 bit for --metric, to save memory.")
 @click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
 @click.option("--device", default="cpu", show_default=True, help="Where the algebra runs: cpu or cuda.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
@@ -86,8 +96,10 @@ def extract(
     as_json: bool,
     force: bool,
     modules: tuple[str, ...],
-    activations: str | None,
-    activation_rank: int,
+    metric_names: tuple[str, ...],
+    prompts: str,
+    metric_rank: int,
+    load_in_4bit: bool,
     **options: Any,
 ) -> None:
     """Make a direction file from a base model and its aligned model.
@@ -97,7 +109,7 @@ def extract(
     \b
     Example:
       axolotl asft extract --base Llama-3.1-8B --aligned Llama-3.1-8B-Instruct \\
-          -o llama3-8b.asft.safetensors
+          --metric fisher -o llama3-8b.asft.safetensors
     """
     if output.suffix != ".safetensors":
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
@@ -106,16 +118,22 @@ def extract(
     from axolotl_asft.extract import extract_direction
     from axolotl_asft.summary import summary, summary_table
 
-    inputs = None
-    if activations is not None:
-        from axolotl_asft.evaluation.safety_inputs import safety_inputs
+    metrics = []
+    if metric_names:
+        from axolotl_asft.evaluation.safety_metrics import safety_metrics
 
         with stages(show=not as_json) as stage:
-            inputs = safety_inputs(
-                options["aligned"], activations, activation_rank, device=options["device"], stage=stage
+            metrics = safety_metrics(
+                options["aligned"],
+                metric_names,
+                prompts,
+                metric_rank,
+                load_in_4bit=load_in_4bit,
+                device=options["device"],
+                stage=stage,
             )
     show = sys.stderr.isatty() and not as_json
-    direction = extract_direction(modules=list(modules) or None, activations=inputs, progress=show, **options)
+    direction = extract_direction(modules=list(modules) or None, metrics=metrics, progress=show, **options)
     sha256 = direction.save(output)
     result = summary(direction, output, sha256)
     if as_json:

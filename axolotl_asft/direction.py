@@ -22,10 +22,25 @@ FORMAT = "asft-direction"
 FORMAT_VERSION = "1"
 SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
 MODULE_FIELDS = ("shape", "k", "energy", "bound")
-OPTIONAL_PARTS = ("V", "X", "norm_X")
+METRICS = ("activations", "fisher")  # that a file may hold
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
 ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 REMAKE = "make it again with `axolotl asft extract`"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the change of one layer is measured where not by ||dW||_F: as ||Y^T dW X||_F.
+
+    Attributes:
+        inputs: X (in, m).
+        norm: () fp32, ||Y^T d X||_F over all of d.
+        outputs: Y (out, n); None: the identity.
+    """
+
+    inputs: Tensor
+    norm: Tensor
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,7 @@ class ModuleDirection:
         norm: () fp32, ||d||_F over all of d.
         in_features: number of columns of d.
         V: (in, k), right singular vectors, where the file keeps them.
-        X: (in, m), where the file keeps it: X X^T is the second moment of the layer's inputs on safety prompts,
-            scaled to trace `in`, so that inputs without a preferred direction would make it the identity.
-        norm_X: () fp32, ||d X||_F over all of d, where X is.
+        metrics: name in `METRICS` -> its factors, where the file keeps them (see `axolotl_asft.metrics`).
     """
 
     U: Tensor
@@ -48,8 +61,7 @@ class ModuleDirection:
     norm: Tensor
     in_features: int
     V: Tensor | None = None
-    X: Tensor | None = None
-    norm_X: Tensor | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -81,12 +93,7 @@ class AlignmentDirection:
         """
         tensors: dict[str, Tensor] = {}
         for name, module in self.modules.items():
-            tensors[f"{name}.U"] = module.U.contiguous()
-            tensors[f"{name}.S"] = module.S.contiguous()
-            tensors[f"{name}.norm"] = module.norm.contiguous()
-            for part in OPTIONAL_PARTS:
-                if (tensor := getattr(module, part)) is not None:
-                    tensors[f"{name}.{part}"] = tensor.contiguous()
+            tensors |= {key: tensor.contiguous() for key, tensor in _tensors(name, module).items()}
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -117,7 +124,7 @@ class AlignmentDirection:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 spec = _checked_spec(path, file.metadata())
                 modules = {name: _checked_module(path, file, name, spec) for name in spec["modules"]}
-                extra = set(file.keys()) - _tensor_names(modules)
+                extra = set(file.keys()) - {key for name in modules for key in _tensors(name, modules[name])}
         except (SafetensorError, OSError) as error:
             raise AsftError(
                 f"{path} is no readable safetensors file ({error}); expected a direction file; {REMAKE}"
@@ -205,8 +212,14 @@ def _check_module_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     integers = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
     if not integers or not _is_count(k) or k > min(shape):
         raise AsftError(f"{path}: its spec for {name} has shape {shape} and k {k}; expected [out, in] and k; {REMAKE}")
-    if not _is_count(entry.get("m", 0)) or entry.get("m", 0) > shape[1]:
-        raise AsftError(f"{path}: its spec for {name} has m {entry['m']}; expected 0 to {shape[1]}; {REMAKE}")
+    metrics = entry.get("metrics", {})
+    for metric, size in metrics.items() if isinstance(metrics, dict) else [("", metrics)]:
+        counts = [size.get("inputs"), size.get("outputs", 0)] if isinstance(size, dict) else []
+        if metric not in METRICS or not counts or not all(_is_count(count) for count in counts):
+            raise AsftError(
+                f"{path}: its spec for {name} has the metric {metric or metrics!r} of {size!r}; expected one of "
+                f"{', '.join(METRICS)} with its number of inputs; {REMAKE}"
+            )
     for key in ("energy", "bound"):
         if isinstance(entry[key], bool) or not isinstance(entry[key], int | float) or not math.isfinite(entry[key]):
             raise AsftError(f"{path}: its spec for {name} has {key} {entry[key]!r}; expected a number; {REMAKE}")
@@ -217,27 +230,39 @@ def _is_count(value: object) -> bool:
 
 
 def _checked_module(path: Path, file: safe_open, name: str, spec: dict[str, Any]) -> ModuleDirection:
-    rows, columns = spec["modules"][name]["shape"]
-    k = spec["modules"][name]["k"]
-    m = spec["modules"][name].get("m", 0)
-    expected = {"U": (rows, k), "S": (k,), "norm": (), "V": (columns, k), "X": (columns, m), "norm_X": ()}
-    tensors: dict[str, Tensor] = {}
+    entry = spec["modules"][name]
+    (rows, columns), k = entry["shape"], entry["k"]
     present = set(file.keys())
-    for part, shape in expected.items():
+
+    def read(part: str, shape: tuple[int, ...]) -> Tensor:
         key = f"{name}.{part}"
         if key not in present:
-            if part == "V" or (part in OPTIONAL_PARTS and not m):
-                continue
             raise AsftError(f"{path} lacks the tensor {key}; {REMAKE}")
         stored = tuple(file.get_slice(key).get_shape())
         if stored != shape:
             raise AsftError(f"{path}: {key} has shape {stored}; expected {shape} (its spec); {REMAKE}")
-        tensors[part] = file.get_tensor(key)
-        if not torch.is_floating_point(tensors[part]):
-            raise AsftError(f"{path}: {key} has dtype {tensors[part].dtype}; expected floating point; {REMAKE}")
-        if not torch.isfinite(tensors[part]).all():
+        tensor = file.get_tensor(key)
+        if not torch.is_floating_point(tensor):
+            raise AsftError(f"{path}: {key} has dtype {tensor.dtype}; expected floating point; {REMAKE}")
+        if not torch.isfinite(tensor).all():
             raise AsftError(f"{path}: {key} holds NaN or infinity; {REMAKE}")
-    direction = ModuleDirection(in_features=columns, **tensors)
+        return tensor
+
+    direction = ModuleDirection(
+        U=read("U", (rows, k)),
+        S=read("S", (k,)),
+        norm=read("norm", ()),
+        in_features=columns,
+        V=read("V", (columns, k)) if f"{name}.V" in present else None,
+        metrics={
+            metric: Metric(
+                inputs=read(f"{metric}.inputs", (columns, size["inputs"])),
+                norm=read(f"{metric}.norm", ()),
+                outputs=read(f"{metric}.outputs", (rows, size["outputs"])) if "outputs" in size else None,
+            )
+            for metric, size in entry.get("metrics", {}).items()
+        },
+    )
     _check_values(path, name, direction)
     return direction
 
@@ -248,8 +273,9 @@ def _check_values(path: Path, name: str, module: ModuleDirection) -> None:
         raise AsftError(f"{path}: {name}.S is not descending and non-negative; {REMAKE}")
     if norm < 0 or float(torch.linalg.vector_norm(S)) > norm * (1 + 1e-4) + 1e-30:
         raise AsftError(f"{path}: {name}.norm is {norm:.6g}, less than the norm of its singular values; {REMAKE}")
-    if module.norm_X is not None and float(module.norm_X) < 0:
-        raise AsftError(f"{path}: {name}.norm_X is negative; {REMAKE}")
+    for metric, factors in module.metrics.items():
+        if float(factors.norm) < 0:
+            raise AsftError(f"{path}: {name}.{metric}.norm is negative; {REMAKE}")
     for part, vectors in (("U", module.U), ("V", module.V)):
         if vectors is None or vectors.shape[1] == 0:
             continue
@@ -262,9 +288,13 @@ def _check_values(path: Path, name: str, module: ModuleDirection) -> None:
             )
 
 
-def _tensor_names(modules: Mapping[str, ModuleDirection]) -> set[str]:
-    names: set[str] = set()
-    for name, module in modules.items():
-        kept = [part for part in OPTIONAL_PARTS if getattr(module, part) is not None]
-        names.update(f"{name}.{part}" for part in ("U", "S", "norm", *kept))
-    return names
+def _tensors(name: str, module: ModuleDirection) -> dict[str, Tensor]:
+    """The tensors of one module by their names in the file."""
+    found = {"U": module.U, "S": module.S, "norm": module.norm}
+    if module.V is not None:
+        found["V"] = module.V
+    for metric, factors in module.metrics.items():
+        found |= {f"{metric}.inputs": factors.inputs, f"{metric}.norm": factors.norm}
+        if factors.outputs is not None:
+            found[f"{metric}.outputs"] = factors.outputs
+    return {f"{name}.{part}": tensor for part, tensor in found.items()}

@@ -1,7 +1,7 @@
 """Two checkpoints in, one alignment direction out: d = W_aligned - W_base, one pair of tensors at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from axolotl_asft import __version__, fingerprint
-from axolotl_asft.activations import LayerInputs
 from axolotl_asft.checkpoint import Checkpoint, dtype_named
-from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
+from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
+from axolotl_asft.metrics import LayerMetric
 from axolotl_asft.subspace import EXACT_UP_TO, OVERSAMPLING, POWER_ITERATIONS, Subspace, leading_subspace
 
 DEFAULT_RANK = 64
@@ -30,7 +30,7 @@ def extract_direction(
     modules: list[str] | None = None,
     dtype: str = "bfloat16",
     keep_v: bool = False,
-    activations: LayerInputs | None = None,
+    metrics: Sequence[LayerMetric] = (),
     seed: int = 0,
     device: str = "cpu",
     progress: bool = False,
@@ -47,7 +47,7 @@ def extract_direction(
         modules: regular expressions of module names; default: every linear weight of the decoder layers.
         dtype: of the stored vectors, "bfloat16", "float16" or "float32".
         keep_v: keep the right singular vectors too.
-        activations: of the aligned model on safety prompts (`layer_inputs`), kept for metric="activations".
+        metrics: of the aligned model on safety prompts (`axolotl_asft.metrics`), kept for metric="fisher" and its like.
         seed: of the randomised decomposition; the same inputs and seed give the same direction.
         device: where the algebra runs, "cpu" or "cuda".
         progress: show a progress bar with the time left on the terminal.
@@ -80,11 +80,10 @@ def extract_direction(
             subspace = leading_subspace(difference, wanted, tolerance, stored_dtype, seed)
             directions[name] = _module_direction(subspace, difference.shape[1], keep_v)
             entries[name] = _module_entry(subspace, difference.shape)
-            if activations is not None and name in activations.factors:
-                X = activations.factors[name].to(stored_dtype)
-                norm_X = torch.linalg.matrix_norm(difference.cpu() @ X.float())
-                directions[name] = replace(directions[name], X=X, norm_X=norm_X)
-                entries[name] |= {"m": X.shape[1], "input_energy": activations.energy[name]}
+            if held := [metric for metric in metrics if name in metric.inputs]:
+                factors = {metric.name: _metric(metric, name, difference, stored_dtype) for metric in held}
+                directions[name] = replace(directions[name], metrics=factors)
+                entries[name]["metrics"] = {metric.name: _metric_entry(metric, name) for metric in held}
             advance(name)
     _check_difference(directions, squared_weight_norm, base_checkpoint, aligned_checkpoint)
     spec = {
@@ -103,7 +102,7 @@ def extract_direction(
             "seed": seed,
         },
         "modules": entries,
-        **({"activations": {"tokens": activations.tokens}} if activations is not None else {}),
+        **({"metrics": {m.name: {"answers": m.answers, "scale": m.scale} for m in metrics}} if metrics else {}),
         "tool": f"axolotl-asft {__version__}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -173,6 +172,20 @@ def _module_entry(subspace: Subspace, shape: torch.Size) -> dict[str, Any]:
         "bound": subspace.bound,
         "method": subspace.method,
     }
+
+
+def _metric(metric: LayerMetric, name: str, difference: torch.Tensor, dtype: torch.dtype) -> Metric:
+    X, Y = metric.inputs[name].to(dtype), metric.outputs.get(name)
+    product = difference.cpu() @ X.float()
+    if Y is not None:
+        Y = Y.to(dtype)
+        product = Y.float().T @ product
+    return Metric(X, torch.linalg.matrix_norm(product), Y)
+
+
+def _metric_entry(metric: LayerMetric, name: str) -> dict[str, Any]:
+    outputs = {"outputs": metric.outputs[name].shape[1]} if name in metric.outputs else {}
+    return {"inputs": metric.inputs[name].shape[1], **outputs, "energy": metric.energy[name]}
 
 
 def _model_entry(checkpoint: Checkpoint, names: list[str], sha256: str) -> dict[str, Any]:

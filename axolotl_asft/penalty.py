@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 PROJECTORS = ("paper", "normalized", "subspace")
-METRICS = ("weights", "activations")
+METRICS = ("weights", "activations", "fisher")
 
 
 def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor | float) -> Tensor:
@@ -57,11 +57,19 @@ def squared_norm(B: Tensor, A: Tensor) -> Tensor:
     return ((B.T @ B) * (A @ A.T)).sum()
 
 
-def lora_penalty(A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float = 1.0, X: Tensor | None = None) -> Tensor:
+def lora_penalty(
+    A: Tensor,
+    B: Tensor,
+    U: Tensor,
+    c: Tensor,
+    scaling: float = 1.0,
+    X: Tensor | None = None,
+    Y: Tensor | None = None,
+) -> Tensor:
     """||(I - C) scaling B A||_F^2 with C = U diag(c) U^T: the AsFT penalty of one layer (arXiv 2506.08473).
 
-    With X it is ||(I - C) scaling B A X||_F^2: not how far the weight moves, but how far the layer's outputs do on the
-    inputs that X stands for.
+    With X and Y it is ||Y^T (I - C) scaling B A X||_F^2: not how far the weight moves, but what that does to the
+    outputs that Y looks at, on the inputs that X stands for.
 
     Value and gradient cost O((out (k + r) + in r) r) time and O((out + in) r + out k) memory; no tensor of
     shape out x in or out x out is formed. The computation runs in fp32 whatever the dtype of A and B (in fp64
@@ -74,35 +82,44 @@ def lora_penalty(A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float = 1.
         U: (out, k), orthonormal columns; k = 0 makes the penalty plain L2, ||scaling B A||_F^2.
         c: (k,), eigenvalues of the projector.
         scaling: PEFT's factor in dW = scaling B A.
-        X: (in, m), X X^T the second moment of the layer's inputs; adds O(in m r) to the cost. None: the identity.
+        X: (in, m), the metric on the side of the inputs; adds O(in m r) to the cost. None: the identity.
+        Y: (out, n), the metric on the side of the outputs; adds O(out n r). None: the identity.
 
     Returns:
         A scalar, differentiable once with respect to A and B.
     """
-    return _LoraPenalty.apply(A, B, U, c, scaling, X)
+    return _LoraPenalty.apply(A, B, U, c, scaling, X, Y)
 
 
 def lora_penalty_gradient(
-    A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float = 1.0, X: Tensor | None = None
+    A: Tensor,
+    B: Tensor,
+    U: Tensor,
+    c: Tensor,
+    scaling: float = 1.0,
+    X: Tensor | None = None,
+    Y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value of `lora_penalty` and its gradients in closed form, without autograd.
 
-        Z = (I - C) B,  A' = A X, or A without X
-        dP/dA = 2 scaling^2 Z^T Z A' X^T          (r, in)
-        dP/dB = 2 scaling^2 (I - C) Z A' A'^T     (out, r)
+        Z = Y^T (I - C) B,  A' = A X
+        dP/dA = 2 scaling^2 Z^T Z A' X^T            (r, in)
+        dP/dB = 2 scaling^2 (I - C) Y Z A' A'^T     (out, r)
 
     Cost and arguments as for `lora_penalty`; the results are in fp32, in fp64 where A is.
     """
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         work = torch.float64 if A.dtype == torch.float64 else torch.float32
         a, b, u, eigenvalues = (tensor.to(work) for tensor in (A, B, U, c))
-        x = None if X is None else X.to(work)
+        x, y = (None if factor is None else factor.to(work) for factor in (X, Y))
         a = a if x is None else a @ x
         z = orthogonal_part(b, u, eigenvalues)
+        z = z if y is None else y.T @ z
         gram_z, gram_a = z.T @ z, a @ a.T
         factor = scaling**2
         grad_a = (2 * factor) * (gram_z @ a)
         grad_a = grad_a if x is None else grad_a @ x.T
+        z = z if y is None else y @ z
         # C is symmetric: the gradient with respect to B is (I - C)^T = (I - C) applied once more
         grad_b = (2 * factor) * (orthogonal_part(z, u, eigenvalues) @ gram_a)
         return factor * (gram_z * gram_a).sum(), grad_a, grad_b
@@ -112,8 +129,8 @@ class _LoraPenalty(torch.autograd.Function):
     """Computes the gradients in the forward pass, so that only tensors of the size of A and B are kept."""
 
     @staticmethod
-    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float, X: Tensor | None) -> Tensor:
-        value, grad_a, grad_b = lora_penalty_gradient(A, B, U, c, scaling, X)
+    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float, X, Y) -> Tensor:
+        value, grad_a, grad_b = lora_penalty_gradient(A, B, U, c, scaling, X, Y)
         ctx.save_for_backward(grad_a, grad_b)
         ctx.dtypes = (A.dtype, B.dtype)
         return value
@@ -123,7 +140,7 @@ class _LoraPenalty(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grad_a, grad_b = ctx.saved_tensors
         dtype_a, dtype_b = ctx.dtypes
-        return (grad_output * grad_a).to(dtype_a), (grad_output * grad_b).to(dtype_b), None, None, None, None
+        return (grad_output * grad_a).to(dtype_a), (grad_output * grad_b).to(dtype_b), *[None] * 5
 
 
 def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:

@@ -17,7 +17,7 @@ import torch
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.evaluation.evaluate import Questions, Row, evaluate
 from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer
-from axolotl_asft.evaluation.safety_inputs import safety_inputs
+from axolotl_asft.evaluation.safety_metrics import safety_metrics
 from axolotl_asft.files import atomic_write_text
 from benchmarks.axolotl_runs import train, write_chats, write_config
 from benchmarks.safety_data import Example, harmless_prompts, refusal_tuning, test_data
@@ -76,8 +76,8 @@ def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
     if not (work / "aligned-nf4" / "model.safetensors").is_file():
         _round_to_nf4(aligned, work / "aligned-nf4")
     if not (work / "direction.safetensors").is_file():
-        activations = safety_inputs(str(work / "aligned-nf4"), dtype="float32", device="cpu", batch_size=40)
-        direction = extract_direction(base, aligned, rank=64, keep_v=True, activations=activations)
+        metrics = safety_metrics(str(work / "aligned-nf4"), dtype="float32", device="cpu")
+        direction = extract_direction(base, aligned, rank=64, keep_v=True, metrics=metrics)
         direction.save(work / "direction.safetensors")
     if not (work / "random-direction.safetensors").is_file():
         direction = AlignmentDirection.load(work / "direction.safetensors")

@@ -10,12 +10,12 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
-    "penalty", "subspace", "naming", "checkpoint", "fingerprint", "direction", "activations", "extract", "verify",
-    "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
+    "penalty", "subspace", "moments", "naming", "checkpoint", "fingerprint", "direction", "metrics", "extract",
+    "verify", "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
-    "evaluation.basin", "evaluation.safety_inputs", "evaluation.landscape", "evaluation.landscape_chart",
+    "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
     "cli_evidence", "cli", "__main__",
 ]  # fmt: skip
@@ -54,7 +54,7 @@ def test_only_the_plugin_imports_axolotl(module):
     assert ("axolotl" in names) == (module == "plugin")
 
 
-@pytest.mark.parametrize("module", ["penalty", "subspace"])
+@pytest.mark.parametrize("module", ["penalty", "subspace", "moments"])
 def test_the_maths_knows_torch_alone(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module}.py")}
     assert names <= {"torch", "math", "dataclasses"}

@@ -19,11 +19,12 @@ def random_layer(out: int, columns: int, rank: int, k: int, seed: int = 0, dtype
     return A, B, U[:, :k].to(dtype), S[:k], torch.linalg.matrix_norm(d), d
 
 
-def dense_penalty(A, B, U, c, scaling, X=None):
-    """||(I - C) s B A X||_F^2, written out."""
+def dense_penalty(A, B, U, c, scaling, X=None, Y=None):
+    """||Y^T (I - C) s B A X||_F^2, written out."""
     C = U @ torch.diag(c) @ U.T
     X = torch.eye(A.shape[1], dtype=A.dtype) if X is None else X
-    return torch.linalg.matrix_norm((torch.eye(len(B), dtype=B.dtype) - C) @ (scaling * B @ A) @ X) ** 2
+    Y = torch.eye(len(B), dtype=A.dtype) if Y is None else Y
+    return torch.linalg.matrix_norm(Y.T @ (torch.eye(len(B), dtype=B.dtype) - C) @ (scaling * B @ A) @ X) ** 2
 
 
 def value_and_gradients(function, A, B, *rest):
@@ -55,16 +56,20 @@ def test_against_the_dense_formula(projector, scaling, shape, rank, k):
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("m", [1, 3, 200])
-def test_the_activation_metric_against_the_dense_formula(projector, shape, m):
+@pytest.mark.parametrize("n", [None, 1, 3, 200])
+def test_other_metrics_against_the_dense_formula(projector, shape, m, n):
     A, B, U, S, norm, _ = random_layer(*shape, 2, min(3, min(shape)))
-    X = torch.randn(shape[1], m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(shape[1], m, generator=generator, dtype=torch.float64)
+    Y = None if n is None else torch.randn(shape[0], n, generator=generator, dtype=torch.float64)
     c = projector_eigenvalues(projector, S, norm)
-    fast = value_and_gradients(lora_penalty, A, B, U, c, 0.7, X)
-    dense = value_and_gradients(dense_penalty, A, B, U, c, 0.7, X)
-    scale = float(squared_norm(B, A @ X))
+    fast = value_and_gradients(lora_penalty, A, B, U, c, 0.7, X, Y)
+    dense = value_and_gradients(dense_penalty, A, B, U, c, 0.7, X, Y)
+    scale = float(squared_norm(B if Y is None else Y.T @ B, A @ X)) + float(squared_norm(B, A))
     for got, expected in zip(fast, dense, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12 * scale)
-    single = value_and_gradients(lora_penalty, A.float(), B.float(), U.float(), c.float(), 0.7, X.float())
+    factors = (None if factor is None else factor.float() for factor in (X, Y))
+    single = value_and_gradients(lora_penalty, A.float(), B.float(), U.float(), c.float(), 0.7, *factors)
     for got, expected in zip(single, dense, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=5e-6 * scale)
 

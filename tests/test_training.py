@@ -135,19 +135,21 @@ def test_a_budget_is_kept(trained):
     assert (stamp["max_drift"], stamp["metric"], stamp["lambda_reg"]) == (budget, "weights", 0)
 
 
-def test_the_activation_metric_trains(trained, pair, tmp_path):
+@pytest.mark.parametrize("metric", ["activations", "fisher"])
+def test_other_metrics_train(trained, pair, tmp_path, metric):
     from tiny import make_tokenizer
     from transformers import AutoModelForCausalLM
 
     from axolotl_asft import extract_direction
-    from axolotl_asft.activations import layer_inputs
+    from axolotl_asft.metrics import activation_metric, fisher_metric
 
     model = AutoModelForCausalLM.from_pretrained(pair[1])
     names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
     turns = [("<|user|> the cat sees a dog </s><|assistant|> ", "yes no")]
-    path = tmp_path / "with-inputs.safetensors"
-    extract_direction(*pair, rank=8, activations=layer_inputs(model, make_tokenizer(), turns, names)).save(path)
-    block = {"direction": str(path), "metric": "activations", "rank": 0}
+    path = tmp_path / "with-metric.safetensors"
+    take = {"activations": activation_metric, "fisher": fisher_metric}[metric]
+    extract_direction(*pair, rank=8, metrics=[take(model, make_tokenizer(), turns, names)]).save(path)
+    block = {"direction": str(path), "metric": metric, "rank": 0}
     free, held = (training_lines(trained({**block, "lambda_reg": value})) for value in (1e-6, 3))
     assert held[-1]["asft/penalty"] / 3 < 0.1 * free[-1]["asft/penalty"] / 1e-6
     assert held[-1]["asft/update_norm"] > 0.1 * free[-1]["asft/update_norm"], "elsewhere the weights move"

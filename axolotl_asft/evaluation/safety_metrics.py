@@ -1,0 +1,81 @@
+"""Prompts in, metrics of the penalty out: the aligned model is asked for harm, and its layers are watched."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from axolotl_asft.console import Stage, quieten_libraries, silent
+from axolotl_asft.direction import METRICS
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Answer, Interviewer
+from axolotl_asft.evaluation.models import load_model, load_tokenizer
+from axolotl_asft.evaluation.refusals import is_refusal
+from axolotl_asft.metrics import DEFAULT_METRIC_RANK, OWN_WORDS, LayerMetric, activation_metric, fisher_metric
+
+FEW_REFUSALS = 8
+
+
+def safety_metrics(
+    model: str,
+    names: Sequence[str] = METRICS,
+    prompts: str = "harmful",
+    rank: int = DEFAULT_METRIC_RANK,
+    *,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    device: str | None = None,
+    batch_size: int = 8,
+    stage: Stage = silent,
+) -> list[LayerMetric]:
+    """The metrics of every linear layer over prompts that ask for harm and the first words of the model's own answers.
+
+    Of the shipped prompts the `train` split is used: the held-out ones stay fit for evaluation. The Fisher metric looks
+    at the answers that are refusals alone: they are what is to be kept.
+
+    Args:
+        model: folder or Hub id of the aligned chat model.
+        names: "activations", "fisher" or both.
+        prompts: a set as `load_prompts` knows them.
+        rank: directions kept a layer and side, at most.
+        dtype, load_in_4bit, device, batch_size: how the model is loaded and asked.
+
+    Raises:
+        AsftError: no such metric, model or prompts; a model that refuses next to nothing.
+    """
+    if unknown := [name for name in names if name not in METRICS]:
+        raise AsftError(f"metric is {unknown[0]!r}; expected one of {', '.join(METRICS)}")
+    quieten_libraries()
+    loaded, tokenizer = load_model(model, dtype, load_in_4bit, device), load_tokenizer(model)
+    interviewer = Interviewer(loaded, tokenizer, batch_size, OWN_WORDS, name="the aligned model", stage=stage)
+    answers = interviewer.answers(HARMFUL_TASK, {"prompts": prompts, "split": "train"})
+    layers, found = _linear_layers(loaded), []
+    if "activations" in names:
+        turns = [(answer.asked, answer.answer) for answer in answers]
+        advance = stage("read its layers' inputs", len(turns))
+        found.append(activation_metric(loaded, tokenizer, turns, layers, rank, batch_size, advance))
+    if "fisher" in names:
+        turns = _refusals(model, answers)
+        advance = stage("weigh what its refusals depend on", len(turns))
+        found.append(fisher_metric(loaded, tokenizer, turns, layers, rank, batch_size, advance=advance))
+    return found
+
+
+def _refusals(model: str, answers: Sequence[Answer]) -> list[tuple[str, str]]:
+    refused = [(answer.asked, answer.answer) for answer in answers if is_refusal(answer.answer)]
+    if len(refused) < min(FEW_REFUSALS, len(answers)):
+        raise AsftError(
+            f"{model} refuses {len(refused)} of {len(answers)} prompts that ask for harm, so that there are no "
+            "refusals to keep; give the aligned chat model, and --prompts that it refuses"
+        )
+    return refused
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """The linear layers inside numbered decoder layers, GPT-2's included."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and re.search(r"\.\d+\.", name)
+    ]

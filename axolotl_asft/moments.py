@@ -1,0 +1,56 @@
+"""Second moments of a stream of vectors, in factored form: E[x x^T] ~ F F^T. Pure maths on tensors."""
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 64
+
+
+class SecondMoment:
+    """M = sum over rows x of weight x x^T, kept as M Omega for a random Omega: a single-pass Nystrom sketch.
+
+    Memory is O(size (rank + 64)) and a row costs as much, however many rows come: the size x size matrix is never
+    formed. Exact where M has at most rank + 64 directions (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736).
+
+    Args:
+        size: of the vectors.
+        rank: directions wanted.
+        seed: of Omega; the global generators are left alone.
+    """
+
+    def __init__(self, size: int, rank: int, seed: int = 0):
+        self.rank = min(rank, size)
+        generator = torch.Generator().manual_seed(seed)
+        omega = torch.randn(size, min(size, rank + OVERSAMPLING), generator=generator, dtype=torch.float64)
+        self.omega = torch.linalg.qr(omega)[0].float()
+        self.sketch = torch.zeros_like(self.omega)
+        self.trace = 0.0
+
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows (n, size), each with a weight of weights (n,), on any device and in any dtype."""
+        rows = rows.float()
+        weighted = rows if weights is None else rows * weights.float()[:, None]
+        self.omega, self.sketch = self.omega.to(rows.device), self.sketch.to(rows.device)
+        self.sketch += weighted.T @ (rows @ self.omega)
+        self.trace += float((weighted * rows).sum(dtype=torch.float64))
+
+    def factor(self) -> tuple[Tensor, float]:
+        """F (size, rank) fp32 on the CPU with F F^T ~ M, columns descending; and the share of M's trace in them.
+
+        F has fewer columns where M has fewer directions.
+        """
+        omega, sketch = self.omega.cpu().double(), self.sketch.cpu().double()
+        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
+        if self.trace <= 0 or shift == 0:
+            return omega[:, :0].float(), 1.0
+        # M + shift I in place of M: its Cholesky factor exists whatever fp32 did to the sketch
+        shifted = sketch + shift * omega
+        core = omega.T @ shifted
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        kept = values > shift / 2
+        half = shifted @ (vectors[:, kept] / values[kept].sqrt())
+        U, S, _ = torch.linalg.svd(half, full_matrices=False)
+        energies = (S.square() - shift).clamp(min=0)[: self.rank]
+        energies = energies[energies > shift]
+        F = U[:, : len(energies)] * energies.sqrt()
+        return F.float(), min(1.0, float(energies.sum()) / self.trace)
