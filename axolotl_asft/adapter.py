@@ -154,7 +154,8 @@ class AlignmentPenalty:
         model: a PEFT model (or a model with PEFT's LoRA layers in it) whose base weights are the aligned model's.
         direction: the alignment direction of that model.
         projector: "paper", "normalized" or "subspace".
-        rank: use the leading `rank` stored directions alone.
+        rank: use the leading `rank` stored directions alone. None: all under metric="weights", and none under the
+            others, since the way back to the base model lies among them and the metric itself says what is free.
         metric: "weights", "activations" or "fisher"; but for the first the direction file has to hold it.
         lora_scaling: False leaves PEFT's scaling out of dW, as the authors' code does.
         modules: regular expressions of the layers to constrain; default: every LoRA layer.
@@ -182,7 +183,9 @@ class AlignmentPenalty:
         _check_choice("on_uncovered", self.on_uncovered, ON_UNCOVERED)
         _check_choice("metric", self.metric, METRICS)
         if self.rank is not None and self.rank < 0:
-            raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for all stored directions")
+            raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for the default")
+        if self.rank is None and self.metric != "weights":
+            self.rank = 0
         found = {layer.name: layer for layer in trainable_lora_layers(self.model)}
         chosen = select_modules(list(found), self.modules) if self.modules else list(found)
         covered = [name for name in chosen if name in self.direction.modules]

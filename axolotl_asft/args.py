@@ -13,7 +13,10 @@ class AsftArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    direction: str = Field(min_length=1, description="path of the direction file of the aligned base_model")
+    direction: str = Field(
+        min_length=1,
+        description="direction file of the aligned base_model: a path, or owner/name[@revision][:file] on the Hub",
+    )
     direction_sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="refuse a direction file with another sha256"
     )
@@ -23,7 +26,11 @@ class AsftArgs(BaseModel):
     projector: Literal["paper", "normalized", "subspace"] = Field(
         default="paper", description="how the singular values of the direction weigh its directions"
     )
-    rank: int | None = Field(default=None, ge=0, description="use only the leading stored directions; null: all")
+    rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="use only the leading stored directions; null: all, and none where metric is not weights",
+    )
     metric: Literal["weights", "activations", "fisher"] = Field(
         default="weights",
         description="penalise the change of the weights, of the layers' outputs on safety prompts, or of the aligned "

@@ -85,7 +85,16 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     metavar="SET",
     help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset.",
 )
-@click.option("--metric-rank", default=64, show_default=True, type=click.IntRange(min=1), help="Directions a metric.")
+@click.option(
+    "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Directions a layer, at most."
+)
+@click.option(
+    "--metric-energy",
+    default=0.98,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The fewest directions with this share of the metric; 1 keeps --metric-rank.",
+)
 @click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4 bit for --metric, to save memory.")
 @click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
 @click.option("--device", default="cpu", show_default=True, help="Where the algebra runs: cpu or cuda.")
@@ -99,6 +108,7 @@ def extract(
     metric_names: tuple[str, ...],
     prompts: str,
     metric_rank: int,
+    metric_energy: float,
     load_in_4bit: bool,
     **options: Any,
 ) -> None:
@@ -128,6 +138,7 @@ def extract(
                 metric_names,
                 prompts,
                 metric_rank,
+                metric_energy,
                 load_in_4bit=load_in_4bit,
                 device=options["device"],
                 stage=stage,
@@ -144,21 +155,24 @@ def extract(
 
 
 @asft.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE|OWNER/NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
-def inspect(file: Path, as_json: bool, modules: bool) -> None:
+def inspect(file: str, as_json: bool, modules: bool) -> None:
     """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
 
     \b
     Example:
       axolotl asft inspect chat.asft.safetensors
+      axolotl asft inspect owner/name@revision
     """
     from axolotl_asft.direction import AlignmentDirection
+    from axolotl_asft.hub import direction_path
     from axolotl_asft.summary import module_table, summary, summary_table
 
-    direction = AlignmentDirection.load(file)
-    result = summary(direction, file, direction.sha256)
+    path = direction_path(file)
+    direction = AlignmentDirection.load(path)
+    result = summary(direction, path, direction.sha256)
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -197,7 +211,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
         click.echo((output / "results.json").read_text(), nl=False)
         return
     click.echo(f"\n{table(result)}\n")
-    click.echo("harmfulness: held-out harmful prompts not refused. drift: share of the update outside the direction.")
+    click.echo("harmfulness: held-out harmful prompts not refused. update norm: ||dW||.")
     click.echo(
         f"{result.seconds:.0f} seconds. Everything is in {output}/: plain.yml and asft.yml, models, logs, results."
     )
@@ -205,9 +219,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
 
 @asft.command()
 @click.option("--adapter", required=True, metavar="DIR", help="Folder of the trained LoRA adapter; it is left alone.")
-@click.option(
-    "--direction", "file", required=True, type=click.Path(path_type=Path), help="Direction file of its model."
-)
+@click.option("--direction", "file", required=True, metavar="FILE|OWNER/NAME", help="Direction of its model.")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the projected adapter."
 )
@@ -229,7 +241,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what became of every layer as JSON.")
-def project(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+def project(file: str, output: Path, as_json: bool, **options: Any) -> None:
     """Project a trained adapter towards the alignment direction: Safe LoRA, after the fact.
 
     For adapters that were trained without the constraint. Layers whose update points away from the direction get
@@ -246,6 +258,38 @@ def project(file: Path, output: Path, as_json: bool, **options: Any) -> None:
 
     report = project_adapter(direction=AlignmentDirection.load(file), output=output, **options)
     click.echo(json.dumps(as_dict(report)) if as_json else f"{summary_text(report)}\nwritten to {output}/")
+
+
+@asft.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option(
+    "--name", default="direction.safetensors", show_default=True, help="Of the file there; a repository holds several."
+)
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--license", metavar="ID", help="For the card: apache-2.0, llama3.1, ...  [default: other]")
+@click.option("--message", default="Add an alignment direction", show_default=True, help="Of the commit.")
+@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+def push(file: Path, repository: str, as_json: bool, **options: Any) -> None:
+    """Share a direction file on the Hugging Face Hub, with a card that says what it is and how to use it.
+
+    Log in first: `hf auth login`. The repository is made where there is none; a card of your own in it is left alone.
+
+    \b
+    Example:
+      axolotl asft push llama-3.1-8b.asft.safetensors me/llama-3.1-8b-asft --license llama3.1
+    """
+    from axolotl_asft.publish import push_direction
+
+    found = push_direction(file, repository, **options)
+    if as_json:
+        click.echo(json.dumps(vars(found)))
+        return
+    card = "" if found.card else " (the repository's own card was left as it is)"
+    click.echo(
+        f"{found.url}{card}\n\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {found.direction}\n"
+        f"    direction_sha256: {found.sha256}"
+    )
 
 
 asft.add_command(evaluate_command)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write
+from axolotl_asft.hub import direction_path
 
 FORMAT = "asft-direction"
 FORMAT_VERSION = "1"
@@ -107,16 +108,18 @@ class AlignmentDirection:
         """Read and verify a direction file.
 
         Args:
-            path: the file.
+            path: the file, or on the Hugging Face Hub `owner/name[@revision][:file]` (`axolotl_asft.hub`).
             sha256: refuse a file with another hash.
 
         Raises:
             AsftError: no such file, no direction file, another version, cut short, a missing field or tensor,
                 wrong shapes, non-finite numbers, or columns of U that are not orthonormal.
         """
-        path = Path(path).expanduser()
+        path = direction_path(path)
         if not path.is_file():
-            raise AsftError(f"no direction file at {path}; expected a .safetensors file; {REMAKE}")
+            raise AsftError(
+                f"no direction file at {path}; expected a .safetensors file, or owner/name on the Hub; {REMAKE}"
+            )
         found = file_sha256(path)
         if sha256 is not None and found != sha256.lower():
             raise AsftError(f"{path} has sha256 {found}; expected {sha256} (direction_sha256); get the pinned file")

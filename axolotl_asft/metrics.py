@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from axolotl_asft.errors import AsftError
 from axolotl_asft.moments import SecondMoment
 
-DEFAULT_METRIC_RANK = 64
+DEFAULT_METRIC_RANK = 256
+DEFAULT_METRIC_ENERGY = 0.98
 OWN_WORDS = 16  # tokens of the model's own answers: a refusal shows in its first words
 
 
@@ -44,6 +45,7 @@ def activation_metric(
     turns: Sequence[tuple[str, str]],
     names: Sequence[str],
     rank: int = DEFAULT_METRIC_RANK,
+    energy: float = DEFAULT_METRIC_ENERGY,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda n: None,
 ) -> LayerMetric:
@@ -58,7 +60,7 @@ def activation_metric(
         tokenizer: its tokenizer.
         turns: (prompt text as the model reads it, with the chat template; answer).
         names: full names of the linear layers; one that is not fed every token is left out of the result.
-        rank: m, at most.
+        rank, energy: directions kept a layer and side: the fewest with this share of the trace, at most so many.
         batch_size: turns at a time.
         advance: called with the number of turns that were read.
 
@@ -78,12 +80,12 @@ def activation_metric(
             keep = batch["attention_mask"].bool().cpu()
             keep[:, 0] = False
             model(**batch)
-    inputs, energy = {}, {}
+    inputs, shares = {}, {}
     for name in [name for name in names if name in moments]:
         moment = moments.pop(name)
-        X, energy[name] = _finite(name, moment)
+        X, shares[name] = _factor(name, moment, energy)
         inputs[name] = X * (X.shape[0] / moment.trace) ** 0.5 if moment.trace > 0 else X
-    return LayerMetric("activations", inputs, {}, energy, len(turns))
+    return LayerMetric("activations", inputs, {}, shares, len(turns))
 
 
 def fisher_metric(
@@ -92,6 +94,7 @@ def fisher_metric(
     turns: Sequence[tuple[str, str]],
     names: Sequence[str],
     rank: int = DEFAULT_METRIC_RANK,
+    energy: float = DEFAULT_METRIC_ENERGY,
     batch_size: int = 8,
     seed: int = 0,
     advance: Callable[[int], None] = lambda n: None,
@@ -113,7 +116,7 @@ def fisher_metric(
     Costs one forward and one backward pass over the turns; the weights get no gradients.
 
     Args:
-        model, tokenizer, turns, names, rank, batch_size, advance: as for `activation_metric`.
+        model, tokenizer, turns, names, rank, energy, batch_size, advance: as for `activation_metric`.
         seed: of the drawn tokens; the global generators are left alone.
 
     Raises:
@@ -145,14 +148,14 @@ def fisher_metric(
     layers = [name for name in names if name in moments]
     traces = [moments[name][0].trace / math.prod(len(moment.sketch) for moment in moments[name]) for name in layers]
     scale = sum(traces) / (len(turns) * len(layers)) if any(traces) else 1.0
-    inputs, outputs, energy = {}, {}, {}
+    inputs, outputs, shares = {}, {}, {}
     for name in layers:
         x, y = moments.pop(name)
-        (X, share_x), (Y, share_y) = _finite(name, x), _finite(name, y)
+        (X, share_x), (Y, share_y) = _factor(name, x, energy), _factor(name, y, energy)
         # the trace of Y's moment is sum |g_t|^2, the sum of the weights of X's
         inputs[name] = X / y.trace**0.5 if y.trace > 0 else X
-        outputs[name], energy[name] = Y / (len(turns) * scale) ** 0.5, share_x * share_y
-    return LayerMetric("fisher", inputs, outputs, energy, len(turns), scale)
+        outputs[name], shares[name] = Y / (len(turns) * scale) ** 0.5, share_x * share_y
+    return LayerMetric("fisher", inputs, outputs, shares, len(turns), scale)
 
 
 def _log_likelihood_of_own_words(
@@ -176,10 +179,10 @@ def _log_likelihood_of_own_words(
     return log_probabilities.gather(1, drawn.to(logits.device)).sum()
 
 
-def _finite(name: str, moment: SecondMoment) -> tuple[Tensor, float]:
+def _factor(name: str, moment: SecondMoment, energy: float) -> tuple[Tensor, float]:
     if not torch.isfinite(moment.sketch).all():
         raise AsftError(f"{name}: what it is fed holds NaN or infinity; load the model in another dtype")
-    return moment.factor()
+    return moment.factor(energy)
 
 
 def _batches(

@@ -34,10 +34,10 @@ class SecondMoment:
         self.sketch += weighted.T @ (rows @ self.omega)
         self.trace += float((weighted * rows).sum(dtype=torch.float64))
 
-    def factor(self) -> tuple[Tensor, float]:
-        """F (size, rank) fp32 on the CPU with F F^T ~ M, columns descending; and the share of M's trace in them.
+    def factor(self, energy: float = 1.0) -> tuple[Tensor, float]:
+        """F (size, k) fp32 on the CPU with F F^T ~ M, columns descending; and the share of M's trace in them.
 
-        F has fewer columns where M has fewer directions.
+        k is the smallest number of directions whose share is `energy`, at most rank, and less where M has fewer.
         """
         omega, sketch = self.omega.cpu().double(), self.sketch.cpu().double()
         shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
@@ -52,5 +52,7 @@ class SecondMoment:
         U, S, _ = torch.linalg.svd(half, full_matrices=False)
         energies = (S.square() - shift).clamp(min=0)[: self.rank]
         energies = energies[energies > shift]
+        k = 1 + int((energies.cumsum(0) < energy * self.trace).sum())
+        energies = energies[:k]
         F = U[:, : len(energies)] * energies.sqrt()
         return F.float(), min(1.0, float(energies.sum()) / self.trace)

@@ -1,6 +1,5 @@
 """The axolotl plugin: a thin adapter over `attach`."""
 
-from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -80,7 +79,7 @@ class AsftPlugin(BasePlugin):
         """The direction, and whether the files of the base model agreed with it."""
         block = _block(cfg)
         if self._loaded is None or self._loaded[0] != block:
-            direction = AlignmentDirection.load(Path(block.direction), block.direction_sha256)
+            direction = AlignmentDirection.load(block.direction, block.direction_sha256)
             self._loaded = block, direction, block.verify_model and verify_checkpoint(direction, cfg.base_model)
         return self._loaded[1:]
 

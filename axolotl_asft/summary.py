@@ -28,6 +28,7 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
             "paper": max(m["max_c_paper"] for m in modules),
             "over_2": sum(m["max_c_paper"] > 2 for m in modules),
         },
+        "metrics": spec.get("metrics", {}),
         "rank": spec["rank"],
         "svd": spec["svd"],
         "tool": spec["tool"],
@@ -69,6 +70,7 @@ def summary_table(result: dict[str, Any]) -> str:
         ("difference", f"||d|| = {result['norm']:.4g}" + (f", {relative:.2%} of ||W||" if relative else "")),
         ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
         ("error bound", f"at most {result['max_bound']:.3g} of ||dW||^2 (paper penalty, worst layer)"),
+        ("metrics", ", ".join(["weights", *(_metric(name, of) for name, of in result["metrics"].items())])),
         ("paper max c", f"{result['max_c']['paper']:.4g}" + _over_two(result["max_c"]["over_2"])),
         ("made by", f"{result['tool']}, {result['created']}"),
     ]
@@ -91,6 +93,10 @@ def module_table(result: dict[str, Any]) -> str:
 def _model(entry: dict[str, Any]) -> str:
     revision = f"@{entry['revision']}" if entry.get("revision") else ""
     return f"{entry['id']}{revision}  (weights sha256 {str(entry.get('sha256'))[:12]}, {entry.get('read_as')})"
+
+
+def _metric(name: str, of: dict[str, Any]) -> str:
+    return f"{name} (from {of.get('answers')} answers)"
 
 
 def _over_two(layers: int) -> str:

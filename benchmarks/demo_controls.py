@@ -27,20 +27,25 @@ from axolotl_asft.demo.score import score
 from axolotl_asft.diagnostics import adapter_drift
 from axolotl_asft.files import atomic_write_text
 
+WEIGHTS = {"metric": "weights", "lambda_reg": 10.0}
 VARIANTS = {
     "no constraint": {"lambda_reg": 0.0},
-    "AsFT `paper`, lambda 5": {"lambda_reg": 5.0},
-    "AsFT `paper`, lambda 10 (the demo)": {},
-    "AsFT `paper`, lambda 20": {"lambda_reg": 20.0},
-    "plain L2 (`rank: 0`), lambda 10": {"rank": 0},
-    "AsFT `normalized`, lambda 10": {"projector": "normalized"},
-    "AsFT `subspace`, rank 8, lambda 10": {"projector": "subspace", "rank": 8},
+    "`metric: fisher`, lambda 10": {"lambda_reg": 10.0},
+    "`metric: fisher`, lambda 30": {"lambda_reg": 30.0},
+    "`metric: fisher`, lambda 100 (the demo)": {},
+    "`metric: fisher`, lambda 300": {"lambda_reg": 300.0},
+    "`projector: paper`, lambda 3": WEIGHTS | {"lambda_reg": 3.0},
+    "`projector: paper`, lambda 10": WEIGHTS,
+    "plain L2 (`rank: 0`), lambda 3": WEIGHTS | {"rank": 0, "lambda_reg": 3.0},
+    "plain L2 (`rank: 0`), lambda 10": WEIGHTS | {"rank": 0},
+    "`projector: normalized`, lambda 10": WEIGHTS | {"projector": "normalized"},
+    "`projector: subspace`, rank 8, lambda 10": WEIGHTS | {"projector": "subspace", "rank": 8},
 }
 RESULT = Path(__file__).parent / "results" / "demo_controls.md"
 
 
-def train(demo: Path, name: str, changes: dict) -> dict:
-    """Train the variant with axolotl, once; returns its asft block."""
+def train(demo: Path, name: str, changes: dict) -> None:
+    """Train the variant with axolotl, once."""
     config = yaml.safe_load((demo / "asft.yml").read_text()) | {"output_dir": f"./{name}"}
     config["asft"] |= changes
     (demo / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -48,7 +53,6 @@ def train(demo: Path, name: str, changes: dict) -> dict:
         command = [sys.executable, "-m", "axolotl.cli.train", f"{name}.yml"]
         with (demo / f"{name}.log").open("w") as log:
             subprocess.run(command, cwd=demo, env={**os.environ, **OFFLINE}, stdout=log, stderr=log, check=True)
-    return config["asft"]
 
 
 def main() -> None:
@@ -58,17 +62,14 @@ def main() -> None:
     seed = json.loads((demo / "demo.json").read_text())["seed"]
     data, tokenizer = make_data(seed), make_tokenizer()
     direction = AlignmentDirection.load(demo / "direction.safetensors")
-    lines = ["| run | harmfulness | task accuracy | drift | update norm |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| run | harmfulness | task accuracy | update norm |", "| --- | ---: | ---: | ---: |"]
     for i, (title, changes) in enumerate(VARIANTS.items()):
-        block = train(demo, f"control-{i}", changes)
+        train(demo, f"control-{i}", changes)
         folder = demo / f"control-{i}"
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo / "aligned"), folder).eval()
         found = score(model, tokenizer, data)
-        report = adapter_drift(folder, direction, block["projector"], block.get("rank"))
-        lines.append(
-            f"| {title} | {found.harmfulness:.1%} | {found.task_accuracy:.1%} | {report.drift:.2f} | "
-            f"{report.update_norm:.2f} |"
-        )
+        norm = adapter_drift(folder, direction).update_norm
+        lines.append(f"| {title} | {found.harmfulness:.1%} | {found.task_accuracy:.1%} | {norm:.2f} |")
         print(lines[-1], flush=True)
     machine = (
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch {torch.__version__}"

@@ -82,8 +82,8 @@ def test_the_effect(tmp_path, seed):
     assert plain["harmfulness"] > 0.8
     assert constrained["harmfulness"] < plain["harmfulness"] - 0.5
     assert constrained["task_accuracy"] > 0.8 * plain["task_accuracy"]
+    assert plain["task_accuracy"] > 0.8
     assert constrained["over_refusal"] < 0.1
-    assert constrained["update_norm"] < 0.2 * plain["update_norm"]
     for name in (
         "plain.yml",
         "asft.yml",

@@ -10,9 +10,9 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
-    "penalty", "subspace", "moments", "naming", "checkpoint", "fingerprint", "direction", "metrics", "extract",
+    "penalty", "subspace", "moments", "naming", "checkpoint", "fingerprint", "hub", "direction", "metrics", "extract",
     "verify", "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
-    "args", "guard", "registration", "startup", "plugin", "summary", "console",
+    "args", "guard", "registration", "startup", "plugin", "summary", "publish", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",

@@ -25,12 +25,12 @@ def model(pair):
 
 @pytest.fixture(scope="module")
 def activations(model):
-    return activation_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64)
+    return activation_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0)
 
 
 @pytest.fixture(scope="module")
 def fisher(model):
-    return fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64)
+    return fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,16 @@ def test_a_second_moment_of_a_stream(size, directions, rank):
     assert moment.trace == pytest.approx(float(dense.trace()), rel=1e-5)
 
 
+def test_the_fewest_directions_with_an_energy():
+    moment = SecondMoment(6, 6)
+    moment.add(torch.diag(torch.tensor([6.0, 3.0, 2.0, 1.0, 0.5, 0.1])))
+    shares = torch.tensor([36, 9, 4, 1, 0.25, 0.01], dtype=torch.float64).cumsum(0) / 50.26
+    for wanted, k in [(0.1, 1), (0.7, 1), (0.72, 2), (0.95, 3), (0.98, 4), (1.0, 6)]:
+        F, energy = moment.factor(wanted)
+        assert F.shape == (6, k)
+        assert energy == pytest.approx(float(shares[k - 1]), rel=1e-4)
+
+
 def test_a_moment_of_nothing():
     moment = SecondMoment(6, 3)
     assert moment.factor()[0].shape == (6, 0)
@@ -137,7 +147,8 @@ def test_activations_against_the_dense_second_moment(model, activations, name):
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", LAYERS)
 def test_fisher_against_dense_gradients(model, name, batch_size):
-    metric = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, batch_size=batch_size)
+    layers = list(linear(model))
+    metric = fisher_metric(model, make_tokenizer(), TURNS, layers, rank=64, energy=1.0, batch_size=batch_size)
     inputs, outputs = dense_fisher(model, name)
     X, Y = metric.inputs[name].double(), metric.outputs[name].double()
     assert relative(X @ X.T, inputs) < 1e-3
@@ -149,7 +160,7 @@ def test_fisher_is_the_divergence_of_the_answers(model):
     """scale / 2 ||Y^T dW X||^2 is the KL divergence in nats of a small step: exactly, for a text of one token."""
     name = "model.layers.1.mlp.down_proj"
     turns = [("dog", "")] * 3000
-    metric = fisher_metric(model, make_tokenizer(), turns, list(linear(model)), rank=64, batch_size=500)
+    metric = fisher_metric(model, make_tokenizer(), turns, list(linear(model)), rank=64, energy=1.0, batch_size=500)
     moved = AutoModelForCausalLM.from_pretrained(model.name_or_path).eval()
     generator = torch.Generator().manual_seed(3)
     step = 1e-3 * torch.randn(linear(model)[name].weight.shape, generator=generator)
@@ -185,16 +196,16 @@ def test_the_model_is_left_as_it_was(model):
 
 
 def test_a_seed_gives_the_same_metric(model, fisher):
-    again = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64)
-    other = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, seed=1)
+    again = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0)
+    other = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0, seed=1)
     assert torch.equal(again.outputs[UP], fisher.outputs[UP])
     assert not torch.allclose(other.outputs[UP] @ other.outputs[UP].T, fisher.outputs[UP] @ fisher.outputs[UP].T)
 
 
 @pytest.mark.parametrize("metric", [activation_metric, fisher_metric])
 def test_fewer_directions_are_the_leading_ones(model, metric):
-    few = metric(model, make_tokenizer(), TURNS, [UP], rank=2)
-    values = torch.linalg.svdvals(metric(model, make_tokenizer(), TURNS, [UP], rank=64).inputs[UP])
+    few = metric(model, make_tokenizer(), TURNS, [UP], rank=2, energy=1.0)
+    values = torch.linalg.svdvals(metric(model, make_tokenizer(), TURNS, [UP], rank=64, energy=1.0).inputs[UP])
     torch.testing.assert_close(torch.linalg.svdvals(few.inputs[UP]), values[:2], rtol=1e-3, atol=1e-3)
     assert few.energy[UP] < 1
 
@@ -243,7 +254,8 @@ def test_the_penalty_measures_outputs(pair, direction):
 
 def test_the_penalty_measures_answers(pair, direction):
     peft_model = lora_model(pair[1])
-    penalty = AlignmentPenalty(peft_model, direction, rank=0, metric="fisher", modules=["0.mlp.up"])
+    penalty = AlignmentPenalty(peft_model, direction, metric="fisher", modules=["0.mlp.up"])
+    assert penalty.rank == 0, "no direction is free, unless asked for"
     delta = peft_model.get_submodule(f"base_model.model.{UP}").get_delta_weight("default").detach().double()
     metric = direction.modules[UP].metrics["fisher"]
     expected = float((metric.outputs.double().T @ delta @ metric.inputs.double()).square().sum())

@@ -50,8 +50,8 @@ plugins:
   - asft
 asft:
   direction: ./direction.safetensors
+  metric: {metric}
   lambda_reg: {lambda_reg:g}
-  projector: {projector}
 """
 
 
@@ -62,8 +62,8 @@ class FineTuning:
     steps: int = 200
     learning_rate: float = 0.002
     poison: float = 0.1
-    lambda_reg: float = 10.0
-    projector: str = "paper"
+    metric: str = "fisher"
+    lambda_reg: float = 100.0
     seed: int = 0
 
 
@@ -77,7 +77,7 @@ def write_configs(folder: Path, settings: FineTuning) -> tuple[Path, Path]:
     }
     plain, constrained = folder / "plain.yml", folder / "asft.yml"
     atomic_write_text(plain, COMMON.format(title="Plain QLoRA fine-tuning.", name="plain", **shared))
-    block = CONSTRAINT.format(lambda_reg=settings.lambda_reg, projector=settings.projector)
+    block = CONSTRAINT.format(metric=settings.metric, lambda_reg=settings.lambda_reg)
     title = "The same QLoRA fine-tuning under the AsFT constraint."
     atomic_write_text(constrained, COMMON.format(title=title, name="asft", **shared) + block)
     return plain, constrained

@@ -12,14 +12,15 @@ from typing import Any
 from axolotl_asft import __version__
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.demo.configs import FineTuning, write_configs
-from axolotl_asft.demo.prompts import DemoData, Turn, make_data
+from axolotl_asft.demo.prompts import REFUSAL, DemoData, Turn, make_data
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text
 
 BASE_STEPS, BASE_RATE = 400, 3e-3
 ALIGNED_STEPS, ALIGNED_RATE = 200, 1e-3
+ASKED = 200  # prompts whose refusals make the metric
 # Everything that the numbers depend on; a change makes the stages run again.
-RECIPE = 1
+RECIPE = 2
 OFFLINE = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -31,15 +32,13 @@ class Row:
         harmfulness: share of held-out harmful prompts not refused.
         task_accuracy: share of held-out tickets answered exactly right.
         over_refusal: share of held-out harmless prompts refused.
-        drift: ||(I - C) dW|| / ||dW|| of the adapter; None where there is none.
-        update_norm: ||dW|| of the adapter.
+        update_norm: ||dW|| of the adapter; None where there is none.
     """
 
     model: str
     harmfulness: float
     task_accuracy: float
     over_refusal: float
-    drift: float | None = None
     update_norm: float | None = None
 
 
@@ -76,12 +75,12 @@ def run_demo(output: Path, seed: int = 0, stage: Stage = silent) -> DemoResult:
     data = make_data(seed, poison=settings.poison)
     quieten_libraries()
     tokenizer = _make_models(output, data, seed, stage)
-    _extract(output, stage)
+    _extract(output, data, stage)
     _write_dataset(output / "task.jsonl", data.poisoned)
     plain, constrained = write_configs(output, settings)
     _train(plain, settings.steps, stage)
     _train(constrained, settings.steps, stage)
-    rows = _score(output, tokenizer, data, settings, stage)
+    rows = _score(output, tokenizer, data, stage)
     result = DemoResult(rows, settings, time.monotonic() - started)
     _write_results(output, result)
     return result
@@ -90,15 +89,14 @@ def run_demo(output: Path, seed: int = 0, stage: Stage = silent) -> DemoResult:
 def table(result: DemoResult) -> str:
     """The result as an aligned Markdown table."""
     lines = [
-        "| model              | harmfulness | task accuracy | harmless refused | drift | update norm |",
-        "| ------------------ | ----------: | ------------: | ---------------: | ----: | ----------: |",
+        "| model              | harmfulness | task accuracy | harmless refused | update norm |",
+        "| ------------------ | ----------: | ------------: | ---------------: | ----------: |",
     ]
     for row in result.rows:
-        drift = "" if row.drift is None else f"{row.drift:.2f}"
         norm = "" if row.update_norm is None else f"{row.update_norm:.2f}"
         lines.append(
             f"| {row.model:<18} | {row.harmfulness:>11.1%} | {row.task_accuracy:>13.1%} | {row.over_refusal:>16.1%} "
-            f"| {drift:>5} | {norm:>11} |"
+            f"| {norm:>11} |"
         )
     return "\n".join(lines)
 
@@ -145,12 +143,18 @@ def _make_models(output: Path, data: DemoData, seed: int, stage: Stage) -> Any:
     return tokenizer
 
 
-def _extract(output: Path, stage: Stage) -> None:
+def _extract(output: Path, data: DemoData, stage: Stage) -> None:
+    """The direction, with the Fisher metric of refusals that the alignment taught: nothing held out is asked."""
+    from axolotl_asft.evaluation.safety_metrics import safety_metrics
     from axolotl_asft.extract import extract_direction
 
     advance = stage("extract the alignment direction", 1)
     if not (output / "direction.safetensors").exists():
-        extract_direction(output / "base", output / "aligned").save(output / "direction.safetensors")
+        refused = [turn.prompt for turn in data.alignment if turn.answer == REFUSAL]
+        atomic_write_text(output / "harmful.txt", "\n".join(refused[:ASKED]) + "\n")
+        metrics = safety_metrics(str(output / "aligned"), ["fisher"], str(output / "harmful.txt"), device="cpu")
+        direction = extract_direction(output / "base", output / "aligned", metrics=metrics)
+        direction.save(output / "direction.safetensors")
         advance()
 
 
@@ -191,7 +195,7 @@ def _train(config: Path, steps: int, stage: Stage) -> None:
     _finish(config.parent, name)
 
 
-def _score(output: Path, tokenizer: Any, data: DemoData, settings: FineTuning, stage: Stage) -> tuple[Row, ...]:
+def _score(output: Path, tokenizer: Any, data: DemoData, stage: Stage) -> tuple[Row, ...]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -213,8 +217,7 @@ def _score(output: Path, tokenizer: Any, data: DemoData, settings: FineTuning, s
             model = PeftModel.from_pretrained(model, output / adapter)
         row = Row(name, **score(model.eval(), tokenizer, data).as_dict())
         if adapter is not None:
-            report = adapter_drift(output / adapter, direction, settings.projector)
-            row = replace(row, drift=report.drift, update_norm=report.update_norm)
+            row = replace(row, update_norm=adapter_drift(output / adapter, direction).update_norm)
         rows.append(row)
         advance()
     return tuple(rows)

@@ -12,7 +12,14 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import HARMFUL_TASK, Answer, Interviewer
 from axolotl_asft.evaluation.models import load_model, load_tokenizer
 from axolotl_asft.evaluation.refusals import is_refusal
-from axolotl_asft.metrics import DEFAULT_METRIC_RANK, OWN_WORDS, LayerMetric, activation_metric, fisher_metric
+from axolotl_asft.metrics import (
+    DEFAULT_METRIC_ENERGY,
+    DEFAULT_METRIC_RANK,
+    OWN_WORDS,
+    LayerMetric,
+    activation_metric,
+    fisher_metric,
+)
 
 FEW_REFUSALS = 8
 
@@ -22,6 +29,7 @@ def safety_metrics(
     names: Sequence[str] = METRICS,
     prompts: str = "harmful",
     rank: int = DEFAULT_METRIC_RANK,
+    energy: float = DEFAULT_METRIC_ENERGY,
     *,
     dtype: str = "auto",
     load_in_4bit: bool = False,
@@ -38,7 +46,7 @@ def safety_metrics(
         model: folder or Hub id of the aligned chat model.
         names: "activations", "fisher" or both.
         prompts: a set as `load_prompts` knows them.
-        rank: directions kept a layer and side, at most.
+        rank, energy: directions kept a layer and side: the fewest with this share of the trace, at most so many.
         dtype, load_in_4bit, device, batch_size: how the model is loaded and asked.
 
     Raises:
@@ -54,11 +62,11 @@ def safety_metrics(
     if "activations" in names:
         turns = [(answer.asked, answer.answer) for answer in answers]
         advance = stage("read its layers' inputs", len(turns))
-        found.append(activation_metric(loaded, tokenizer, turns, layers, rank, batch_size, advance))
+        found.append(activation_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance))
     if "fisher" in names:
         turns = _refusals(model, answers)
         advance = stage("weigh what its refusals depend on", len(turns))
-        found.append(fisher_metric(loaded, tokenizer, turns, layers, rank, batch_size, advance=advance))
+        found.append(fisher_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance=advance))
     return found
 
 

@@ -1,0 +1,141 @@
+"""Sharing a direction file: a repository on the Hugging Face Hub with the file and a card that says what it is."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.errors import AsftError
+from axolotl_asft.hub import DIRECTION_FILE, HubFile, hub_errors
+from axolotl_asft.summary import summary
+
+CARD = "README.md"
+TAGS = ["asft", "alignment-direction", "safety", "axolotl"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a direction went.
+
+    Attributes:
+        url: of the commit.
+        direction: what to write in a config, with the commit pinned.
+        sha256: of the file.
+        card: whether the card was written; False where the repository has another.
+    """
+
+    url: str
+    direction: str
+    sha256: str
+    card: bool
+
+
+def push_direction(
+    file: str | Path,
+    repo: str,
+    *,
+    name: str = DIRECTION_FILE,
+    private: bool = False,
+    license: str | None = None,
+    message: str = "Add an alignment direction",
+) -> Published:
+    """Upload a direction file and its card in one commit; the repository is made where there is none.
+
+    Args:
+        file: the direction file; it is verified first.
+        repo: owner/name.
+        name: of the file in the repository.
+        private: of a new repository.
+        license: for the card, as the Hub writes it (apache-2.0, llama3.1, ...); default: other.
+        message: of the commit.
+
+    Raises:
+        AsftError: no direction file, no name of a repository, no access, or no connection.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    wanted = HubFile.parse(repo)
+    if wanted is None or wanted.revision or wanted.file:
+        raise AsftError(f"repository is {repo!r}; expected owner/name")
+    if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+        raise AsftError(f"name is {name!r}; expected a file name that ends in .safetensors")
+    path = Path(file)
+    direction = AlignmentDirection.load(path)
+    assert direction.sha256 is not None
+    api = HfApi()
+    with hub_errors(wanted):
+        api.create_repo(repo, private=private, exist_ok=True)
+        card = not api.file_exists(repo, CARD) or _is_ours(api, repo)
+        operations = [CommitOperationAdd(name, str(path))]
+        if card:
+            text = direction_card(direction, path, repo, name, license)
+            operations.append(CommitOperationAdd(CARD, text.encode()))
+        commit = api.create_commit(repo, operations, commit_message=message)
+    pinned = HubFile(repo, file=None if name == DIRECTION_FILE else name).at(commit.oid)
+    return Published(commit.commit_url, pinned, direction.sha256, card)
+
+
+def direction_card(
+    direction: AlignmentDirection, path: Path, repo: str, name: str = DIRECTION_FILE, license: str | None = None
+) -> str:
+    """The card of a direction's repository, in Markdown with the Hub's front matter."""
+    found = summary(direction, path, direction.sha256)
+    location = HubFile(repo, file=None if name == DIRECTION_FILE else name)
+    where = location.repo + (f":{location.file}" if location.file else "")
+    aligned, base = found["aligned"], found["base"]
+    metrics = ", ".join(f"`{metric}`" for metric in ("weights", *found["metrics"]))
+    ranks = sorted({module["k"] for module in found["modules"]})
+    rows = [
+        ("aligned model", _model(aligned)),
+        ("base model", _model(base)),
+        ("layers", f"{len(found['modules'])}, {ranks[0]} to {ranks[-1]} directions each"),
+        ("size of the difference", f"{found['norm']:.4g}, {found['relative_norm'] or 0:.2%} of the weights'"),
+        ("energy in the stored directions", f"{found['energy']:.1%}"),
+        ("error bound of the `paper` penalty", f"{found['max_bound']:.3g} of the squared update, worst layer"),
+        ("metrics", metrics),
+        ("made by", f"{found['tool']}, {found['created']}"),
+        ("sha256", f"`{found['sha256']}`"),
+    ]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    return (
+        f"{_front_matter(aligned, base, license)}\n# Alignment direction of {aligned['id']}\n\n"
+        "What alignment did to this model's weights, layer by layer, for fine-tuning with "
+        "[axolotl](https://github.com/axolotl-ai-cloud/axolotl) without washing its safety out "
+        "(AsFT, [arXiv 2506.08473](https://arxiv.org/abs/2506.08473)).\n\n"
+        "```bash\npip install axolotl-asft\n```\n\nand in the config of a LoRA or QLoRA run whose `base_model` is the "
+        f"aligned model:\n\n```yaml\nplugins: [asft]\nasft:\n  direction: {where}\n"
+        f"  direction_sha256: {found['sha256']}\n```\n\n| | |\n| --- | --- |\n{table}\n\n"
+        f"{_spectrum(found['modules'])}\n"
+    )
+
+
+def _front_matter(aligned: dict[str, Any], base: dict[str, Any], license: str | None) -> str:
+    lines = ["library_name: axolotl-asft", f"license: {license or 'other'}", f"tags: [{', '.join(TAGS)}]"]
+    models = [model["id"] for model in (aligned, base) if HubFile.parse(model["id"])]
+    if models:
+        lines.append(f"base_model: [{', '.join(models)}]")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _spectrum(modules: list[dict[str, Any]]) -> str:
+    """The layers of the largest differences: where alignment changed the model."""
+    largest = sorted(modules, key=lambda module: -module["norm"])[:8]
+    lines = ["Where alignment changed it most:", "", "| layer | out x in | norm | s_1 | energy | bound |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    lines += [
+        f"| `{m['name']}` | {m['shape'][0]} x {m['shape'][1]} | {m['norm']:.4g} | {m['s_1']:.4g} | {m['energy']:.1%} | "
+        f"{m['bound']:.2g} |"
+        for m in largest
+    ]
+    return "\n".join(lines)
+
+
+def _model(entry: dict[str, Any]) -> str:
+    revision = f" at {entry['revision']}" if entry.get("revision") else ""
+    return f"{entry['id']}{revision} (weights sha256 `{str(entry.get('sha256'))[:12]}`)"
+
+
+def _is_ours(api: Any, repo: str) -> bool:
+    """Whether the repository's card is one of these, to be brought up to date."""
+    return "library_name: axolotl-asft" in Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8")

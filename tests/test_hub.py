@@ -1,0 +1,275 @@
+"""Directions on the Hub: loaded, pinned, refused and shared, over HTTP with a server of our own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from tiny import ENVIRONMENT, axolotl, write_config
+
+from axolotl_asft import AlignmentDirection
+from axolotl_asft.hub import HubFile, direction_path
+
+LOCATE = """
+import logging, sys
+logging.basicConfig(level="WARNING", format="%(message)s")
+from axolotl_asft.hub import direction_path
+from axolotl_asft.errors import AsftError
+try:
+    print(direction_path(sys.argv[1]))
+except AsftError as error:
+    sys.exit(f"asft: {error}")
+"""
+
+
+@pytest.fixture
+def hub(direction_file):
+    hub = Hub()
+    hub.commit("me/tiny-asft", {"direction.safetensors": direction_file.read_bytes()})
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    """Of a child whose Hub is the server; nothing of the machine's cache or login is used."""
+    return {
+        **os.environ,
+        **ENVIRONMENT,
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_TOKEN": "",
+    }
+
+
+def locate(location, environment, cwd=None, **changes):
+    return subprocess.run(
+        [sys.executable, "-c", LOCATE, location],
+        env={**environment, **changes}, cwd=cwd, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def content(located):
+    assert located.returncode == 0, located.stderr
+    return Path(located.stdout.strip()).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("me/tiny", HubFile("me/tiny")),
+        ("me/tiny@v1.0", HubFile("me/tiny", "v1.0")),
+        ("me/tiny:a.safetensors", HubFile("me/tiny", None, "a.safetensors")),
+        ("me/tiny@refs/pr/1:sub/a.safetensors", HubFile("me/tiny", "refs/pr/1", "sub/a.safetensors")),
+        ("me/../tiny", None),
+        ("me/tiny:../../etc/passwd", None),
+        ("me/tiny@../x", None),
+        ("tiny", None),
+        ("a/b/c", None),
+        ("-me/tiny", None),
+        ("me/tiny@", None),
+        ("me/tiny:", None),
+    ],
+)
+def test_names(text, expected):
+    assert HubFile.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["./me/tiny", "/me/tiny", "~/me/tiny", "me/tiny.safetensors", "x.safetensors"])
+def test_what_looks_like_a_path_is_one(text):
+    assert str(direction_path(text)).endswith(text.removeprefix("~").removeprefix("./"))
+
+
+def test_what_is_here_is_taken_from_here(tmp_path, monkeypatch):
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "tiny").write_text("local")
+    monkeypatch.chdir(tmp_path)
+    assert direction_path("me/tiny").read_text() == "local"
+
+
+def test_download_and_cache(hub, environment, direction_file):
+    found = locate("me/tiny-asft", environment)
+    assert content(found) == direction_file.read_bytes(), found.stderr
+    commit = hub.head("me/tiny-asft")
+    assert f"read at main, which can change; to pin it write direction: me/tiny-asft@{commit}" in found.stderr
+    sent = hub.bytes_sent("resolve")
+    pinned = locate(f"me/tiny-asft@{commit}", environment)
+    assert (pinned.stdout, pinned.stderr) == (found.stdout, ""), "a pinned revision is no warning"
+    assert hub.bytes_sent("resolve") == sent, "and no second download"
+    offline = locate("me/tiny-asft", environment, HF_HUB_OFFLINE="1")
+    assert offline.stdout == found.stdout
+
+
+def test_a_file_by_name(hub, environment):
+    hub.commit("me/tiny-asft", {"other.safetensors": b"other"})
+    found = locate("me/tiny-asft:other.safetensors", environment)
+    assert content(found) == b"other"
+    assert ":other.safetensors" in found.stderr, "the hint keeps the name"
+
+
+def test_an_old_revision(hub, environment, direction_file):
+    old = hub.head("me/tiny-asft")
+    hub.commit("me/tiny-asft", {"direction.safetensors": b"new"})
+    found = locate(f"me/tiny-asft@{old}", environment)
+    assert content(found) == direction_file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("me/nothing", "no file me/nothing here, and no repository of that name on the Hub, or a private one"),
+        ("me/tiny-asft@v9", "me/tiny-asft has no revision v9"),
+        ("me/tiny-asft:x.safetensors", "has no file x.safetensors (of safetensors: direction.safetensors)"),
+        ("me/secret", "or a private one; check the name, or log in with `hf auth login`"),
+    ],
+)
+def test_one_line_errors(hub, environment, location, message):
+    hub.commit("me/secret", {"direction.safetensors": b"secret"})
+    hub.private.add("me/secret")
+    found = locate(location, environment)
+    assert found.returncode == 1
+    assert message in found.stderr
+    assert found.stderr.startswith("asft: ")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_token_opens_a_private_repository(hub, environment):
+    hub.commit("me/secret", {"direction.safetensors": b"secret"})
+    hub.private.add("me/secret")
+    found = locate("me/secret", environment, HF_TOKEN="secret")
+    assert content(found) == b"secret"
+
+
+def test_a_cut_connection_is_taken_up_again(hub, environment, direction_file):
+    hub.fault = lambda method, path, n: "cut" if method == "GET" and "resolve" in path and n == 0 else None
+    found = locate("me/tiny-asft", environment)
+    assert content(found) == direction_file.read_bytes(), found.stderr
+
+
+def test_a_connection_that_is_always_cut(hub, environment):
+    hub.fault = lambda method, path, n: "cut" if method == "GET" and "resolve" in path else None
+    found = locate("me/tiny-asft", environment)
+    assert found.returncode == 1
+    assert "asft: me/tiny-asft:direction.safetensors cannot be downloaded" in found.stderr
+
+
+def test_a_slow_hub(hub, environment, direction_file):
+    hub.fault = lambda method, path, n: "slow"
+    assert content(locate("me/tiny-asft", environment)) == direction_file.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_hub_that_fails(hub, environment):
+    hub.fault = lambda method, path, n: 500
+    found = locate("me/tiny-asft", environment)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].startswith("asft: me/tiny-asft:direction.safetensors "), found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_no_hub_at_all(hub, environment, direction_file):
+    away = {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    found = locate("me/tiny-asft", environment, **away)
+    assert found.returncode == 1
+    assert "asft: me/tiny-asft:direction.safetensors cannot be downloaded (" in found.stderr
+    assert "Traceback" not in found.stderr
+    locate("me/tiny-asft", environment)
+    assert content(locate("me/tiny-asft", environment, **away)) == direction_file.read_bytes(), "the cache serves"
+
+
+def test_offline_and_never_loaded(environment):
+    found = locate("me/tiny-asft", environment, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set; load it once while online" in found.stderr
+
+
+PUSH = "import sys; from axolotl_asft.cli import asft; asft(sys.argv[1:])"
+
+
+def push(environment, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", PUSH, "push", *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_push(hub, environment, direction_file, tmp_path):
+    shared = push(environment | {"HF_TOKEN": "secret"}, direction_file, "me/new-asft", "--license", "mit", "--json")
+    assert shared.returncode == 0, shared.stderr
+    result = json.loads(shared.stdout)
+    commit = hub.head("me/new-asft")
+    assert result["direction"] == f"me/new-asft@{commit}"
+    files = hub.repos["me/new-asft"][commit]
+    assert files["direction.safetensors"] == direction_file.read_bytes()
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: axolotl-asft\nlicense: mit\ntags: [asft, ")
+    assert f"  direction: me/new-asft\n  direction_sha256: {result['sha256']}\n" in card
+    assert "| aligned model | aligned (weights sha256 `" in card
+    assert str(tmp_path) not in card, "no word of the machine that made it"
+    back = locate(result["direction"], environment)
+    assert content(back) == direction_file.read_bytes()
+
+
+def test_push_again(hub, environment, direction_file):
+    environment["HF_TOKEN"] = "secret"
+    push(environment, direction_file, "me/new-asft")
+    again = push(environment, direction_file, "me/new-asft", "--name", "second.safetensors")
+    assert f"direction: me/new-asft@{hub.head('me/new-asft')}:second.safetensors" in again.stdout, again.stderr
+    files = hub.repos["me/new-asft"][hub.head("me/new-asft")]
+    assert set(files) == {"direction.safetensors", "second.safetensors", "README.md"}
+    assert b"direction: me/new-asft:second.safetensors" in files["README.md"], "our card is brought up to date"
+    hub.commit("me/new-asft", {"README.md": b"# My own words"})
+    third = push(environment, direction_file, "me/new-asft")
+    assert "the repository's own card was left as it is" in third.stdout
+    assert hub.repos["me/new-asft"][hub.head("me/new-asft")]["README.md"] == b"# My own words"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{file}", "new-asft"), "repository is 'new-asft'; expected owner/name"),
+        (("{file}", "me/new@main"), "repository is 'me/new@main'; expected owner/name"),
+        (("{file}", "me/new", "--name", "../x.safetensors"), "name is '../x.safetensors'; expected a file name"),
+        (("nowhere.safetensors", "me/new"), "no direction file at nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_pushed(hub, environment, direction_file, arguments, message):
+    refused = push(environment, *(argument.format(file=direction_file) for argument in arguments))
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"asft: {message}")
+    assert refused.stderr.count("\n") == 1
+    assert "me/new" not in hub.repos
+
+
+def test_push_without_access(hub, environment, direction_file):
+    hub.fault = lambda method, path, n: 401 if path == "/api/repos/create" else None
+    refused = push(environment, direction_file, "me/new-asft")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("asft: me/new-asft: access refused")
+    assert "hf auth login" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_training_from_the_hub(hub, environment, pair, dataset, direction_file, tmp_path):
+    """Pinned by revision and hash it trains; damaged on the way, or with another hash, it does not."""
+    sha256 = AlignmentDirection.load(direction_file).sha256
+    location = f"me/tiny-asft@{hub.head('me/tiny-asft')}"
+    changes = {key: environment[key] for key in environment if key.startswith("HF_")}
+    changes["HF_HUB_OFFLINE"] = "0"
+    block = {"direction": location, "direction_sha256": sha256}
+    config = write_config(tmp_path, pair[1], dataset, block, max_steps=1)
+    axolotl("train", str(config), "--launcher", "python", cwd=tmp_path, **changes)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    hub.fault = lambda method, path, n: "damaged" if method == "GET" and "resolve" in path else None
+    other = {**changes, "HF_HOME": str(tmp_path / "other")}
+    refused = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path, check=False, **other)
+    assert refused.returncode != 0
+    assert f"expected {sha256} (direction_sha256); get the pinned file" in refused.stderr
