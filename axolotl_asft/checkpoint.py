@@ -1,18 +1,17 @@
-"""Lazy reading of local safetensors checkpoints: names and shapes at once, tensors one at a time."""
+"""Lazy reading of safetensors checkpoints, local or on the Hub: names and shapes at once, tensors one at a time."""
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.hub import HubFile, cached_folder, commit_of, small_file, weight_files
 from axolotl_asft.naming import model_names
+from axolotl_asft.tensor_files import DTYPES, LocalFile, RemoteFile, TensorFile
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -20,61 +19,49 @@ SINGLE_NAME = "model.safetensors"
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.\d+\.")
 # These keep their linear weights as (in, out), in transformers' Conv1D.
 TRANSPOSED_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose tensors can be read one by one; opening it reads headers alone.
+    """A checkpoint whose tensors can be read one by one; opening it reads headers alone.
 
     Attributes:
-        path: the folder.
-        name: how the model is called in a direction file: the folder's name, never its whole path.
+        location: the folder, or owner/name@commit on the Hub.
+        name: how the model is called in a direction file: owner/name, or the folder's name, never its whole path.
         stored: tensor name in the model -> as stored, where transformers renames it as it loads.
         files: tensor name in the model -> the file that holds it.
         shapes: tensor name -> shape as stored.
         dtypes: tensor name -> safetensors' dtype name.
         transposed: True where linear weights are stored (in, out).
+        revision: the commit on the Hub; None of a folder.
     """
 
-    path: Path
+    location: str
     name: str
     stored: dict[str, str] = field(repr=False)
-    files: dict[str, Path] = field(repr=False)
+    files: dict[str, TensorFile] = field(repr=False)
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     dtypes: dict[str, str] = field(repr=False)
     transposed: bool = False
+    revision: str | None = None
 
     @classmethod
     def open(cls, location: str | Path) -> "Checkpoint":
-        """Open a local folder that holds `model.safetensors`, or shards with their index.
+        """Open a folder, or a model on the Hub as `owner/name[@revision]`, in one safetensors file or in shards.
+
+        A model of the Hub is read from the Hub's cache where it is there; else tensor by tensor from the Hub, which
+        keeps nothing on disk but config.json and the index.
 
         Raises:
-            AsftError: no such folder, no safetensors in it, or a file that cannot be read.
+            AsftError: no such folder or model, no safetensors in it, or a file that cannot be read.
         """
+        path = Path(location).expanduser()
+        wanted = None if path.exists() or str(location).startswith((".", "/", "~")) else HubFile.parse(str(location))
+        if wanted is not None and wanted.file is None:
+            return _open_remote(wanted)
         folder = _existing_folder(location)
-        config = _config(folder)
-        if config.get("quantization_config"):
-            raise AsftError(
-                f"{folder} is a quantised checkpoint (config.json has quantization_config); expected full-precision "
-                "weights; give the original model instead"
-            )
-        headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-        for file in _weight_files(folder):
-            with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not iterable itself
-                    view = tensors.get_slice(name)
-                    headers[name] = file, tuple(view.get_shape()), view.get_dtype()
-        stored = {renamed: name for name, renamed in model_names(folder, config, headers).items()}
-        return cls(
-            path=folder,
-            name=folder.resolve().name,
-            stored=stored,
-            files={renamed: headers[name][0] for renamed, name in stored.items()},
-            shapes={renamed: headers[name][1] for renamed, name in stored.items()},
-            dtypes={renamed: headers[name][2] for renamed, name in stored.items()},
-            transposed=config.get("model_type") in TRANSPOSED_MODEL_TYPES,
-        )
+        files: list[TensorFile] = [LocalFile(file) for file in _weight_files(folder)]
+        return _checkpoint(str(folder), folder.resolve().name, folder, files)
 
     def linear_weights(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every linear weight inside the decoder layers."""
@@ -92,23 +79,70 @@ class Checkpoint:
             AsftError: the tensor is not of a floating-point dtype, or its file cannot be read.
         """
         name = f"{module}.weight"
-        if self.dtypes[name] not in FLOAT_DTYPES:
+        if self.dtypes[name] not in DTYPES:
             raise AsftError(
-                f"{self.path}: {name} is {self.dtypes[name]}; expected one of {', '.join(sorted(FLOAT_DTYPES))}; "
+                f"{self.location}: {name} is {self.dtypes[name]}; expected one of {', '.join(sorted(DTYPES))}; "
                 "give a full-precision checkpoint"
             )
-        with _opened(self.files[name]) as tensors:
-            weight = tensors.get_tensor(self.stored[name])
+        weight = self.files[name].tensor(self.stored[name])
         return weight.T if self.transposed else weight
 
     def values(self, module: str, start: int, count: int) -> Tensor:
         """(count,) consecutive values of the flattened (out, in) weight, read without the rest of it."""
         columns = self.linear_weights()[module][1]
+        name = f"{module}.weight"
         first, last = start // columns, (start + count - 1) // columns + 1
-        with _opened(self.files[f"{module}.weight"]) as tensors:
-            view = tensors.get_slice(self.stored[f"{module}.weight"])
-            rows = view[:, first:last].T if self.transposed else view[first:last]
+        if self.transposed:
+            rows = self.files[name].tensor(self.stored[name])[:, first:last].T
+        else:
+            rows = self.files[name].rows(self.stored[name], first, last)
         return rows.reshape(-1)[start - first * columns :][:count]
+
+
+def _checkpoint(location: str, name: str, folder: Path, files: list[TensorFile]) -> Checkpoint:
+    """A checkpoint of these files, with its config.json in `folder`."""
+    config = _config(folder)
+    if config.get("quantization_config"):
+        raise AsftError(
+            f"{location} is a quantised checkpoint (config.json has quantization_config); expected full-precision "
+            "weights; give the original model instead"
+        )
+    headers = {tensor: (file, *entry) for file in files for tensor, entry in file.entries().items()}
+    stored = {renamed: tensor for tensor, renamed in model_names(folder, config, headers).items()}
+    return Checkpoint(
+        location=location,
+        name=name,
+        stored=stored,
+        files={renamed: headers[tensor][0] for renamed, tensor in stored.items()},
+        shapes={renamed: headers[tensor][1] for renamed, tensor in stored.items()},
+        dtypes={renamed: headers[tensor][2] for renamed, tensor in stored.items()},
+        transposed=config.get("model_type") in TRANSPOSED_MODEL_TYPES,
+    )
+
+
+def _open_remote(model: HubFile) -> Checkpoint:
+    """A model of the Hub: from its cache if it is there whole, else file by file and range by range."""
+    index = cached_folder(model, [INDEX_NAME])
+    names = _shards(index / INDEX_NAME) if index is not None else [SINGLE_NAME]
+    folder = cached_folder(model, ["config.json", *names])
+    if folder is not None:
+        files: list[TensorFile] = [LocalFile(folder / name) for name in names]
+        commit = commit_of(folder / "config.json")
+    else:
+        commit, there = weight_files(model)
+        model = replace(model, revision=commit)
+        if INDEX_NAME in there:
+            names = _shards(small_file(replace(model, file=INDEX_NAME)))
+        elif SINGLE_NAME in there:
+            names = [SINGLE_NAME]
+        else:
+            raise AsftError(f"{model} holds no {SINGLE_NAME} and no {INDEX_NAME}; expected a safetensors checkpoint")
+        if missing := [name for name in [*names, "config.json"] if name not in there]:
+            raise AsftError(f"{model} lacks {len(missing)} of its files, the first {missing[0]}")
+        folder = small_file(replace(model, file="config.json")).parent
+        files = [RemoteFile(replace(model, file=name)) for name in names]
+    checkpoint = _checkpoint(model.at(commit) if commit else str(model), model.repo, folder, files)
+    return replace(checkpoint, revision=commit)
 
 
 def _existing_folder(location: str | Path) -> Path:
@@ -117,10 +151,7 @@ def _existing_folder(location: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise AsftError(f"{folder} is a file; expected the checkpoint folder that holds {SINGLE_NAME}")
-    hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)):
-        hint = f"; a Hub model has to be downloaded first: hf download {location} --local-dir {folder.name}"
-    raise AsftError(f"no checkpoint folder at {location}{hint or '; check the path'}")
+    raise AsftError(f"no checkpoint folder at {location}; check the path, or give owner/name of a model on the Hub")
 
 
 def _read_json(path: Path) -> dict:
@@ -141,11 +172,7 @@ def _config(folder: Path) -> dict:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise AsftError(f"{index} has no weight_map; download the checkpoint again")
-        # an index is no place for paths: a shard lies beside it
-        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+        files = [folder / name for name in _shards(index)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise AsftError(f"{folder} lacks {len(missing)} of its {len(files)} shards, the first {missing[0]}")
@@ -160,13 +187,12 @@ def _weight_files(folder: Path) -> list[Path]:
     raise AsftError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}; expected a safetensors checkpoint")
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(str(file), framework="pt", device="cpu") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise AsftError(f"{file} is no readable safetensors file ({error}); download it again") from error
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index lists; an index is no place for paths: a shard lies beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AsftError(f"{index} has no weight_map; download the checkpoint again")
+    return sorted({Path(str(name)).name for name in weight_map.values()})
 
 
 def dtype_named(name: str) -> torch.dtype:

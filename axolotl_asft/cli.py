@@ -43,8 +43,8 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 
 
 @asft.command()
-@click.option("--base", required=True, metavar="DIR", help="Checkpoint folder of the base model, in safetensors.")
-@click.option("--aligned", required=True, metavar="DIR", help="Checkpoint folder of the aligned (chat) model.")
+@click.option("--base", required=True, metavar="DIR|ID", help="The base model: a folder in safetensors, or owner/name.")
+@click.option("--aligned", required=True, metavar="DIR|ID", help="The aligned (chat) model, likewise.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Direction file to write.")
 @click.option(
     "--rank",
@@ -90,7 +90,7 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 )
 @click.option(
     "--metric-energy",
-    default=0.98,
+    default=0.99,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True),
     help="The fewest directions with this share of the metric; 1 keeps --metric-rank.",
@@ -114,11 +114,12 @@ def extract(
 ) -> None:
     """Make a direction file from a base model and its aligned model.
 
-    Reads one pair of weights at a time: memory holds the largest pair, not the models.
+    Reads one pair of weights at a time: memory holds the largest pair, not the models. A model on the Hub that is not
+    in its cache is read from there, tensor by tensor, and takes no disk; owner/name@revision pins it.
 
     \b
     Example:
-      axolotl asft extract --base Llama-3.1-8B --aligned Llama-3.1-8B-Instruct \\
+      axolotl asft extract --base meta-llama/Llama-3.1-8B --aligned meta-llama/Llama-3.1-8B-Instruct \\
           --metric fisher -o llama3-8b.asft.safetensors
     """
     if output.suffix != ".safetensors":
@@ -131,10 +132,11 @@ def extract(
     metrics = []
     if metric_names:
         from axolotl_asft.evaluation.safety_metrics import safety_metrics
+        from axolotl_asft.hub import model_folder
 
         with stages(show=not as_json) as stage:
             metrics = safety_metrics(
-                options["aligned"],
+                str(model_folder(options["aligned"])),
                 metric_names,
                 prompts,
                 metric_rank,

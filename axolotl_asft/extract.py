@@ -41,7 +41,8 @@ def extract_direction(
     decomposition and the result, however large the model.
 
     Args:
-        base, aligned: local checkpoint folders in safetensors, single file or sharded.
+        base, aligned: checkpoints in safetensors, single file or sharded: local folders, or on the Hub
+            `owner/name[@revision]`, read tensor by tensor where they are not in its cache.
         rank: directions kept per layer; "full": all; None: the smallest rank whose recorded bound is within
             `tolerance` (the relative error of the `paper` penalty, as a share of ||dW||^2).
         modules: regular expressions of module names; default: every linear weight of the decoder layers.
@@ -129,7 +130,7 @@ def _paired_modules(base: Checkpoint, aligned: Checkpoint, patterns: list[str] |
     base_shapes, aligned_shapes = base.linear_weights(), aligned.linear_weights()
     if not aligned_shapes:
         raise AsftError(
-            f"{aligned.path} has no linear weights in numbered decoder layers; its tensors are called like "
+            f"{aligned.location} has no linear weights in numbered decoder layers; its tensors are called like "
             f"{next(iter(aligned.shapes), 'nothing')}"
         )
     names = sorted(aligned_shapes, key=_natural_order)
@@ -191,7 +192,7 @@ def _metric_entry(metric: LayerMetric, name: str) -> dict[str, Any]:
 def _model_entry(checkpoint: Checkpoint, names: list[str], sha256: str) -> dict[str, Any]:
     return {
         "id": checkpoint.name,
-        "revision": None,
+        "revision": checkpoint.revision,
         "sha256": sha256,
         "read_as": "safetensors " + ", ".join(sorted({checkpoint.dtypes[f"{name}.weight"] for name in names})),
     }

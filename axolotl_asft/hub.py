@@ -3,10 +3,11 @@
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from axolotl_asft.errors import AsftError
 
@@ -41,9 +42,13 @@ class HubFile:
             return None
         return cls(match["repo"], match["revision"], match["file"])
 
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.repo}{revision}" + (f":{self.file}" if self.file else "")
+
     def at(self, commit: str) -> str:
         """How to write it with its revision pinned."""
-        return f"{self.repo}@{commit}" + (f":{self.file}" if self.file else "")
+        return str(replace(self, revision=commit))
 
 
 def direction_path(location: str | Path) -> Path:
@@ -68,34 +73,114 @@ def direction_path(location: str | Path) -> Path:
 
 def download(wanted: HubFile) -> Path:
     """The file in the Hub's cache, downloaded where it is not there yet; a cut download goes on where it stopped."""
+    wanted = replace(wanted, file=wanted.file or DIRECTION_FILE)
     with hub_errors(wanted):
         found = _cached(wanted)
     if wanted.revision is None or not _COMMIT.fullmatch(wanted.revision):
         commit = commit_of(found)
-        pin = f"; to pin it write direction: {wanted.at(commit)}" if commit else ""
+        named = wanted if wanted.file != DIRECTION_FILE else replace(wanted, file=None)
+        pin = f"; to pin it write direction: {named.at(commit)}" if commit else ""
         LOG.warning("%s is read at %s, which can change%s", wanted.repo, wanted.revision or "main", pin)
     return found
 
 
+def weight_files(model: HubFile) -> tuple[str, list[str]]:
+    """The commit of a model's revision, and the files of that commit."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(model):
+        info = _persistently(lambda: HfApi().model_info(model.repo, revision=model.revision))
+    return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+
+
+def small_file(file: HubFile) -> Path:
+    """A file such as config.json, in the Hub's cache."""
+    with hub_errors(file):
+        return _cached(file)
+
+
+def cached_folder(model: HubFile, needed: list[str]) -> Path | None:
+    """The folder of the Hub's cache that holds all these files of a model; None where one is missing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(model.repo, name, revision=model.revision) for name in needed]
+    if not found or not all(isinstance(path, str) for path in found):
+        return None
+    return Path(str(found[0])).parent
+
+
+def model_folder(location: str) -> Path:
+    """A local folder as it is; a model of the Hub, `owner/name[@revision]`, downloaded whole into its cache."""
+    wanted = HubFile.parse(location)
+    if Path(location).expanduser().exists() or wanted is None:
+        return Path(location).expanduser()
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with hub_errors(wanted):
+        return Path(
+            _persistently(lambda: snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns))
+        )
+
+
+def fetch_range(file: HubFile, start: int, end: int) -> bytes:
+    """Bytes start to end - 1 of a file on the Hub.
+
+    Raises:
+        AsftError: no access, no connection, or a server that does not send parts of files.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    assert file.file is not None
+    if end <= start:
+        return b""
+    url = hf_hub_url(file.repo, file.file, revision=file.revision)
+    headers = {**build_hf_headers(), "range": f"bytes={start}-{end - 1}"}
+
+    def fetch() -> bytes:
+        response = http_backoff("GET", url, headers=headers, timeout=30)
+        hf_raise_for_status(response)
+        if response.status_code != 206 or len(response.content) != end - start:
+            raise AsftError(
+                f"{file}: asked for {end - start} bytes, got {len(response.content)} (status {response.status_code}); "
+                "download the model first: hf download " + file.repo
+            )
+        return response.content
+
+    with hub_errors(file):
+        return _persistently(fetch)
+
+
 def _cached(wanted: HubFile) -> Path:
-    import httpx
     from huggingface_hub import hf_hub_download
 
-    arguments = {"repo_id": wanted.repo, "filename": wanted.file or DIRECTION_FILE, "revision": wanted.revision}
+    assert wanted.file is not None
+    name = wanted.file
+    try:
+        return Path(_persistently(lambda: hf_hub_download(wanted.repo, name, revision=wanted.revision)))
+    except ConnectionError:
+        try:
+            return Path(hf_hub_download(wanted.repo, name, revision=wanted.revision, local_files_only=True))
+        except OSError:
+            pass  # what went wrong before is the error to report
+        raise
+
+
+def _persistently(call: Callable[[], Any]) -> Any:
+    """The call, again where the connection is cut, which huggingface_hub leaves to its callers."""
+    import httpx
+
     for attempt in range(ATTEMPTS):
         try:
-            return Path(hf_hub_download(**arguments))
+            return call()
         except (httpx.RemoteProtocolError, httpx.ReadError, RuntimeError) as error:
-            # cut in the middle; or huggingface_hub 1.17, which goes on with a client that it closed after a failure
+            # huggingface_hub 1.17 goes on with a client that it closed itself after a failure: a RuntimeError
             if isinstance(error, RuntimeError) and "client has been closed" not in str(error):
                 raise
-            if attempt + 1 < ATTEMPTS:
-                time.sleep(2**attempt)
-                continue
-            try:
-                return Path(hf_hub_download(**arguments, local_files_only=True))
-            except OSError:
+            if attempt + 1 == ATTEMPTS:
                 raise ConnectionError(_first_line(error)) from error
+            time.sleep(2**attempt)
     raise AssertionError("not reached")
 
 
@@ -114,7 +199,6 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
     import httpx
     from huggingface_hub import errors
 
-    file = wanted.file or DIRECTION_FILE
     try:
         yield
     except errors.GatedRepoError as error:
@@ -132,22 +216,22 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise AsftError(
-            f"{wanted.repo}:{file} is not in the Hub's cache, and the Hub cannot be reached, or HF_HUB_OFFLINE is set; "
+            f"{wanted} is not in the Hub's cache, and the Hub cannot be reached, or HF_HUB_OFFLINE is set; "
             "load it once while online"
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         raise AsftError(
-            f"{wanted.repo} has no file {file}{_others(wanted)}; name the file: {wanted.repo}:FILE"
+            f"{wanted.repo} has no file {wanted.file}{_others(wanted)}; name the file: {wanted.repo}:FILE"
         ) from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise AsftError(
                 f"{wanted.repo}: access refused ({_first_line(error)}); log in with `hf auth login`"
             ) from error
-        raise AsftError(f"{wanted.repo}:{file}: the Hub failed ({_first_line(error)}); try again") from error
+        raise AsftError(f"{wanted}: the Hub failed ({_first_line(error)}); try again") from error
     except (httpx.HTTPError, OSError) as error:
         raise AsftError(
-            f"{wanted.repo}:{file} cannot be downloaded ({_first_line(error)}); try again, what is there is kept"
+            f"{wanted} cannot be downloaded ({_first_line(error)}); try again, what is there is kept"
         ) from error
 
 

@@ -13,7 +13,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.moments import SecondMoment
 
 DEFAULT_METRIC_RANK = 256
-DEFAULT_METRIC_ENERGY = 0.98
+DEFAULT_METRIC_ENERGY = 0.99
 OWN_WORDS = 16  # tokens of the model's own answers: a refusal shows in its first words
 
 

@@ -1,6 +1,7 @@
 """Is this direction for this model? Asked of the checkpoint's files before a run, and of the weights it loaded."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -44,6 +45,8 @@ def verify_checkpoint(direction: AlignmentDirection, base_model: str) -> bool:
     Raises:
         AsftError: layers of other shapes, or other weights.
     """
+    if not Path(base_model).expanduser().is_dir():
+        return False
     try:
         checkpoint = Checkpoint.open(base_model)
     except AsftError:

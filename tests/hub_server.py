@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(fault, int):
                 self._send(fault, {"error": f"fault {fault}"})
             else:
-                time.sleep(2 if fault == "slow" else 0)
+                time.sleep(1 if fault == "slow" else 0)
                 self._route(method, path, body, fault)
         finally:
             self.hub.log.append((method, path, self.sent))
@@ -92,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(method, *match.groups(), fault)
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(tree|revision|paths-info)/([^/]+)(?:/.*)?", path):
             return self._listing(*match.groups(), body)
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)", path):
+            return self._listing(match[1], "revision", "main", body)
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"

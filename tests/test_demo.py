@@ -70,7 +70,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_effect(tmp_path, seed):
     """Plain fine-tuning washes the refusals out; the constraint keeps them, and the task is learned."""
     result = CliRunner().invoke(asft, ["demo", "--output", str(tmp_path), "--seed", str(seed), "--json"])

@@ -111,8 +111,8 @@ def test_refused_pairs(pair, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(AsftError, match=r"no checkpoint folder at .*nowhere"):
         extract_direction(tmp_path / "nowhere", aligned)
-    with pytest.raises(AsftError, match="hf download owner/name"):
-        extract_direction("owner/name", aligned)
+    with pytest.raises(AsftError, match=r"no checkpoint folder at name; .*give owner/name of a model on the Hub"):
+        extract_direction("name", aligned)
     with pytest.raises(AsftError, match="is a file; expected the checkpoint folder"):
         extract_direction(base / "model.safetensors", aligned)
     with pytest.raises(AsftError, match="have the same weights, so there is no alignment direction"):

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import Hub
-from tiny import ENVIRONMENT, axolotl, write_config
+from tiny import ENVIRONMENT, axolotl, make_pair, write_config
 
-from axolotl_asft import AlignmentDirection
+from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.hub import HubFile, direction_path
 
 LOCATE = """
@@ -44,8 +45,8 @@ def environment(hub, tmp_path):
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        "HF_HUB_ETAG_TIMEOUT": "5",
         "HF_TOKEN": "",
     }
 
@@ -273,3 +274,87 @@ def test_training_from_the_hub(hub, environment, pair, dataset, direction_file, 
     refused = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path, check=False, **other)
     assert refused.returncode != 0
     assert f"expected {sha256} (direction_sha256); get the pinned file" in refused.stderr
+
+
+EXTRACT = """
+import sys
+from axolotl_asft import extract_direction
+from axolotl_asft.errors import AsftError
+for aligned in sys.argv[2].split(","):
+    try:
+        print(extract_direction(sys.argv[1], aligned, rank=4).save(sys.argv[3]))
+    except AsftError as error:
+        print(f"asft: {error}", file=sys.stderr)
+"""
+
+
+def extract(environment, base, aligned, output):
+    return subprocess.run(
+        [sys.executable, "-c", EXTRACT, base, aligned, str(output)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def on_the_hub(hub, folder, repo):
+    return hub.commit(repo, {path.name: path.read_bytes() for path in folder.iterdir()})
+
+
+@pytest.fixture(scope="module", params=["5GB", "60KB"], ids=["one file", "shards"])
+def models(request, tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("hub"), max_shard_size=request.param)
+
+
+def test_extracting_from_the_hub(hub, environment, models, tmp_path):
+    """The same direction as from folders, without a checkpoint on disk, and only what is needed is read."""
+    commits = [on_the_hub(hub, folder, f"org/{folder.name}") for folder in models]
+    done = extract(environment, "org/base", f"org/aligned@{commits[1]}", tmp_path / "remote.safetensors")
+    assert not done.stderr
+    extract_direction(*models, rank=4).save(tmp_path / "local.safetensors")
+    remote, local = (AlignmentDirection.load(tmp_path / f"{name}.safetensors") for name in ("remote", "local"))
+    for name, module in local.modules.items():
+        for part in ("U", "S", "norm"):
+            assert torch.equal(getattr(module, part), getattr(remote.modules[name], part))
+    for model, commit in zip(("base", "aligned"), commits, strict=True):
+        assert remote.spec[model]["id"] == f"org/{model}"
+        assert remote.spec[model]["revision"] == commit
+        assert remote.spec[model]["sha256"] == local.spec[model]["sha256"]
+    assert remote.spec["aligned"]["fingerprint"] == local.spec["aligned"]["fingerprint"]
+    cached = [path for path in (tmp_path / "hf").rglob("*") if path.is_file()]
+    assert not [path for path in cached if path.suffix == ".safetensors" or path.stat().st_size > 50_000]
+    size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
+    assert hub.bytes_sent("org/base/resolve") < size + 50_000, "no tensor twice, no embeddings"
+
+
+def test_a_cut_range_is_asked_for_again(hub, environment, models, tmp_path):
+    for folder in models:
+        on_the_hub(hub, folder, f"org/{folder.name}")
+    hub.fault = lambda method, path, n: "cut" if method == "GET" and "safetensors" in path and n == 3 else None
+    done = extract(environment, "org/base", "org/aligned", tmp_path / "remote.safetensors")
+    assert not done.stderr
+    extract_direction(*models, rank=4).save(tmp_path / "local.safetensors")
+    assert (
+        AlignmentDirection.load(tmp_path / "remote.safetensors").spec["aligned"]["sha256"]
+        == (AlignmentDirection.load(tmp_path / "local.safetensors").spec["aligned"]["sha256"])
+    )
+
+
+def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
+    on_the_hub(hub, pair[0], "org/base")
+    hub.commit("org/pickled", {"pytorch_model.bin": b"", "config.json": b"{}"})
+    hub.commit("org/broken", {"model.safetensors": b"\xff" * 100, "config.json": b"{}"})
+    hub.commit(
+        "org/half", {"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}', "config.json": b"{}"}
+    )
+    messages = {
+        "org/pickled": "holds no model.safetensors and no model.safetensors.index.json",
+        "org/broken": "is no safetensors file: its header would be of",
+        "org/half": "lacks 1 of its files, the first x.safetensors",
+        "org/none": "no repository of that name on the Hub",
+        "org/base@v7": "org/base has no revision v7",
+    }
+    refused = extract(environment, "org/base", ",".join(messages), tmp_path / "x.safetensors")
+    lines = refused.stderr.splitlines()
+    assert len(lines) == len(messages), refused.stderr
+    for line, message in zip(lines, messages.values(), strict=True):
+        assert line.startswith("asft: ")
+        assert message in line

@@ -10,8 +10,9 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
-    "penalty", "subspace", "moments", "naming", "checkpoint", "fingerprint", "hub", "direction", "metrics", "extract",
-    "verify", "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
+    "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "direction",
+    "metrics", "extract", "verify",
+    "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "publish", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
