@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,15 +17,10 @@ from torch import Tensor
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write
 from axolotl_asft.hub import direction_path
+from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec
 
-FORMAT = "asft-direction"
-FORMAT_VERSION = "1"
-SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
-MODULE_FIELDS = ("shape", "k", "energy", "bound")
-METRICS = ("activations", "fisher")  # that a file may hold
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
 ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-REMAKE = "make it again with `axolotl asft extract`"
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class AlignmentDirection:
             raise AsftError(f"{path} has sha256 {found}; expected {sha256} (direction_sha256); get the pinned file")
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
-                spec = _checked_spec(path, file.metadata())
+                spec = checked_spec(path, file.metadata())
                 modules = {name: _checked_module(path, file, name, spec) for name in spec["modules"]}
                 extra = set(file.keys()) - {key for name in modules for key in _tensors(name, modules[name])}
         except (SafetensorError, OSError) as error:
@@ -176,60 +170,6 @@ def _save_deterministic(tensors: dict[str, Tensor], path: Path, metadata: dict[s
             shutil.copyfileobj(source, target)
     finally:
         unsorted.unlink(missing_ok=True)
-
-
-def _checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    metadata = metadata or {}
-    if metadata.get("format") != FORMAT:
-        raise AsftError(
-            f"{path} is no direction file: its format is {metadata.get('format')!r}; expected {FORMAT!r}; {REMAKE}"
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise AsftError(
-            f"{path} has format version {metadata.get('format_version')!r}; this axolotl-asft reads "
-            f"{FORMAT_VERSION!r}; upgrade axolotl-asft, or {REMAKE}"
-        )
-    try:
-        spec = json.loads(metadata.get("spec", ""))
-    except (ValueError, RecursionError) as error:
-        raise AsftError(f"{path}: its spec is no JSON ({error}); {REMAKE}") from error
-    missing = [name for name in SPEC_FIELDS if not isinstance(spec, dict) or name not in spec]
-    if missing:
-        raise AsftError(f"{path}: its spec lacks {', '.join(missing)}; {REMAKE}")
-    modules = spec["modules"]
-    if not isinstance(modules, dict) or not modules:
-        raise AsftError(f"{path}: its spec names no modules; {REMAKE}")
-    for name, entry in modules.items():
-        lacking = [key for key in MODULE_FIELDS if not isinstance(entry, dict) or key not in entry]
-        if lacking:
-            raise AsftError(f"{path}: its spec for {name} lacks {', '.join(lacking)}; {REMAKE}")
-        _check_module_entry(path, name, entry)
-    for side in ("base", "aligned"):
-        if not isinstance(spec[side], dict) or not isinstance(spec[side].get("id"), str):
-            raise AsftError(f"{path}: its spec names no {side} model; {REMAKE}")
-    return spec
-
-
-def _check_module_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
-    shape, k = entry["shape"], entry["k"]
-    integers = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
-    if not integers or not _is_count(k) or k > min(shape):
-        raise AsftError(f"{path}: its spec for {name} has shape {shape} and k {k}; expected [out, in] and k; {REMAKE}")
-    metrics = entry.get("metrics", {})
-    for metric, size in metrics.items() if isinstance(metrics, dict) else [("", metrics)]:
-        counts = [size.get("inputs"), size.get("outputs", 0)] if isinstance(size, dict) else []
-        if metric not in METRICS or not counts or not all(_is_count(count) for count in counts):
-            raise AsftError(
-                f"{path}: its spec for {name} has the metric {metric or metrics!r} of {size!r}; expected one of "
-                f"{', '.join(METRICS)} with its number of inputs; {REMAKE}"
-            )
-    for key in ("energy", "bound"):
-        if isinstance(entry[key], bool) or not isinstance(entry[key], int | float) or not math.isfinite(entry[key]):
-            raise AsftError(f"{path}: its spec for {name} has {key} {entry[key]!r}; expected a number; {REMAKE}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _checked_module(path: Path, file: safe_open, name: str, spec: dict[str, Any]) -> ModuleDirection:

@@ -10,7 +10,7 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
-    "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "direction",
+    "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
     "metrics", "extract", "verify",
     "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "publish", "console",

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from axolotl_asft.console import Stage, quieten_libraries, silent
-from axolotl_asft.direction import METRICS
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import HARMFUL_TASK, Answer, Interviewer
 from axolotl_asft.evaluation.models import load_model, load_tokenizer
@@ -20,6 +19,7 @@ from axolotl_asft.metrics import (
     activation_metric,
     fisher_metric,
 )
+from axolotl_asft.spec import METRICS
 
 FEW_REFUSALS = 8
 

@@ -1,0 +1,102 @@
+"""The spec of a direction file: the JSON that says where it comes from and what is in it, checked before use."""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from axolotl_asft.errors import AsftError
+
+FORMAT = "asft-direction"
+FORMAT_VERSION = "1"
+SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
+MODULE_FIELDS = ("shape", "k", "energy", "bound")
+METRICS = ("activations", "fisher")  # that a file may hold
+REMAKE = "make it again with `axolotl asft extract`"
+
+
+def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """The spec of a file from its header's metadata.
+
+    Raises:
+        AsftError: no direction file, another version, no JSON, or a value that is missing or of another kind.
+    """
+    metadata = metadata or {}
+    if metadata.get("format") != FORMAT:
+        raise AsftError(
+            f"{path} is no direction file: its format is {metadata.get('format')!r}; expected {FORMAT!r}; {REMAKE}"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise AsftError(
+            f"{path} has format version {metadata.get('format_version')!r}; this axolotl-asft reads "
+            f"{FORMAT_VERSION!r}; upgrade axolotl-asft, or {REMAKE}"
+        )
+    try:
+        spec = json.loads(metadata.get("spec", ""))
+    except (ValueError, RecursionError) as error:
+        raise AsftError(f"{path}: its spec is no JSON ({error}); {REMAKE}") from error
+    missing = [name for name in SPEC_FIELDS if not isinstance(spec, dict) or name not in spec]
+    if missing:
+        raise AsftError(f"{path}: its spec lacks {', '.join(missing)}; {REMAKE}")
+    modules = spec["modules"]
+    if not isinstance(modules, dict) or not modules:
+        raise AsftError(f"{path}: its spec names no modules; {REMAKE}")
+    for name, entry in modules.items():
+        lacking = [key for key in MODULE_FIELDS if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise AsftError(f"{path}: its spec for {named(name)} lacks {', '.join(lacking)}; {REMAKE}")
+        _check_module_entry(path, name, entry)
+    for side in ("base", "aligned"):
+        model = spec[side]
+        if not isinstance(model, dict) or not isinstance(model.get("id"), str):
+            raise AsftError(f"{path}: its spec names no {side} model; {REMAKE}")
+        if not all(isinstance(model.get(key), str | None) for key in ("revision", "sha256", "read_as")):
+            raise AsftError(f"{path}: its spec says of the {side} model what is no text; {REMAKE}")
+    texts = all(isinstance(spec[key], str) for key in ("tool", "created"))
+    blocks = [spec["rank"], spec["svd"], metrics := spec.get("metrics", {})]
+    if not texts or not all(isinstance(block, dict) for block in [*blocks, *metrics.values()]):
+        raise AsftError(f"{path}: its spec has a value of another kind; {REMAKE}")
+    if not _is_number(spec.get("relative_norm", 0.0)):
+        raise AsftError(f"{path}: its spec has relative_norm {shown(spec['relative_norm'])}; {REMAKE}")
+    return spec
+
+
+def _check_module_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
+    shape, k = entry["shape"], entry["k"]
+    integers = isinstance(shape, list) and len(shape) == 2 and all(_is_count(side) and side > 0 for side in shape)
+    if not integers or not _is_count(k) or k > min(shape):
+        raise AsftError(
+            f"{path}: its spec for {named(name)} has shape {shown(shape)} and k {shown(k)}; expected [out, in] and a "
+            f"number; {REMAKE}"
+        )
+    metrics = entry.get("metrics", {})
+    for metric, size in metrics.items() if isinstance(metrics, dict) else [("", metrics)]:
+        counts = [size.get("inputs"), size.get("outputs", 0)] if isinstance(size, dict) else []
+        if metric not in METRICS or not counts or not all(_is_count(count) for count in counts):
+            raise AsftError(
+                f"{path}: its spec for {named(name)} has the metric {shown(metric)} of {shown(size)}; expected one "
+                f"of {', '.join(METRICS)} with its number of inputs; {REMAKE}"
+            )
+    for key in ("energy", "bound"):
+        if not _is_number(entry[key]):
+            raise AsftError(
+                f"{path}: its spec for {named(name)} has {key} {shown(entry[key])}; expected a number; {REMAKE}"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not
+
+
+def named(name: str) -> str:
+    """A module's name as one short piece of a line, whatever is in it."""
+    return repr(name)[1:-1][:200]
+
+
+def shown(value: object) -> str:
+    """A value from the file, cut to fit a line."""
+    return reprlib.repr(value)
