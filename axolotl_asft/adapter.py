@@ -156,7 +156,8 @@ class AlignmentPenalty:
         projector: "paper", "normalized" or "subspace".
         rank: use the leading `rank` stored directions alone. None: all under metric="weights", and none under the
             others, since the way back to the base model lies among them and the metric itself says what is free.
-        metric: "weights", "activations" or "fisher"; but for the first the direction file has to hold it.
+        metric: "weights", "activations" or "fisher"; but for the first the direction file has to hold it. None:
+            "fisher" where it does, else "weights".
         lora_scaling: False leaves PEFT's scaling out of dW, as the authors' code does.
         modules: regular expressions of the layers to constrain; default: every LoRA layer.
         on_uncovered: "error", "warn" or "ignore" where a trainable weight is not covered by the penalty.
@@ -171,7 +172,7 @@ class AlignmentPenalty:
     direction: AlignmentDirection = field(repr=False)
     projector: str = "paper"
     rank: int | None = None
-    metric: str = "weights"
+    metric: str | None = None
     lora_scaling: bool = True
     modules: list[str] | None = None
     on_uncovered: str = "error"
@@ -181,6 +182,9 @@ class AlignmentPenalty:
     def __post_init__(self) -> None:
         _check_choice("projector", self.projector, PROJECTORS)
         _check_choice("on_uncovered", self.on_uncovered, ON_UNCOVERED)
+        if self.metric is None:
+            held = any("fisher" in module.metrics for module in self.direction.modules.values())
+            self.metric = "fisher" if held else "weights"
         _check_choice("metric", self.metric, METRICS)
         if self.rank is not None and self.rank < 0:
             raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for the default")
@@ -259,7 +263,7 @@ class AlignmentPenalty:
         # a meta device has nothing on it yet; U follows A when it is first used
         device = torch.device("cpu") if found.A.is_meta else found.A.device
         X, Y, size = None, None, module.norm
-        if self.metric != "weights":
+        if self.metric is not None and self.metric != "weights":
             if (metric := module.metrics.get(self.metric)) is None:
                 raise AsftError(
                     f"metric is {self.metric!r}, which the direction file does not hold (first {found.name}); make it "

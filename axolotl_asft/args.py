@@ -29,12 +29,12 @@ class AsftArgs(BaseModel):
     rank: int | None = Field(
         default=None,
         ge=0,
-        description="use only the leading stored directions; null: all, and none where metric is not weights",
+        description="use only the leading stored directions; null: all under metric weights, none under the others",
     )
-    metric: Literal["weights", "activations", "fisher"] = Field(
-        default="weights",
+    metric: Literal["weights", "activations", "fisher"] | None = Field(
+        default=None,
         description="penalise the change of the weights, of the layers' outputs on safety prompts, or of the aligned "
-        "model's own refusals",
+        "model's own refusals; null: fisher where the direction file holds it, else weights",
     )
     max_drift: float | None = Field(
         default=None,

@@ -190,12 +190,13 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
         run.task, run.poison, method.get("safety", 0.0), bench.settings["train_examples"], run.seed
     )
     write_chats(folder / "data.jsonl", examples)
-    settings = {**bench.settings["training"], "seed": run.seed}
+    settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
     started = time.monotonic()
     if "asft" in method:
         name = "random-direction" if method.get("direction") == "random" else "direction"
         # the base weights are the aligned model's after NF4 and back: not to the bit the direction's, as prepare says
-        block = {"direction": str(bench.work / f"{name}.safetensors"), "verify_model": False, **method["asft"]}
+        file = str(bench.work / f"{name}.safetensors")
+        block = {"direction": file, "verify_model": False, "metric": "weights", **method["asft"]}
         settings |= {"plugins": ["asft"], "asft": block}
     train(write_config(folder / "run.yml", bench.aligned, folder / "data.jsonl", folder / "adapter", settings))
     seconds = time.monotonic() - started

@@ -20,6 +20,7 @@ FAMILIES = {
     "normalized": "#30638e",
     "subspace": "#003d5b",
     "activation": "#d1495b",
+    "fisher": "#e4572e",
     "budget": "#edae49",
     "safelora": "#7b2d8b",
     "mix": "#588157",

@@ -278,6 +278,15 @@ def test_added_gradients_are_those_of_autograd(pair, direction, metric):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_the_best_metric_that_the_file_holds(pair, direction, direction_file, activations, tmp_path):
+    assert AlignmentPenalty(lora_model(pair[1]), direction).metric == "fisher"
+    assert AlignmentPenalty(lora_model(pair[1]), AlignmentDirection.load(direction_file)).metric == "weights"
+    extract_direction(*pair, rank=8, metrics=[activations]).save(tmp_path / "other.safetensors")
+    other = AlignmentDirection.load(tmp_path / "other.safetensors")
+    assert AlignmentPenalty(lora_model(pair[1]), other).metric == "weights"
+    assert AlignmentPenalty(lora_model(pair[1]), direction, metric="weights").rank is None
+
+
 @pytest.mark.parametrize("metric", ["activations", "fisher"])
 def test_a_file_without_the_metric_is_refused(pair, direction_file, metric):
     with pytest.raises(AsftError, match=rf"metric is '{metric}', which the direction file does not hold"):
