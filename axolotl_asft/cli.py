@@ -184,6 +184,27 @@ def inspect(file: str, as_json: bool, modules: bool) -> None:
 
 
 @asft.command()
+@click.argument("first", metavar="FILE|OWNER/NAME")
+@click.argument("second", metavar="FILE|OWNER/NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
+def diff(first: str, second: str, as_json: bool, modules: bool) -> None:
+    """Compare two directions: principal angles between their spans, layer by layer.
+
+    Of two revisions of a model, of two ways to align it, or of a file that you were given and your own.
+
+    \b
+    Example:
+      axolotl asft diff mine.asft.safetensors owner/name
+    """
+    from axolotl_asft.compare import compare, comparison_text
+    from axolotl_asft.direction import AlignmentDirection
+
+    result = compare(AlignmentDirection.load(first), AlignmentDirection.load(second))
+    click.echo(json.dumps(result) if as_json else comparison_text(result, modules))
+
+
+@asft.command()
 @click.option(
     "-o",
     "--output",

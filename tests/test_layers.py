@@ -13,7 +13,7 @@ ORDER = [
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
     "metrics", "extract", "verify",
     "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
-    "args", "guard", "registration", "startup", "plugin", "summary", "publish", "console",
+    "args", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",

@@ -1,0 +1,105 @@
+"""Two direction files held against each other: do they point the same way?"""
+
+from typing import Any
+
+import torch
+
+from axolotl_asft.direction import AlignmentDirection, ModuleDirection
+from axolotl_asft.errors import AsftError
+
+
+def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, Any]:
+    """Everything that `axolotl asft diff --json` prints.
+
+    Of a module, with U and U' the stored directions, k the smaller of their numbers and cos the cosines of the
+    principal angles between their spans (the singular values of U^T U'):
+
+        overlap = ||U^T U'||_F^2 / k = mean cos^2,    0 of orthogonal spans, 1 where one lies in the other
+
+    Two random spans of k directions among `out` have k / out. The cosine is that of s^2-weighted spans, tr(C C') over
+    ||C|| ||C'|| with C = U diag(s^2) U^T: 1 where `paper` projectors agree up to scale.
+
+    Raises:
+        AsftError: no module of one name and number of outputs in both.
+    """
+    shared = [
+        name
+        for name in first.modules
+        if name in second.modules and len(first.modules[name].U) == len(second.modules[name].U)
+    ]
+    if not shared:
+        raise AsftError(
+            f"the files share no layer (the first's is {next(iter(first.modules))}, the second's "
+            f"{next(iter(second.modules))}); give two directions of one architecture"
+        )
+    modules = [{"name": name, **_module(first.modules[name], second.modules[name])} for name in shared]
+    weights = [module["norm"][0] ** 2 for module in modules]
+    total = sum(weights) or 1.0
+    return {
+        "files": [_origin(first), _origin(second)],
+        "same": first.sha256 is not None and first.sha256 == second.sha256,
+        "same_aligned_weights": _weights(first) is not None and _weights(first) == _weights(second),
+        "shared": len(shared),
+        "only_in_first": [name for name in first.modules if name not in shared],
+        "only_in_second": [name for name in second.modules if name not in shared],
+        "cosine": sum(w * module["cosine"] for w, module in zip(weights, modules, strict=True)) / total,
+        "overlap": sum(w * module["overlap"] for w, module in zip(weights, modules, strict=True)) / total,
+        "modules": modules,
+    }
+
+
+def _module(first: ModuleDirection, second: ModuleDirection) -> dict[str, Any]:
+    k = min(first.rank, second.rank)
+    product = first.U.double().T @ second.U.double()
+    cosines = torch.linalg.svdvals(product).clamp(max=1)[:k] if k else product.new_zeros(0)
+    a, b = first.S.double() ** 2, second.S.double() ** 2
+    size = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return {
+        "k": [first.rank, second.rank],
+        "overlap": float(cosines.square().mean()) if k else 0.0,
+        "by_chance": max(first.rank, second.rank) / len(first.U),
+        "largest_angle": float(torch.rad2deg(torch.acos(cosines[-1]))) if k else 90.0,
+        "cosine": float(a @ product.square() @ b) / size if size else 0.0,
+        "norm": [float(first.norm), float(second.norm)],
+    }
+
+
+def _origin(direction: AlignmentDirection) -> dict[str, Any]:
+    return {
+        "aligned": direction.spec["aligned"]["id"],
+        "base": direction.spec["base"]["id"],
+        "sha256": direction.sha256,
+        "modules": len(direction.modules),
+    }
+
+
+def _weights(direction: AlignmentDirection) -> str | None:
+    return direction.spec["aligned"].get("sha256")
+
+
+def comparison_text(result: dict[str, Any], modules: bool) -> str:
+    """What `axolotl asft diff` prints."""
+    first, second = (
+        f"{file['aligned']} - {file['base']} (sha256 {str(file['sha256'])[:12]})" for file in result["files"]
+    )
+    chance = sum(module["by_chance"] for module in result["modules"]) / result["shared"]
+    lines = [
+        f"first    {first}",
+        f"second   {second}",
+        f"aligned  {'the same weights' if result['same_aligned_weights'] else 'other weights'}",
+        f"layers   {result['shared']} shared, {len(result['only_in_first'])} in the first alone, "
+        f"{len(result['only_in_second'])} in the second alone",
+        f"overlap  {result['overlap']:.3f} of the spans (by chance {chance:.3f})",
+        f"cosine   {result['cosine']:.3f} of the spans weighted by s^2",
+    ]
+    if result["same"]:
+        lines.append("The files are the same, byte by byte.")
+    if modules:
+        width = max(len(module["name"]) for module in result["modules"])
+        lines += ["", f"{'module':<{width}}  {'overlap':>7}  {'angle':>6}  {'cosine':>6}  {'||d||':>9}  {'||d||':>9}"]
+        lines += [
+            f"{m['name']:<{width}}  {m['overlap']:>7.3f}  {m['largest_angle']:>6.1f}  {m['cosine']:>6.3f}  "
+            f"{m['norm'][0]:>9.4g}  {m['norm'][1]:>9.4g}"
+            for m in result["modules"]
+        ]
+    return "\n".join(lines)

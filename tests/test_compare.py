@@ -1,0 +1,80 @@
+"""`axolotl asft diff`: two directions against each other."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import make_pair
+
+from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft.cli import asft
+from axolotl_asft.compare import compare
+from axolotl_asft.errors import AsftError
+
+
+@pytest.fixture(scope="module")
+def direction(pair):
+    return extract_direction(*pair, rank=6, dtype="float32")
+
+
+def turned(direction, angle):
+    """Each of the k directions turned by `angle` out of their span, singular values as they are."""
+    modules = {}
+    for name, module in direction.modules.items():
+        U = torch.linalg.qr(torch.cat([module.U.double(), torch.eye(len(module.U), dtype=torch.float64)], dim=1))[0]
+        k = module.rank
+        U = U[:, :k] * torch.cos(angle) + U[:, k : 2 * k] * torch.sin(angle)
+        modules[name] = replace(module, U=U.float())
+    return AlignmentDirection(modules, direction.spec)
+
+
+def test_a_direction_and_itself(direction):
+    result = compare(direction, direction)
+    assert result["overlap"] == pytest.approx(1, abs=1e-5)
+    assert result["cosine"] == pytest.approx(1, abs=1e-5)
+    assert result["same_aligned_weights"]
+    assert max(module["largest_angle"] for module in result["modules"]) < 0.1
+
+
+@pytest.mark.parametrize("degrees", [10.0, 60.0, 90.0])
+def test_a_known_angle(direction, degrees):
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    result = compare(direction, turned(direction, angle))
+    expected = float(torch.cos(angle) ** 2)
+    assert result["overlap"] == pytest.approx(expected, abs=1e-4)
+    assert result["cosine"] == pytest.approx(expected, abs=1e-4)
+    for module in result["modules"]:
+        assert module["largest_angle"] == pytest.approx(degrees, abs=0.2)
+
+
+def test_against_dense_projectors(direction, tmp_path):
+    other = extract_direction(*make_pair(tmp_path, seed=5), rank=3, dtype="float32")
+    result = compare(direction, other)
+    assert not result["same_aligned_weights"]
+    for module in result["modules"]:
+        a, b = direction.modules[module["name"]], other.modules[module["name"]]
+        P, Q = (m.U.double() @ m.U.double().T for m in (a, b))
+        assert module["overlap"] == pytest.approx(float((P * Q).sum()) / 3, rel=1e-4)
+        C, D = (m.U.double() @ torch.diag(m.S.double() ** 2) @ m.U.double().T for m in (a, b))
+        assert module["cosine"] == pytest.approx(float((C * D).sum() / (C.norm() * D.norm())), rel=1e-4)
+
+
+def test_nothing_shared(direction):
+    renamed = AlignmentDirection({f"x.{name}": m for name, m in direction.modules.items()}, direction.spec)
+    with pytest.raises(AsftError, match="the files share no layer"):
+        compare(direction, renamed)
+
+
+def test_the_command(direction, direction_file, tmp_path):
+    direction.save(tmp_path / "other.safetensors")
+    arguments = ["diff", str(direction_file), str(tmp_path / "other.safetensors")]
+    text = CliRunner().invoke(asft, arguments).stdout
+    assert "layers   14 shared, 0 in the first alone, 0 in the second alone" in text
+    assert "model.layers.1.mlp.down_proj" in text
+    assert "aligned  the same weights" in text
+    result = json.loads(CliRunner().invoke(asft, [*arguments, "--json"]).stdout)
+    assert result["overlap"] == pytest.approx(1, abs=1e-2)
+    same = CliRunner().invoke(asft, ["diff", str(direction_file), str(direction_file), "--no-modules"]).stdout
+    assert "The files are the same, byte by byte." in same
