@@ -27,6 +27,8 @@ def extract_direction(
     rank: int | Literal["full"] | None = DEFAULT_RANK,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
+    energy: float | None = None,
+    max_rank: int | None = None,
     modules: list[str] | None = None,
     dtype: str = "bfloat16",
     keep_v: bool = False,
@@ -44,7 +46,9 @@ def extract_direction(
         base, aligned: checkpoints in safetensors, single file or sharded: local folders, or on the Hub
             `owner/name[@revision]`, read tensor by tensor where they are not in its cache.
         rank: directions kept per layer; "full": all; None: the smallest rank whose recorded bound is within
-            `tolerance` (the relative error of the `paper` penalty, as a share of ||dW||^2).
+            `tolerance` (the relative error of the `paper` penalty, as a share of ||dW||^2), or the smallest with a
+            share `energy` of ||d||^2 where that is given.
+        max_rank: with rank=None, never more directions than this; the recorded bound says what that costs.
         modules: regular expressions of module names; default: every linear weight of the decoder layers.
         dtype: of the stored vectors, "bfloat16", "float16" or "float32".
         keep_v: keep the right singular vectors too.
@@ -57,7 +61,7 @@ def extract_direction(
         AsftError: a checkpoint that cannot be read, a pair that does not fit together, non-finite weights, or
             no difference at all.
     """
-    _check_rank(rank, tolerance)
+    rule = _rank_rule(rank, tolerance, energy, max_rank)
     _check_device(device)
     stored_dtype = dtype_named(dtype)
     base_checkpoint, aligned_checkpoint = Checkpoint.open(base), Checkpoint.open(aligned)
@@ -78,7 +82,9 @@ def extract_direction(
                 raise AsftError(f"{name}: the difference holds NaN or infinity; check both checkpoints' weights")
             squared_weight_norm += float(aligned_weight.float().square().sum(dtype=torch.float64))
             wanted = None if rank is None else min(difference.shape) if rank == "full" else rank
-            subspace = leading_subspace(difference, wanted, tolerance, stored_dtype, seed)
+            subspace = leading_subspace(
+                difference, wanted, None if energy else tolerance, stored_dtype, seed, energy, max_rank
+            )
             directions[name] = _module_direction(subspace, difference.shape[1], keep_v)
             entries[name] = _module_entry(subspace, difference.shape)
             if held := [metric for metric in metrics if name in metric.inputs]:
@@ -94,8 +100,7 @@ def extract_direction(
             "fingerprint": {"scheme": fingerprint.SCHEME, "blocks": blocks},
         },
         "relative_norm": _relative_norm(directions, squared_weight_norm),
-        "rank": {"rule": rank if isinstance(rank, str) else "tolerance" if rank is None else "fixed"}
-        | ({"k": rank} if isinstance(rank, int) else {"tolerance": tolerance} if rank is None else {}),
+        "rank": rule,
         "svd": {
             "exact_up_to": EXACT_UP_TO,
             "oversampling": OVERSAMPLING,
@@ -110,11 +115,26 @@ def extract_direction(
     return AlignmentDirection(modules=directions, spec=spec)
 
 
-def _check_rank(rank: int | str | None, tolerance: float) -> None:
+def _rank_rule(rank: int | str | None, tolerance: float, energy: float | None, max_rank: int | None) -> dict[str, Any]:
+    """The rule that chooses k, as the spec says it; refuses one that is none."""
     if rank != "full" and rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise AsftError(f"rank is {rank!r}; expected a positive number, 'full', or None with a tolerance")
+        raise AsftError(f"rank is {rank!r}; expected a positive number, 'full', or None with a tolerance or an energy")
+    if rank is not None and (energy is not None or max_rank is not None):
+        raise AsftError(f"rank is {rank!r}; energy and max_rank go with rank None (auto)")
     if rank is None and not tolerance > 0:
         raise AsftError(f"tolerance is {tolerance!r}; expected a positive number")
+    if energy is not None and not 0 < energy <= 1:
+        raise AsftError(f"energy is {energy!r}; expected a share, above 0 and at most 1")
+    if max_rank is not None and max_rank < 1:
+        raise AsftError(f"max_rank is {max_rank!r}; expected a positive number")
+    if isinstance(rank, int):
+        return {"rule": "fixed", "k": rank}
+    if rank is not None:
+        return {"rule": "full"}
+    most = {} if max_rank is None else {"max_rank": max_rank}
+    return (
+        {"rule": "tolerance", "tolerance": tolerance} if energy is None else {"rule": "energy", "energy": energy}
+    ) | most
 
 
 def _check_device(device: str) -> None:

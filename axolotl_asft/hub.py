@@ -1,4 +1,4 @@
-"""Direction files on the Hugging Face Hub: `owner/name`, `owner/name@revision`, `owner/name:file`."""
+"""Files of the Hugging Face Hub, whole and in parts: `owner/name`, `owner/name@revision`, `owner/name:file`."""
 
 import logging
 import re

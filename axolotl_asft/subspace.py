@@ -1,5 +1,6 @@
 """Leading singular directions of one weight difference, with a certificate of what was left out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +45,17 @@ def leading_subspace(
     tolerance: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    energy: float | None = None,
+    max_rank: int | None = None,
 ) -> Subspace:
     """The k leading singular triplets of d, with signs fixed and a certified truncation error.
 
     Args:
         d: (out, in), the difference aligned minus base, fp32.
-        rank: k, cut to min(out, in); None: as many as `tolerance` asks for.
+        rank: k, cut to min(out, in); None: as many as `tolerance` or `energy` asks for.
         tolerance: with `rank=None`, the smallest k whose `bound` is at most this.
+        energy: with `rank=None`, the smallest k with this share of ||d||_F^2, 0 to 1.
+        max_rank: with `rank=None`, k is at most this, whether or not that is enough; None: min(out, in).
         dtype: of the returned U and V; the bound takes its rounding into account.
         seed: of the randomised method; the global generators are left alone.
 
@@ -60,11 +65,11 @@ def leading_subspace(
     smaller = min(d.shape)
     d = d.float()
     norm = torch.linalg.matrix_norm(d.double())
-    if rank is None and tolerance is None:
-        raise ValueError("rank is None and so is tolerance; give one of them")
+    if [rank, tolerance, energy].count(None) != 2 and rank is None:
+        raise ValueError("rank is None; give either tolerance or energy")
     if norm == 0:
         return _zero_subspace(d, dtype)
-    wanted = smaller if rank is None else min(rank, smaller)
+    wanted = min(smaller, next(limit for limit in (rank, max_rank, smaller) if limit is not None))
     if smaller <= EXACT_UP_TO or 4 * wanted > smaller:
         U, S, Vh = torch.linalg.svd(d, full_matrices=False)
         U, S, V, method = U, S, Vh.T, "exact"
@@ -76,11 +81,24 @@ def leading_subspace(
     stored = U.to(dtype)
     if method == "exact":
         bounds = _exact_bounds(spectrum, U, stored, norm)
-        k = wanted if rank is not None else _smallest_rank(bounds, float(tolerance or 0.0))
-        bound = float(bounds[k])
+        certified = [float(bound) for bound in bounds]
+
+        def bound_of(k: int) -> float:
+            return certified[k]
     else:
+
+        def bound_of(k: int) -> float:
+            return _certified_bound(d, U[:, :k], S[:k], V[:, :k], stored[:, :k], norm)
+
+    if rank is not None:
         k = wanted
-        bound = _certified_bound(d, U, S, V, stored, norm)
+    elif energy is not None:
+        k = _smallest_with_energy(S, norm, energy)
+    elif method == "exact":
+        k = _smallest_rank(bounds, float(tolerance or 0.0))
+    else:
+        k = _smallest_by_bisection(bound_of, wanted, float(tolerance or 0.0))
+    bound = bound_of(k)
     kept = S[:k].float()
     return Subspace(
         U=stored[:, :k].contiguous(),
@@ -156,6 +174,20 @@ def _rounding_bounds(U: Tensor, stored: Tensor, c: Tensor) -> Tensor:
 def _smallest_rank(bounds: Tensor, tolerance: float) -> int:
     within = torch.nonzero(bounds <= tolerance)
     return int(within[0]) if len(within) else int(bounds.argmin())
+
+
+def _smallest_with_energy(S: Tensor, norm: Tensor, energy: float) -> int:
+    shares = torch.cumsum(S.double() ** 2, dim=0) / norm**2
+    return min(len(S), 1 + int((shares < energy).sum()))
+
+
+def _smallest_by_bisection(bound_of: Callable[[int], float], most: int, tolerance: float) -> int:
+    """The smallest k in 1..most whose bound, which falls with k but for rounding, is within; `most` where none is."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if bound_of(middle) <= tolerance else (middle + 1, high)
+    return low
 
 
 def _certified_bound(d: Tensor, U: Tensor, S: Tensor, V: Tensor, stored: Tensor, norm: Tensor) -> float:

@@ -81,6 +81,21 @@ def test_same_inputs_and_seed_give_the_same_file(pair, tmp_path):
     assert files[0] == files[1]
 
 
+def test_rank_by_energy(pair):
+    direction = extract_direction(*pair, rank=None, energy=0.5, max_rank=3, dtype="float32")
+    assert direction.spec["rank"] == {"rule": "energy", "energy": 0.5, "max_rank": 3}
+    assert {module.rank for module in direction.modules.values()} <= {1, 2, 3}
+    for name, module in direction.modules.items():
+        assert direction.spec["modules"][name]["energy"] >= 0.5 or module.rank == 3
+    for options, message in (
+        ({"rank": 4, "energy": 0.5}, "energy and max_rank go with rank None"),
+        ({"rank": None, "energy": 1.5}, "energy is 1.5; expected a share"),
+        ({"rank": None, "max_rank": 0}, "max_rank is 0"),
+    ):
+        with pytest.raises(AsftError, match=message):
+            extract_direction(*pair, **options)
+
+
 def test_rank_by_tolerance(pair):
     direction = extract_direction(*pair, rank=None, tolerance=0.002, dtype="float32")
     assert all(entry["bound"] <= 0.002 for entry in direction.spec["modules"].values())

@@ -18,7 +18,7 @@ ORDER = [
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
-    "cli_evidence", "cli", "__main__",
+    "cli_evidence", "cli_directions", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_only_the_plugin_imports_axolotl(module):
 @pytest.mark.parametrize("module", ["penalty", "subspace", "moments"])
 def test_the_maths_knows_torch_alone(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module}.py")}
-    assert names <= {"torch", "math", "dataclasses"}
+    assert names <= {"torch", "math", "dataclasses", "collections"}
 
 
 def test_files_stay_readable():

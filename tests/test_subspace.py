@@ -77,6 +77,33 @@ def test_the_smallest_rank_within_a_tolerance():
     assert leading_subspace(d, found.rank - 1, dtype=torch.float32).bound > 0.05
 
 
+@pytest.mark.parametrize("tolerance", [0.5, 0.05, 0.01])
+def test_a_tolerance_is_kept_by_either_method(method, tolerance):
+    d = with_spectrum(SPECTRA["slow"](60), 96, 60)
+    found = leading_subspace(d, None, tolerance=tolerance, dtype=torch.float32, max_rank=14)
+    assert found.method == method
+    assert worst_error(d, found) <= found.bound * (1 + 1e-3) + 1e-6
+    if found.rank < 14:
+        assert found.bound <= tolerance
+        assert leading_subspace(d, found.rank - 1, dtype=torch.float32).bound > tolerance if found.rank > 1 else True
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])
+def test_the_fewest_directions_with_an_energy(method, energy):
+    values = SPECTRA["slow"](60)
+    shares = (values.double() ** 2).cumsum(0) / (values.double() ** 2).sum()
+    expected = min(14, 1 + int((shares < energy).sum()))
+    found = leading_subspace(with_spectrum(values, 96, 60), None, energy=energy, max_rank=14, dtype=torch.float32)
+    assert (found.method, found.rank) == (method, expected)
+    assert found.energy == pytest.approx(float(shares[expected - 1]), rel=1e-3)
+
+
+def test_one_rule_at_a_time():
+    for options in ({}, {"tolerance": 0.1, "energy": 0.5}):
+        with pytest.raises(ValueError, match="give either tolerance or energy"):
+            leading_subspace(torch.eye(3), None, **options)
+
+
 def test_a_zero_difference():
     found = leading_subspace(torch.zeros(8, 6), 4)
     assert (found.rank, float(found.norm), found.bound) == (0, 0.0, 0.0)
@@ -100,5 +127,5 @@ def test_deterministic_and_alone(method):
 
 
 def test_no_rank_and_no_tolerance():
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="give either tolerance or energy"):
         leading_subspace(torch.eye(3), None)

@@ -1,0 +1,231 @@
+"""`axolotl asft extract` and its like: making, showing and sharing directions. Heavy modules are imported inside."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from axolotl_asft.console import stages
+from axolotl_asft.errors import AsftError
+
+
+def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str | None:
+    if value == "full":
+        return value
+    if value == "auto":
+        return None
+    try:
+        rank = int(value)
+    except ValueError:
+        rank = 0
+    if rank < 1:
+        raise click.BadParameter(f"{value!r}; expected a positive number, 'full', or 'auto' with --tolerance")
+    return rank
+
+
+@click.command()
+@click.option("--base", required=True, metavar="DIR|ID", help="The base model: a folder in safetensors, or owner/name.")
+@click.option("--aligned", required=True, metavar="DIR|ID", help="The aligned (chat) model, likewise.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Direction file to write.")
+@click.option(
+    "--rank",
+    default="64",
+    show_default=True,
+    callback=_rank,
+    help="Directions a layer: a number, 'full', or 'auto' for the fewest within --tolerance, or with --energy.",
+)
+@click.option(
+    "--tolerance", default=0.01, show_default=True, help="With --rank auto: error of the paper penalty per ||dW||^2."
+)
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="With --rank auto: the fewest directions with this share of the difference, in place of --tolerance.",
+)
+@click.option(
+    "--max-rank", type=click.IntRange(min=1), metavar="K", help="With --rank auto: never more; large models want one."
+)
+@click.option(
+    "--modules",
+    multiple=True,
+    metavar="REGEX",
+    help="Only these modules; repeat for more.  [default: all linear layers]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the stored vectors.",
+)
+@click.option("--keep-v", is_flag=True, help="Store the right singular vectors too (a larger file).")
+@click.option(
+    "--metric",
+    "metric_names",
+    multiple=True,
+    type=click.Choice(["fisher", "activations"]),
+    help="Also store this metric, for asft.metric: what keeps the aligned model's refusals (fisher), or its outputs on "
+    "prompts that ask for harm (activations). Loads the aligned model; repeat for both.",
+)
+@click.option(
+    "--prompts",
+    default="harmful",
+    show_default=True,
+    metavar="SET",
+    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset.",
+)
+@click.option(
+    "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Directions a layer, at most."
+)
+@click.option(
+    "--metric-energy",
+    default=0.99,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The fewest directions with this share of the metric; 1 keeps --metric-rank.",
+)
+@click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4 bit for --metric, to save memory.")
+@click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
+@click.option("--device", default="cpu", show_default=True, help="Where the algebra runs: cpu or cuda.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def extract(
+    output: Path,
+    as_json: bool,
+    force: bool,
+    modules: tuple[str, ...],
+    metric_names: tuple[str, ...],
+    prompts: str,
+    metric_rank: int,
+    metric_energy: float,
+    load_in_4bit: bool,
+    **options: Any,
+) -> None:
+    """Make a direction file from a base model and its aligned model.
+
+    Reads one pair of weights at a time: memory holds the largest pair, not the models. A model on the Hub that is not
+    in its cache is read from there, tensor by tensor, and takes no disk; owner/name@revision pins it.
+
+    \b
+    Example:
+      axolotl asft extract --base meta-llama/Llama-3.1-8B --aligned meta-llama/Llama-3.1-8B-Instruct \\
+          --metric fisher -o llama3-8b.asft.safetensors
+    """
+    if output.suffix != ".safetensors":
+        raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
+    if output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    from axolotl_asft.extract import extract_direction
+    from axolotl_asft.summary import summary, summary_table
+
+    metrics = []
+    if metric_names:
+        from axolotl_asft.evaluation.safety_metrics import safety_metrics
+        from axolotl_asft.hub import model_folder
+
+        with stages(show=not as_json) as stage:
+            metrics = safety_metrics(
+                str(model_folder(options["aligned"])),
+                metric_names,
+                prompts,
+                metric_rank,
+                metric_energy,
+                load_in_4bit=load_in_4bit,
+                device=options["device"],
+                stage=stage,
+            )
+    show = sys.stderr.isatty() and not as_json
+    direction = extract_direction(modules=list(modules) or None, metrics=metrics, progress=show, **options)
+    sha256 = direction.save(output)
+    result = summary(direction, output, sha256)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(summary_table(result))
+        click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {output}")
+
+
+@click.command()
+@click.argument("file", metavar="FILE|OWNER/NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
+def inspect(file: str, as_json: bool, modules: bool) -> None:
+    """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
+
+    \b
+    Example:
+      axolotl asft inspect chat.asft.safetensors
+      axolotl asft inspect owner/name@revision
+    """
+    from axolotl_asft.direction import AlignmentDirection
+    from axolotl_asft.hub import direction_path
+    from axolotl_asft.summary import module_table, summary, summary_table
+
+    path = direction_path(file)
+    direction = AlignmentDirection.load(path)
+    result = summary(direction, path, direction.sha256)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(summary_table(result))
+    if modules:
+        click.echo("\n" + module_table(result))
+
+
+@click.command()
+@click.argument("first", metavar="FILE|OWNER/NAME")
+@click.argument("second", metavar="FILE|OWNER/NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
+def diff(first: str, second: str, as_json: bool, modules: bool) -> None:
+    """Compare two directions: principal angles between their spans, layer by layer.
+
+    Of two revisions of a model, of two ways to align it, or of a file that you were given and your own.
+
+    \b
+    Example:
+      axolotl asft diff mine.asft.safetensors owner/name
+    """
+    from axolotl_asft.compare import compare, comparison_text
+    from axolotl_asft.direction import AlignmentDirection
+
+    result = compare(AlignmentDirection.load(first), AlignmentDirection.load(second))
+    click.echo(json.dumps(result) if as_json else comparison_text(result, modules))
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option(
+    "--name", default="direction.safetensors", show_default=True, help="Of the file there; a repository holds several."
+)
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--license", metavar="ID", help="For the card: apache-2.0, llama3.1, ...  [default: other]")
+@click.option("--message", default="Add an alignment direction", show_default=True, help="Of the commit.")
+@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+def push(file: Path, repository: str, as_json: bool, **options: Any) -> None:
+    """Share a direction file on the Hugging Face Hub, with a card that says what it is and how to use it.
+
+    Log in first: `hf auth login`. The repository is made where there is none; a card of your own in it is left alone.
+
+    \b
+    Example:
+      axolotl asft push llama-3.1-8b.asft.safetensors me/llama-3.1-8b-asft --license llama3.1
+    """
+    from axolotl_asft.publish import push_direction
+
+    found = push_direction(file, repository, **options)
+    if as_json:
+        click.echo(json.dumps(vars(found)))
+        return
+    card = "" if found.card else " (the repository's own card was left as it is)"
+    click.echo(
+        f"{found.url}{card}\n\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {found.direction}\n"
+        f"    direction_sha256: {found.sha256}"
+    )
+
+
+DIRECTION_COMMANDS = (extract, inspect, diff, push)
