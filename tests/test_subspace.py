@@ -124,8 +124,3 @@ def test_deterministic_and_alone(method):
     assert torch.equal(first.S, second.S)
     largest = first.U.float().abs().argmax(dim=0)
     assert (first.U.float().gather(0, largest[None]) > 0).all(), "signs are fixed"
-
-
-def test_no_rank_and_no_tolerance():
-    with pytest.raises(ValueError, match="give either tolerance or energy"):
-        leading_subspace(torch.eye(3), None)
