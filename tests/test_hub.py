@@ -358,3 +358,22 @@ def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
     for line, message in zip(lines, messages.values(), strict=True):
         assert line.startswith("asft: ")
         assert message in line
+
+
+@pytest.mark.slow
+def test_a_metric_of_a_model_on_the_hub(hub, environment, models, tmp_path):
+    """It loads the aligned model, so that one is downloaded; the base is read in parts."""
+    commits = [on_the_hub(hub, folder, f"org/{folder.name}") for folder in models]
+    (tmp_path / "prompts.txt").write_text("the cat sees a red dog\nthe dog says no\n")
+    output = tmp_path / "tiny.asft.safetensors"
+    arguments = ["--base", "org/base", "--aligned", "org/aligned", "-o", str(output), "--metric", "activations"]
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH, "extract", *arguments, "--prompts", str(tmp_path / "prompts.txt")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spec = AlignmentDirection.load(output).spec
+    assert [spec[model]["revision"] for model in ("base", "aligned")] == commits
+    assert spec["metrics"]["activations"]["answers"] == 2
+    cached = {path.parent.parent.parent.name for path in (tmp_path / "hf").rglob("*.safetensors")}
+    assert cached == {"models--org--aligned"}
