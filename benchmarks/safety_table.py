@@ -118,6 +118,7 @@ micro-batches of {batch}.
 - perplexity: of all answers under the aligned model, median; repetitive: answers that go round in circles
 - drift: share of the update outside the 64 aligned directions
 - seconds: of training or projecting; wall time on a machine that did other things too
+- a method whose name ends in -long trains three epochs instead of one
 """
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
 from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.models import load_model
 from axolotl_asft.metrics import activation_metric, fisher_metric
 from axolotl_asft.moments import OVERSAMPLING, SecondMoment
 
@@ -200,6 +201,15 @@ def test_a_seed_gives_the_same_metric(model, fisher):
     other = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0, seed=1)
     assert torch.equal(again.outputs[UP], fisher.outputs[UP])
     assert not torch.allclose(other.outputs[UP] @ other.outputs[UP].T, fisher.outputs[UP] @ fisher.outputs[UP].T)
+
+
+def test_of_a_model_in_4_bit(pair, fisher):
+    """Weights in NF4 have no gradients, and need none."""
+    model = load_model(str(pair[1]), "float32", load_in_4bit=True, device="cpu")
+    found = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0)
+    X, expected = (metric.inputs[UP].double() for metric in (found, fisher))
+    assert relative(X @ X.T, expected @ expected.T) < 0.5, "rounding moves it, and no more"
+    assert float(found.outputs[UP].norm()) > 0
 
 
 @pytest.mark.parametrize("metric", [activation_metric, fisher_metric])
