@@ -205,6 +205,11 @@ class AlignmentPenalty:
         for name in covered:
             _check_shape(found[name], self.direction.modules[name])
         self.layers = [self._constrained(found[name]) for name in covered]
+        if not any(layer.X is None or (layer.X.shape[1] and layer.X.any()) for layer in self.layers):
+            raise AsftError(
+                f"the direction's metric {self.metric} is empty in every layer, so that it would hold nothing; make it "
+                f"again with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
+            )
         if self.verify_model:
             self._verify()
 

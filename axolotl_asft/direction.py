@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.files import atomic_write
 from axolotl_asft.hub import direction_path
 from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec
@@ -124,7 +124,7 @@ class AlignmentDirection:
                 extra = set(file.keys()) - {key for name in modules for key in _tensors(name, modules[name])}
         except (SafetensorError, OSError) as error:
             raise AsftError(
-                f"{path} is no readable safetensors file ({error}); expected a direction file; {REMAKE}"
+                f"{path} is no readable safetensors file ({one_line(error)}); expected a direction file; {REMAKE}"
             ) from error
         if extra:
             raise AsftError(f"{path} has a tensor {min(extra)} that its spec does not name; {REMAKE}")

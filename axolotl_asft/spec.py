@@ -53,8 +53,9 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         if not all(isinstance(model.get(key), str | None) for key in ("revision", "sha256", "read_as")):
             raise AsftError(f"{path}: its spec says of the {side} model what is no text; {REMAKE}")
     texts = all(isinstance(spec[key], str) for key in ("tool", "created"))
-    blocks = [spec["rank"], spec["svd"], metrics := spec.get("metrics", {})]
-    if not texts or not all(isinstance(block, dict) for block in [*blocks, *metrics.values()]):
+    metrics = spec.get("metrics", {})
+    blocks = [spec["rank"], spec["svd"], metrics, *(metrics.values() if isinstance(metrics, dict) else ())]
+    if not texts or not all(isinstance(block, dict) for block in blocks):
         raise AsftError(f"{path}: its spec has a value of another kind; {REMAKE}")
     if not _is_number(spec.get("relative_norm", 0.0)):
         raise AsftError(f"{path}: its spec has relative_norm {shown(spec['relative_norm'])}; {REMAKE}")

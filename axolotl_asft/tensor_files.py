@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.hub import HubFile, fetch_range
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,7 +57,9 @@ class LocalFile:
             with safe_open(str(self.path), framework="pt", device="cpu") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise AsftError(f"{self.path} is no readable safetensors file ({error}); download it again") from error
+            raise AsftError(
+                f"{self.path} is no readable safetensors file ({one_line(error)}); download it again"
+            ) from error
 
 
 @dataclass
@@ -115,5 +117,5 @@ def _checked_header(file: HubFile, text: bytes) -> dict[str, Any]:
             if not fits or first < 0 or min(entry["shape"], default=1) < 0:
                 raise ValueError("offsets that do not fit their shape")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise AsftError(f"{file} is no safetensors file ({error}); give another revision") from error
+        raise AsftError(f"{file} is no safetensors file ({one_line(error)}); give another revision") from error
     return header

@@ -53,6 +53,7 @@ def small(tmp_path_factory):
 
     entry = {"shape": [6, 4], "k": 2, "energy": 0.9, "bound": 0.1, "metrics": {"fisher": {"inputs": 2, "outputs": 3}}}
     spec = {
+        "relative_norm": 0.1, "metrics": {"fisher": {"answers": 3, "scale": 1.0}},
         "base": {"id": "b"}, "aligned": {"id": "a"}, "rank": {}, "svd": {}, "tool": "t", "created": "c",
         "modules": {"layers.0.a": entry, "layers.1.a": entry},
     }  # fmt: skip

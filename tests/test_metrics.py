@@ -297,6 +297,17 @@ def test_the_best_metric_that_the_file_holds(pair, direction, direction_file, ac
     assert AlignmentPenalty(lora_model(pair[1]), direction, metric="weights").rank is None
 
 
+def test_a_metric_that_holds_nothing(pair, direction):
+    """A run that asked for the constraint never trains without it."""
+    for change in (lambda X: X[:, :0], torch.zeros_like):
+        modules = {}
+        for name, module in direction.modules.items():
+            empty = replace(module.metrics["fisher"], inputs=change(module.metrics["fisher"].inputs))
+            modules[name] = replace(module, metrics={"fisher": empty})
+        with pytest.raises(AsftError, match="metric fisher is empty in every layer"):
+            AlignmentPenalty(lora_model(pair[1]), AlignmentDirection(modules, direction.spec))
+
+
 @pytest.mark.parametrize("metric", ["activations", "fisher"])
 def test_a_file_without_the_metric_is_refused(pair, direction_file, metric):
     with pytest.raises(AsftError, match=rf"metric is '{metric}', which the direction file does not hold"):
