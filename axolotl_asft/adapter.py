@@ -11,7 +11,6 @@ from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_m
 from axolotl_asft.errors import AsftError
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.penalty import (
-    METRICS,
     PROJECTORS,
     lora_penalty,
     lora_penalty_gradient,
@@ -21,6 +20,7 @@ from axolotl_asft.penalty import (
     squared_norm,
 )
 from axolotl_asft.sharding import add_to_gradient, overwrite, whole
+from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
@@ -185,7 +185,7 @@ class AlignmentPenalty:
         if self.metric is None:
             held = any("fisher" in module.metrics for module in self.direction.modules.values())
             self.metric = "fisher" if held else "weights"
-        _check_choice("metric", self.metric, METRICS)
+        _check_choice("metric", self.metric, ("weights", *METRICS))
         if self.rank is not None and self.rank < 0:
             raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for the default")
         if self.rank is None and self.metric != "weights":

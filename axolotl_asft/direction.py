@@ -48,7 +48,7 @@ class ModuleDirection:
         norm: () fp32, ||d||_F over all of d.
         in_features: number of columns of d.
         V: (in, k), right singular vectors, where the file keeps them.
-        metrics: name in `METRICS` -> its factors, where the file keeps them (see `axolotl_asft.metrics`).
+        metrics: name in `spec.METRICS` -> its factors, where the file keeps them (see `axolotl_asft.metrics`).
     """
 
     U: Tensor

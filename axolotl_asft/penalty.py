@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 PROJECTORS = ("paper", "normalized", "subspace")
-METRICS = ("weights", "activations", "fisher")
 
 
 def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor | float) -> Tensor:
