@@ -167,7 +167,7 @@ class Constraint:
         scaler = self.trainer.accelerator.scaler
         if scaler is None or not scaler.is_enabled():
             return self.lambda_reg
-        device = self.penalty.layers[0].found.A.device
+        device = self.penalty.layers[0].A.device
         return scaler.scale(torch.tensor(self.lambda_reg, device=device))
 
     def _refuse_spent_gradients(self) -> None:
@@ -175,7 +175,7 @@ class Constraint:
         if self._steps > 1:
             return
         for layer in self.penalty.layers:
-            for factor in (layer.found.A, layer.found.B):
+            for factor in (layer.A, layer.B):
                 if getattr(factor, "_post_accumulate_grad_hooks", None):
                     raise AsftError(steps_in_backward(self.trainer.args.optim))
 
@@ -235,7 +235,7 @@ def attach(
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
-    if max_drift is not None and (taken := [layer.name for layer in penalty.layers if layer.initial is not None]):
+    if max_drift is not None and (taken := [layer.name for layer in penalty.layers if layer.was_taken_out]):
         raise AsftError(
             f"max_drift cannot shorten the update of {taken[0]}: its initialisation took a part out of the weight; use "
             "lambda_reg, or plain LoRA initialisation"

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from axolotl_asft.adapter import LayerDrift
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
+from axolotl_asft.layer_groups import LayerDrift
 from axolotl_asft.penalty import orthogonal_part, projector_eigenvalues, relative_drift, squared_norm
 from axolotl_asft.saved import SavedAdapter
 

@@ -9,6 +9,7 @@ in none, so even near relatives are told apart.
 
 import base64
 import binascii
+import copy
 import hashlib
 
 import numpy as np
@@ -91,11 +92,16 @@ def mismatching_values(block: Tensor, loaded: Tensor) -> int:
 
 
 def _mismatches_4bit(module: str, block: Tensor, weight: Tensor, quant_state) -> int:
+    from bitsandbytes import functional
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     numel = quant_state.shape.numel()
     start = block_start(module, numel)
-    loaded = dequantize_4bit(weight.data, quant_state).reshape(-1)[start : start + BLOCK].float().cpu()
+    data = weight.data
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        # a model that has answered on a CPU with bf16 instructions keeps its weights in another order
+        data, quant_state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(quant_state))
+    loaded = dequantize_4bit(data, quant_state).reshape(-1)[start : start + BLOCK].float().cpu()
     if len(loaded) != len(block):
         return len(block)
     if quant_state.blocksize != BLOCK:

@@ -1,4 +1,7 @@
-"""The AsFT penalty of one LoRA layer, in factored form. Pure maths on tensors."""
+"""The AsFT penalty of LoRA layers, in factored form. Pure maths on tensors.
+
+Every function takes one layer's matrices, or those of several layers of one shape with leading dimensions.
+"""
 
 import math
 
@@ -39,21 +42,24 @@ def orthogonal_part(B: Tensor, U: Tensor, c: Tensor) -> Tensor:
     """(I - U diag(c) U^T) B, in O(out k r), without forming any out x out matrix.
 
     Args:
-        B: (out, r).
-        U: (out, k) with orthonormal columns.
-        c: (k,) eigenvalues of the projector.
+        B: (..., out, r).
+        U: (..., out, k) with orthonormal columns.
+        c: (..., k) eigenvalues of the projector.
     """
-    return B - U @ (c[:, None] * (U.T @ B))
+    return B - U @ (c[..., None] * (U.mT @ B)) if U.shape[-1] else B
 
 
 def squared_norm(B: Tensor, A: Tensor) -> Tensor:
     """||B A||_F^2 = <B^T B, A A^T>, in O((out + in) r^2).
 
     Args:
-        B: (out, r).
-        A: (r, in).
+        B: (..., out, r).
+        A: (..., r, in).
+
+    Returns:
+        (...)
     """
-    return ((B.T @ B) * (A @ A.T)).sum()
+    return _inner(B.mT @ B, A @ A.mT)
 
 
 def lora_penalty(
@@ -61,7 +67,7 @@ def lora_penalty(
     B: Tensor,
     U: Tensor,
     c: Tensor,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     X: Tensor | None = None,
     Y: Tensor | None = None,
 ) -> Tensor:
@@ -76,16 +82,16 @@ def lora_penalty(
     so that nothing cancels when the update lies almost wholly inside the subspace.
 
     Args:
-        A: (r, in), the LoRA down-projection.
-        B: (out, r), the LoRA up-projection.
-        U: (out, k), orthonormal columns; k = 0 makes the penalty plain L2, ||scaling B A||_F^2.
-        c: (k,), eigenvalues of the projector.
-        scaling: PEFT's factor in dW = scaling B A.
-        X: (in, m), the metric on the side of the inputs; adds O(in m r) to the cost. None: the identity.
-        Y: (out, n), the metric on the side of the outputs; adds O(out n r). None: the identity.
+        A: (..., r, in), the LoRA down-projection.
+        B: (..., out, r), the LoRA up-projection.
+        U: (..., out, k), orthonormal columns; k = 0 makes the penalty plain L2, ||scaling B A||_F^2.
+        c: (..., k), eigenvalues of the projector.
+        scaling: PEFT's factor in dW = scaling B A; a number, or (...) of them.
+        X: (..., in, m), the metric on the side of the inputs; adds O(in m r) to the cost. None: the identity.
+        Y: (..., out, n), the metric on the side of the outputs; adds O(out n r). None: the identity.
 
     Returns:
-        A scalar, differentiable once with respect to A and B.
+        (...), a scalar for one layer; differentiable once with respect to A and B.
     """
     return _LoraPenalty.apply(A, B, U, c, scaling, X, Y)
 
@@ -95,15 +101,15 @@ def lora_penalty_gradient(
     B: Tensor,
     U: Tensor,
     c: Tensor,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     X: Tensor | None = None,
     Y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value of `lora_penalty` and its gradients in closed form, without autograd.
 
         Z = Y^T (I - C) B,  A' = A X
-        dP/dA = 2 scaling^2 Z^T Z A' X^T            (r, in)
-        dP/dB = 2 scaling^2 (I - C) Y Z A' A'^T     (out, r)
+        dP/dA = 2 scaling^2 Z^T Z A' X^T            (..., r, in)
+        dP/dB = 2 scaling^2 (I - C) Y Z A' A'^T     (..., out, r)
 
     Cost and arguments as for `lora_penalty`; the results are in fp32, in fp64 where A is.
     """
@@ -113,22 +119,29 @@ def lora_penalty_gradient(
         x, y = (None if factor is None else factor.to(work) for factor in (X, Y))
         a = a if x is None else a @ x
         z = orthogonal_part(b, u, eigenvalues)
-        z = z if y is None else y.T @ z
-        gram_z, gram_a = z.T @ z, a @ a.T
+        z = z if y is None else y.mT @ z
+        # r x r; the factor goes on the small matrices
         factor = scaling**2
-        grad_a = (2 * factor) * (gram_z @ a)
-        grad_a = grad_a if x is None else grad_a @ x.T
+        gram_z, gram_a = z.mT @ z, a @ a.mT
+        value = factor * _inner(gram_z, gram_a)
+        twice = 2 * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
+        grad_a = (twice * gram_z) @ a
+        grad_a = grad_a if x is None else grad_a @ x.mT
         z = z if y is None else y @ z
         # C is symmetric: the gradient with respect to B is (I - C)^T = (I - C) applied once more
-        grad_b = (2 * factor) * (orthogonal_part(z, u, eigenvalues) @ gram_a)
-        return factor * (gram_z * gram_a).sum(), grad_a, grad_b
+        grad_b = orthogonal_part(z, u, eigenvalues) @ (twice * gram_a)
+        return value, grad_a, grad_b
+
+
+def _inner(P: Tensor, Q: Tensor) -> Tensor:
+    return (P * Q).sum(dim=(-2, -1))
 
 
 class _LoraPenalty(torch.autograd.Function):
     """Computes the gradients in the forward pass, so that only tensors of the size of A and B are kept."""
 
     @staticmethod
-    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float, X, Y) -> Tensor:
+    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float | Tensor, X, Y) -> Tensor:
         value, grad_a, grad_b = lora_penalty_gradient(A, B, U, c, scaling, X, Y)
         ctx.save_for_backward(grad_a, grad_b)
         ctx.dtypes = (A.dtype, B.dtype)
@@ -139,7 +152,8 @@ class _LoraPenalty(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grad_a, grad_b = ctx.saved_tensors
         dtype_a, dtype_b = ctx.dtypes
-        return (grad_output * grad_a).to(dtype_a), (grad_output * grad_b).to(dtype_b), *[None] * 5
+        weight = grad_output[..., None, None]
+        return (weight * grad_a).to(dtype_a), (weight * grad_b).to(dtype_b), *[None] * 5
 
 
 def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:

@@ -1,5 +1,7 @@
 """Parameters that are kept in pieces on several devices (FSDP2's DTensors), one at a time as a whole."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,20 +20,29 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_to_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """parameter.grad += gradient, in the parameter's dtype and in its pieces.
+def add_to_gradients(parameters: Sequence[Tensor], gradients: Tensor) -> None:
+    """parameter.grad += gradient for every one that trains, in the parameters' dtype and in their pieces.
 
     Args:
-        gradient: the whole gradient, the same on every rank. No communication.
+        parameters: n of one shape and dtype.
+        gradients: (n, ...), the whole gradients, the same on every rank. No communication.
     """
-    gradient = gradient.to(parameter.dtype)
-    if isinstance(parameter, DTensor):
-        pieces = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        gradient = pieces.to(parameter.device)
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.device).contiguous()
-    else:
-        parameter.grad.add_(gradient)
+    gradients = gradients.to(parameters[0].dtype)
+    pairs = [(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True)
+             if parameter.requires_grad]  # fmt: skip
+    plain = []
+    for parameter, gradient in pairs:
+        if isinstance(parameter, DTensor):
+            pieces = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            gradient = pieces.to(parameter.device)
+        if parameter.grad is None:
+            parameter.grad = gradient.to(parameter.device).clone(memory_format=torch.contiguous_format)
+        elif isinstance(parameter, DTensor):
+            parameter.grad.add_(gradient)
+        else:
+            plain.append((parameter.grad, gradient))
+    if plain:  # in one launch
+        torch._foreach_add_(*map(list, zip(*plain, strict=True)))
 
 
 @torch.no_grad()

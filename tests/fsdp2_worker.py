@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from axolotl_asft import AlignmentDirection, AlignmentPenalty, adapter
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, layer_groups
 
 
 def lora_model(folder, r):
@@ -65,12 +65,13 @@ def main(aligned, direction_file, r, lambda_reg):
     value = float(whole_penalty.add_gradient(lambda_reg))
 
     model = lora_model(aligned, r)
+    layer_groups.TEMPORARY_BYTES = 40_000  # a few of this model's layers at a time, as of a large model's
     penalty = AlignmentPenalty(model, direction)  # before sharding, as `attach` does
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     alive, most = [], 0
-    gather = adapter.whole
+    gather = layer_groups.whole
 
     def counted(tensor):
         nonlocal most
@@ -79,10 +80,11 @@ def main(aligned, direction_file, r, lambda_reg):
         most = max(most, len(alive))
         return full
 
-    adapter.whole = counted
+    layer_groups.whole = counted
     backward(model, [rank], 1)
     answer = {"value": value, "gathered value": float(penalty.add_gradient(lambda_reg)), "most whole factors": most}
-    adapter.whole = gather
+    answer["groups"] = [len(group.found) for group in penalty.groups]
+    layer_groups.whole = gather
     parameters = trained(model)
     answer["sharded"] = all(isinstance(weight, DTensor) for weight in parameters.values())
     answer["uneven"] = any(weight.shape[0] % world for weight in parameters.values())

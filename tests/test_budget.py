@@ -7,6 +7,7 @@ from test_attach import lora_weights, make_trainer, training_lines
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
 from axolotl_asft.errors import AsftError
+from axolotl_asft.penalty import projector_eigenvalues
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,14 @@ def relative(penalty):
 def test_shortened_to_the_budget_against_dense_matrices(pair, direction, projector):
     model = lora_model(pair[1])
     penalty = AlignmentPenalty(model, direction, projector=projector, rank=4)
-    before = {layer.name: layer.scaling * (layer.found.B @ layer.found.A).detach().double() for layer in penalty.layers}
+    before = {layer.name: layer.scaling * (layer.B @ layer.A).detach().double() for layer in penalty.layers}
     wanted = 0.5 * min(relative(penalty).values())
     penalty.shorten(wanted)
     for layer in penalty.layers:
-        U, c = layer.U.double(), layer.c.double()
+        module = direction.modules[layer.name]
+        U, c = module.U[:, :4].double(), projector_eigenvalues(projector, module.S, module.norm)[:4].double()
         off = torch.eye(len(U), dtype=torch.float64) - U @ torch.diag(c) @ U.T
-        after = layer.scaling * (layer.found.B @ layer.found.A).detach().double()
+        after = layer.scaling * (layer.B @ layer.A).detach().double()
         size = float(direction.modules[layer.name].norm)
         assert float(torch.linalg.matrix_norm(off @ after)) == pytest.approx(wanted * size, rel=1e-2)  # U is bf16
         factor = float(torch.linalg.matrix_norm(off @ after) / torch.linalg.matrix_norm(off @ before[layer.name]))
@@ -40,9 +42,9 @@ def test_shortened_to_the_budget_against_dense_matrices(pair, direction, project
 def test_what_is_within_the_budget_is_left_alone(pair, direction):
     model = lora_model(pair[1])
     penalty = AlignmentPenalty(model, direction)
-    before = [layer.found.B.detach().clone() for layer in penalty.layers]
+    before = [layer.B.detach().clone() for layer in penalty.layers]
     assert float(penalty.shorten(1.01 * max(relative(penalty).values()))) == 1
-    assert all(torch.equal(layer.found.B, kept) for layer, kept in zip(penalty.layers, before, strict=True))
+    assert all(torch.equal(layer.B, kept) for layer, kept in zip(penalty.layers, before, strict=True))
     penalty.shorten(0.3)
     once = relative(penalty)
     penalty.shorten(0.3)
@@ -51,9 +53,11 @@ def test_what_is_within_the_budget_is_left_alone(pair, direction):
 
 def test_a_layer_that_alignment_left_alone_stays(pair, direction):
     penalty = AlignmentPenalty(lora_model(pair[1]), direction)
-    penalty.layers[0].size = 0.0
+    penalty.groups[0].sizes[0] = 0.0
     penalty.shorten(1.0)
-    assert not penalty.layers[0].found.B.any()
+    first, second, *_ = penalty.groups[0].found
+    assert not first.B.any()
+    assert second.B.any()
 
 
 @pytest.mark.parametrize(("lambda_reg", "projector"), [(0.0, "paper"), (5.0, "subspace")])
@@ -115,7 +119,8 @@ def test_the_number_means_the_same_for_a_model_of_another_scale(pair, rows, tmp_
     small = extract_direction(*pair, rank=8)
     layers = AlignmentPenalty(lora_model(pair[1]), small)
     shares = relative(layers)
+    for group in layers.groups:
+        group.sizes *= 10
     for layer in layers.layers:
-        layer.size *= 10
-        layer.found.B.data *= 10
+        layer.B.data *= 10
     assert relative(layers) == pytest.approx(shares, rel=1e-5)

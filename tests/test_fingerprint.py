@@ -55,6 +55,20 @@ def test_4bit(nested, kind, dtype):
     assert share(weight(seed=5), loaded) > 0.5
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_4bit_in_the_order_of_a_cpu_that_has_answered(nested):
+    """On a CPU with bf16 instructions bitsandbytes reorders the weights at the first forward pass in eval mode."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    loaded = in_4bit(weight(), nested)
+    loaded.data, loaded.quant_state = _convert_weight_packed_for_cpu(loaded.data, loaded.quant_state)
+    kept = loaded.data.clone()
+    assert share(weight(), loaded) == 0
+    assert share(relative_of(weight()), loaded) > 2 * MAX_MISMATCH
+    assert loaded.quant_state.packing_format_for_cpu, "looking changes nothing"
+    assert torch.equal(loaded.data, kept)
+
+
 def test_8bit():
     """Rounding to 8 bit hides a near relative; a stranger is seen."""
     assert share(weight(), in_8bit(weight())) == 0

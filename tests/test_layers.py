@@ -12,7 +12,7 @@ ORDER = [
     "errors", "files", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
     "metrics", "extract", "verify",
-    "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
+    "lora", "sharding", "layer_groups", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",

@@ -155,11 +155,11 @@ def assert_loftq_is_constrained(model, direction):
         AlignmentPenalty(model, direction)
     penalty = AlignmentPenalty(model, direction, projector="subspace", rank=0, verify_model=False)
     assert float(penalty()) == 0
-    before = {layer.name: layer.found.layer.get_delta_weight("default").detach() for layer in penalty.layers}
+    before = {layer.name: layer.layer.get_delta_weight("default").detach() for layer in penalty.layers}
     assert all(float(delta.norm()) > 0 for delta in before.values())
     shake(model)
     expected = sum(
-        float((layer.found.layer.get_delta_weight("default") - before[layer.name]).detach().square().sum())
+        float((layer.layer.get_delta_weight("default") - before[layer.name]).detach().square().sum())
         for layer in penalty.layers
     )
     assert float(penalty()) == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,74 @@
+"""An axolotl plugin that turns the constraint on and off, step by step, and times both: side by side in one run.
+
+Listed after asft: `plugins: [asft, benchmarks.alternating_plugin.AlternatingPlugin]`. Writes `steps.json` beside the adapter.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from transformers import TrainerCallback
+
+
+class AlternatingPlugin(BasePlugin):
+    """Even steps are constrained, odd ones are not; both are of one trainer, model and data."""
+
+    def post_trainer_create(self, cfg, trainer):
+        constraint = trainer.log.__self__
+        lambda_reg, penalty = constraint.lambda_reg, constraint.penalty
+        add_gradient, measure = penalty.add_gradient, penalty.measure
+        spent = {"penalty": 0.0, "log line": 0.0}
+        record = []
+
+        def timed(name, function):
+            def call(*args, **kwargs):
+                started = clock()
+                result = function(*args, **kwargs)
+                spent[name] = clock() - started
+                return result
+
+            return call
+
+        def no_waiting(*args, **kwargs):
+            """On a GPU: an error where the penalty waits for the device."""
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return add_gradient(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        penalty.add_gradient = timed("penalty", no_waiting if torch.cuda.is_available() else add_gradient)
+        penalty.measure = timed("log line", measure)
+
+        class Alternate(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                constraint.lambda_reg = lambda_reg if state.global_step % 2 == 0 else 0.0
+                spent.update({"penalty": 0.0, "log line": 0.0})
+                reset_peak()
+                self.started = clock()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                seconds = clock() - self.started
+                line = {"constrained": constraint.lambda_reg > 0, "seconds": seconds, **spent, "peak": peak()}
+                record.append(line)
+                Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+                (Path(cfg.output_dir) / "steps.json").write_text(json.dumps(record))
+
+        trainer.add_callback(Alternate())
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
