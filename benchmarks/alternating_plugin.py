@@ -1,6 +1,7 @@
 """An axolotl plugin that turns the constraint on and off, step by step, and times both: side by side in one run.
 
-Listed after asft: `plugins: [asft, benchmarks.alternating_plugin.AlternatingPlugin]`. Writes `steps.json` beside the adapter.
+Listed after asft: `plugins: [asft, benchmarks.alternating_plugin.AlternatingPlugin]`. Writes `steps.json` to the
+output folder.
 """
 
 import json

@@ -182,6 +182,33 @@ def test_nothing_large_is_formed():
     assert largest.elements >= 512 * 512, "the measure itself"
 
 
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("scalings", [0.7, [0.5, 2.0, 1.0]])
+def test_several_layers_at_once_are_each_alone(metric, scalings):
+    layers = [random_layer(33, 17, 4, 5, seed) for seed in range(3)]
+    A, B, U = (torch.stack([layer[i] for layer in layers]) for i in range(3))
+    c = torch.stack([projector_eigenvalues("normalized", layer[3], layer[4]) for layer in layers])
+    generator = torch.Generator().manual_seed(9)
+    factors = [torch.randn(3, rows, 6, generator=generator, dtype=A.dtype) if metric else None for rows in (17, 33)]
+    scaling = torch.tensor(scalings, dtype=A.dtype) if isinstance(scalings, list) else scalings
+    X, Y = factors
+    A.requires_grad_()
+    B.requires_grad_()
+    values = lora_penalty(A, B, U, c, scaling, X, Y)
+    assert values.shape == (3,)
+    weights = torch.tensor([1.0, -2.0, 3.0], dtype=A.dtype)
+    (weights * values).sum().backward()
+    for i in range(3):
+        alone = [
+            A[i].detach(), B[i].detach(), U[i], c[i], scalings[i] if isinstance(scalings, list) else scalings,
+            *(None if factor is None else factor[i] for factor in factors),
+        ]  # fmt: skip
+        value, grad_A, grad_B = value_and_gradients(dense_penalty, *alone)
+        torch.testing.assert_close(values[i], value, rtol=1e-11, atol=0)
+        torch.testing.assert_close(A.grad[i], weights[i] * grad_A, rtol=1e-10, atol=1e-9)
+        torch.testing.assert_close(B.grad[i], weights[i] * grad_B, rtol=1e-10, atol=1e-9)
+
+
 def test_eigenvalues():
     S, norm = torch.tensor([2.0, 1.0]), torch.tensor(4.0)
     assert projector_eigenvalues("paper", S, norm).tolist() == [1.0, 0.25]
