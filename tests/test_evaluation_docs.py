@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import textwrap
 from pathlib import Path
 
@@ -10,27 +9,11 @@ import pytest
 import yaml
 from tiny import axolotl
 
-from axolotl_asft.cli import asft
 from axolotl_asft.evaluation.judges import WAYS
 from axolotl_asft.evaluation.prompts import load_prompts
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT + (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"axolotl asft (eval|proj|land)", line)]
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_line_is_understood(line):
-    """Parsed as the command line would be, without running it."""
-    _, _, name, *arguments = shlex.split(line, comments=True)
-    command = asft.commands[name]
-    with command.make_context(name, arguments, resilient_parsing=False):
-        pass
-
-
-def test_there_are_command_lines_of_each_command():
-    assert {shlex.split(line)[2] for line in COMMANDS} == {"eval", "project", "landscape"}
 
 
 @pytest.mark.parametrize("name", ["harmful", "borderline"])
