@@ -1,12 +1,7 @@
 """An axolotl config as axolotl reads it, and the LoRA model that it asks for, without any weights."""
 
-import contextlib
 import difflib
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,19 +23,6 @@ from axolotl_asft.lora import takes_out
 CAPABLE = {"bf16": True, "fp8": True, "tf32": True, "compute_capability": "sm_90"}
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """What the libraries would tell a training run tells the reader of a check nothing."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 def validated_config(content: dict[str, Any], remote_code: bool = False) -> DictDefault:
     """The config as `axolotl train` has it: plugins registered, validated, normalised. Reads the model's config.json.
 
@@ -60,7 +42,9 @@ def validated_config(content: dict[str, Any], remote_code: bool = False) -> Dict
     except AsftError:
         raise
     except Exception as error:
-        raise AsftError(f"plugins: {list(cfg['plugins'])} cannot be loaded ({one_line(error)}); mend the list") from error
+        raise AsftError(
+            f"plugins: {list(cfg['plugins'])} cannot be loaded ({one_line(error)}); mend the list"
+        ) from error
     capabilities = {**CAPABLE, "n_gpu": int(os.environ.get("WORLD_SIZE", "1"))}
     versions = {"torch_version": torch.__version__.partition("+")[0]}
     try:
