@@ -57,7 +57,7 @@ def _freedom(projector: str, k: int) -> str:
 
 def on_settings(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
     """Settings that let the run start and may not do what was meant, a line each."""
-    found = [*_on_strength(block, penalty, cfg), *_on_coverage(block, penalty)]
+    found = _on_strength(block, penalty, cfg)
     direction = penalty.direction
     held = [name for name in direction.spec.get("metrics", {}) if name != penalty.metric]
     if held and penalty.metric == "weights":
@@ -106,15 +106,21 @@ def _on_strength(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[s
     return found
 
 
-def _on_coverage(block: AsftArgs, penalty: AlignmentPenalty) -> list[str]:
+def on_coverage(block: AsftArgs, left_out: int, uncovered: int) -> list[str]:
+    """What trains without the constraint because the block lets it.
+
+    Args:
+        left_out: LoRA layers that `modules` leaves out.
+        uncovered: trainable weights without a direction, or without LoRA.
+    """
     found = []
-    if block.on_uncovered != "error":
+    if uncovered and block.on_uncovered != "error":
         found.append(
-            f"on_uncovered is {block.on_uncovered}: training can leave the alignment direction in every weight that "
-            "is listed as not constrained"
+            f"on_uncovered is {block.on_uncovered}: {uncovered} trainable weights are not constrained; training can "
+            "leave the alignment direction there"
         )
-    if block.modules:
-        found.append("asft.modules is set: the LoRA layers that it leaves out train without the constraint")
+    if left_out:
+        found.append(f"asft.modules leaves {left_out} LoRA layers out, which train without the constraint")
     if not block.verify_model:
         found.append("verify_model is false: a direction of another model of the same shapes would be taken")
     return found

@@ -64,11 +64,8 @@ def _cost_lines(check: Check) -> list[tuple[str, str]]:
     return [
         ("memory", f"{size_text(sum(cost.memory.values()))} on the device ({held}),"),
         ("", f"and about {size_text(cost.temporary)} for a moment, one layer at a time"),
-        (
-            "step",
-            f"about {cost.share:.2%} of its operations, {cost.penalty_flops:.2g} beside the task's {cost.task_flops:.2g}; an",
-        ),
-        ("", "estimate from sizes: the share of its time is larger, since this part runs in fp32"),
+        ("step", f"about {cost.share:.2%} of its operations ({cost.penalty_flops:.2g}), estimated from sizes;"),
+        ("", "of its time more, since the constraint computes in fp32"),
     ]
 
 

@@ -15,11 +15,13 @@ from axolotl_asft.cost import Cost, estimate
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
-from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path
+from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, takes_out, trainable_lora_layers
-from axolotl_asft.run_config import lora_model, missed_targets, validated_config
+from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, validated_config
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
+
+LEFT_OUT = "asft.modules leaves it out"
 
 
 @dataclass
@@ -103,7 +105,7 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
         "lora_r": sorted({layer.A.shape[0] for layer in layers}),
         "initialisation": initialisation,
     }
-    check.warnings += missed_targets(cfg, model)
+    check.warnings += [*missed_plugins(cfg), *missed_targets(cfg, model)]
     if direction is None:
         return
     _refuse_initialisation(check, block, layers, initialisation, Path(cfg.base_model).expanduser().is_dir())
@@ -135,14 +137,14 @@ def _try(check: Check, step: Any) -> Any:
 
 
 def _direction(check: Check, block: AsftArgs) -> AlignmentDirection:
-    file = direction_path(block.direction)
+    wanted, file = hub_file(block.direction), direction_path(block.direction)
     direction = AlignmentDirection.load(file, block.direction_sha256)
     spec = direction.spec
     check.direction = {
         "direction": block.direction,
         "bytes": file.stat().st_size,
         "sha256": direction.sha256,
-        "pinned": block.direction_sha256 is not None,
+        "pinned": block.direction_sha256 is not None or (wanted is not None and is_commit(wanted.revision)),
         "modules": len(direction.modules),
         "metrics": ["weights", *spec.get("metrics", {})],
         "tool": spec["tool"],
@@ -216,8 +218,10 @@ def _match(
         if layer.name not in direction.modules:
             check.unconstrained[layer.name] = "the direction file has no such layer"
         elif layer.name not in check.constrained:
-            check.unconstrained[layer.name] = "asft.modules leaves it out"
+            check.unconstrained[layer.name] = LEFT_OUT
     for name in other_trainable_parameters(model, layers):
         check.unconstrained[name] = "trained whole, not by LoRA"
+    left_out = list(check.unconstrained.values()).count(LEFT_OUT)
+    check.warnings += advice.on_coverage(block, left_out, len(check.unconstrained) - left_out)
     check.unused = len(set(direction.modules) - {layer.name for layer in layers})
     return penalty

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -76,24 +76,31 @@ def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
     model = _model(cfg)
     try:
         if cfg.lora_model_dir:
-            lora = PeftConfig.from_pretrained(cfg.lora_model_dir)
+            lora: Any = PeftConfig.from_pretrained(cfg.lora_model_dir)
             lora.inference_mode = False
         else:
             _, lora = load_adapter(model, cfg, cfg.adapter, config_only=True)
-        assert lora is not None
         initialisation = lora.init_lora_weights
         lora.init_lora_weights, lora.loftq_config = True, {}
-        adapted = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        adapted = cast(PeftModel, get_peft_model(model, lora, low_cpu_mem_usage=True))
     except (ValueError, TypeError, OSError, KeyError) as error:
         raise AsftError(
             f"PEFT refuses the LoRA settings ({one_line(error)}); the model's linear layers are called "
             f"{', '.join(linear_names(model))}"
         ) from error
     if not takes_out(initialisation):
-        adapted.peft_config["default"].init_lora_weights = initialisation  # type: ignore[union-attr]
+        lora.init_lora_weights = initialisation  # the model keeps this object
     if cfg.freeze_mm_modules:
         freeze_mm_modules(adapted)
     return adapted, initialisation
+
+
+def missed_plugins(cfg: DictDefault) -> list[str]:
+    """A line for each plugin of the config that axolotl could not import, and goes on without."""
+    loaded = PluginManager.get_instance().plugins
+    return [
+        f"plugins: {name} cannot be imported: the run goes on without it" for name in cfg.plugins if name not in loaded
+    ]
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -118,7 +125,7 @@ def missed_targets(cfg: DictDefault, model: nn.Module) -> list[str]:
     return lines
 
 
-def _model(cfg: DictDefault) -> nn.Module:
+def _model(cfg: DictDefault) -> Any:
     """As axolotl's loader picks its class, in no memory."""
     config = load_model_config(cfg)
     kind = cfg.type_of_model
