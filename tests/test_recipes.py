@@ -1,7 +1,10 @@
 """`axolotl asft recipes` and `axolotl asft schema`."""
 
 import json
+import re
+from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -143,3 +146,23 @@ def test_the_schema_judges_configs():
 def test_the_schema_as_a_file(run, tmp_path):
     assert run("schema", "-o", "asft.schema.json").exit_code == 0
     assert json.loads((tmp_path / "asft.schema.json").read_text()) == json.loads(run("schema").stdout)
+
+
+def test_the_documented_commands_exist():
+    """docs/recipes.md: every command of ours in it, with every option."""
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    commands = re.findall(r"axolotl asft ([^\n`]+)", text)
+    assert len(commands) > 10
+    for line in commands:
+        command, words = asft, line.split()
+        while words and isinstance(command, click.Group) and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        assert not isinstance(command, click.Group), line
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options, line
+
+
+def test_the_documented_block_is_valid():
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    block = yaml.safe_load(re.search(r"```yaml\n(asft:.*?)```", text, flags=re.DOTALL)[1])["asft"]
+    assert parse_block({**block, "direction_sha256": HASH}).direction == "owner/name@revision"
