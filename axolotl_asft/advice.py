@@ -126,15 +126,20 @@ def on_coverage(block: AsftArgs, left_out: int, uncovered: int) -> list[str]:
     return found
 
 
-def on_origin(block: AsftArgs, direction: AlignmentDirection, base_model: str, revision: str | None) -> list[str]:
-    """Where the direction comes from, held against the model that is trained."""
-    found = []
+def on_pin(block: AsftArgs, direction: AlignmentDirection) -> list[str]:
+    """A direction on the Hub that can change under its name."""
     wanted = hub_file(block.direction)
-    if wanted is not None and block.direction_sha256 is None and not is_commit(wanted.revision):
-        found.append(
-            f"direction is read at {wanted.revision or 'main'} of {wanted.repo}, which can change; pin it: "
-            f"direction_sha256: {direction.sha256}"
-        )
+    if wanted is None or block.direction_sha256 is not None or is_commit(wanted.revision):
+        return []
+    return [
+        f"direction is read at {wanted.revision or 'main'} of {wanted.repo}, which can change; pin it: "
+        f"direction_sha256: {direction.sha256}"
+    ]
+
+
+def on_origin(direction: AlignmentDirection, base_model: str, revision: str | None) -> list[str]:
+    """Which model the direction is for, by name and revision, held against the one that is trained."""
+    found = []
     aligned, base = direction.spec["aligned"], direction.spec["base"]
     if not _same_name(aligned["id"], base_model):
         whose = "its base model" if _same_name(base["id"], base_model) else "another model"

@@ -63,7 +63,7 @@ class Check:
         return {"fine": self.fine, **{key: value for key, value in vars(self).items() if key != "cost"}, "cost": cost}
 
 
-def check_config(path: Path, remote_code: bool = False) -> Check:
+def check_config(path: str | Path, remote_code: bool = False) -> Check:
     """Look at a config as `axolotl train` would, without its weights, its data or a GPU.
 
     Args:
@@ -72,7 +72,7 @@ def check_config(path: Path, remote_code: bool = False) -> Check:
     """
     check = Check(str(path))
     try:
-        _look(check, path, remote_code)
+        _look(check, Path(path), remote_code)
     except AsftError as error:
         check.errors.append(str(error))
     return check
@@ -124,7 +124,9 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
     )
     check.settings = advice.in_plain_words(block, penalty, cfg)
     check.warnings += advice.on_settings(block, penalty, cfg)
-    check.warnings += advice.on_origin(block, direction, check.model["base_model"], check.model["revision"])
+    check.warnings += advice.on_pin(block, direction)
+    if check.direction["weights"] != "agree":
+        check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
 
 
 def _try(check: Check, step: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from tiny import axolotl, make_dataset, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
+from axolotl_asft.advice import on_origin, on_pin
+from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.cost import estimate
 from axolotl_asft.metrics import LayerMetric
@@ -214,20 +217,23 @@ def test_a_metric_that_is_held(checked, fisher_file):
 
 def test_a_direction_of_another_name_and_revision():
     """The names and revisions that the file keeps, against those of the run."""
-    from axolotl_asft.advice import on_origin
-    from axolotl_asft.args import parse_block
-
-    block = parse_block({"direction": "./d.safetensors"})
     spec = {"base": {"id": "me/Chat-Base"}, "aligned": {"id": "me/Chat", "revision": "a" * 40}}
     direction = AlignmentDirection(modules={}, spec=spec, sha256="0" * 64)
-    assert on_origin(block, direction, "me/Chat", "a" * 40) == []
-    assert on_origin(block, direction, "./models/chat/", None) == []
-    assert "revision aaaaaaaaaaaa" in on_origin(block, direction, "me/Chat", "b" * 40)[0]
-    assert "another model" in on_origin(block, direction, "you/Other", None)[0]
-    hub = parse_block({"direction": "me/chat-asft@v1"})
-    assert "read at v1 of me/chat-asft, which can change" in on_origin(hub, direction, "me/Chat", None)[0]
-    for pinned in ({"direction": f"me/chat-asft@{'c' * 40}"}, {"direction": "me/a", "direction_sha256": "0" * 64}):
-        assert on_origin(parse_block(pinned), direction, "me/Chat", None) == []
+    assert on_origin(direction, "me/Chat", "a" * 40) == []
+    assert on_origin(direction, "./models/chat/", None) == []
+    assert "revision aaaaaaaaaaaa" in on_origin(direction, "me/Chat", "b" * 40)[0]
+    assert "reads like another model" in on_origin(direction, "you/Other", None)[0]
+    assert "reads like its base model" in on_origin(direction, "me/chat-base", None)[0]
+    hub = {"direction": "me/chat-asft@v1"}
+    assert "read at v1 of me/chat-asft, which can change" in on_pin(parse_block(hub), direction)[0]
+    for pinned in ({"direction": f"me/chat-asft@{'c' * 40}"}, {**hub, "direction_sha256": "0" * 64}):
+        assert on_pin(parse_block(pinned), direction) == []
+    assert on_pin(parse_block({"direction": "./d.safetensors"}), direction) == []
+
+
+def test_weights_that_agree_outweigh_a_name(checked, pair, tmp_path):
+    shutil.copytree(pair[1], tmp_path / "renamed")
+    assert checked(base_model=tmp_path / "renamed")[1]["warnings"] == []
 
 
 @pytest.mark.parametrize("metric", [False, True])
