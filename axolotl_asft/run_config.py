@@ -1,7 +1,9 @@
 """An axolotl config as axolotl reads it, and the LoRA model that it asks for, without any weights."""
 
+import contextlib
 import difflib
 import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -36,31 +38,25 @@ def validated_config(content: dict[str, Any], remote_code: bool = False) -> Dict
     cfg = DictDefault(content)
     if not cfg.get("base_model"):
         raise AsftError("the config has no base_model; set it to the aligned model of the direction")
+    plugins = cfg.get("plugins") or []
+    if not isinstance(plugins, list):
+        raise AsftError(f"plugins: is {plugins!r}; expected a list, with asft in it")
     PluginManager.get_instance().plugins.clear()  # it outlives a config
-    try:
+    with _in_one_line(f"plugins: {plugins} cannot be loaded, or refuse the config"):
         prepare_plugins(cfg)
-    except AsftError:
-        raise
-    except Exception as error:
-        raise AsftError(
-            f"plugins: {list(cfg['plugins'])} cannot be loaded ({one_line(error)}); mend the list"
-        ) from error
     capabilities = {**CAPABLE, "n_gpu": int(os.environ.get("WORLD_SIZE", "1"))}
     versions = {"torch_version": torch.__version__.partition("+")[0]}
-    try:
+    with _in_one_line("axolotl refuses the config"):
         cfg = validate_config(cfg, capabilities=capabilities, env_capabilities=versions)
-    except AsftError:
-        raise
-    except ValidationError as error:
-        raise AsftError(_first_mistake(error)) from error
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise AsftError(f"axolotl refuses the config: {one_line(error)}") from error
     cfg.tf32 = False  # it would be set for the whole process
     cfg.trust_remote_code = bool(cfg.trust_remote_code) and remote_code
-    try:
-        normalize_config(cfg)
-    except (OSError, ValueError, ImportError) as error:
-        raise AsftError(f"base_model {cfg.base_model}: its config.json cannot be read ({one_line(error)})") from error
+    with _in_one_line("axolotl refuses the config"):
+        try:
+            normalize_config(cfg)
+        except OSError as error:
+            raise AsftError(
+                f"base_model {cfg.base_model}: its config.json cannot be read ({one_line(error)})"
+            ) from error
     return cfg
 
 
@@ -74,7 +70,8 @@ def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
         AsftError: the model cannot be built from its config.json, or PEFT refuses the LoRA settings.
     """
     model = _model(cfg)
-    try:
+    names = f"; the model's linear layers are called {', '.join(linear_names(model))}"
+    with _in_one_line("PEFT refuses the LoRA settings", names):
         if cfg.lora_model_dir:
             lora: Any = PeftConfig.from_pretrained(cfg.lora_model_dir)
             lora.inference_mode = False
@@ -83,11 +80,6 @@ def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
         initialisation = lora.init_lora_weights
         lora.init_lora_weights, lora.loftq_config = True, {}
         adapted = cast(PeftModel, get_peft_model(model, lora, low_cpu_mem_usage=True))
-    except (ValueError, TypeError, OSError, KeyError) as error:
-        raise AsftError(
-            f"PEFT refuses the LoRA settings ({one_line(error)}); the model's linear layers are called "
-            f"{', '.join(linear_names(model))}"
-        ) from error
     if not takes_out(initialisation):
         lora.init_lora_weights = initialisation  # the model keeps this object
     if cfg.freeze_mm_modules:
@@ -136,16 +128,24 @@ def _model(cfg: DictDefault) -> Any:
     else:
         multimodal = transformers.AutoModelForImageTextToText
         model_class = multimodal if cfg.is_multimodal else transformers.AutoModelForCausalLM
+    hint = "" if cfg.trust_remote_code else "; where it needs code of its repository, give --trust-remote-code"
+    with _in_one_line(f"base_model {cfg.base_model} cannot be built from its config.json", hint), torch.device("meta"):
+        if hasattr(model_class, "from_config"):
+            return model_class.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        return model_class(config)
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str, hint: str = "") -> Iterator[None]:
+    """Whatever the libraries make of a config that they cannot work with, as one line."""
     try:
-        with torch.device("meta"):
-            if hasattr(model_class, "from_config"):
-                return model_class.from_config(config, trust_remote_code=cfg.trust_remote_code)
-            return model_class(config)
-    except Exception as error:  # whatever a model's class does as it is made
-        hint = "" if cfg.trust_remote_code else "; where it needs code of its repository, give --trust-remote-code"
-        raise AsftError(
-            f"base_model {cfg.base_model} cannot be built from its config.json ({one_line(error)}){hint}"
-        ) from error
+        yield
+    except AsftError:
+        raise
+    except ValidationError as error:
+        raise AsftError(_first_mistake(error)) from error
+    except Exception as error:
+        raise AsftError(f"{what} ({one_line(error)}){hint}") from error
 
 
 def _first_mistake(error: ValidationError) -> str:
