@@ -43,7 +43,8 @@ def _direction_lines(check: Check) -> list[tuple[str, str]]:
     pinned = "pinned" if found["pinned"] else "not pinned (direction_sha256)"
     weights = {
         "agree": "agree with the base model's files",
-        "not compared": "not compared here: the run compares them as it loads the model",
+        "not here": "not on this machine: the run compares them as it loads the model",
+        "not asked": "not compared, here or in the run: verify_model is false",
     }
     return [
         ("direction", f"{found['direction']}, {size_text(found['bytes'])}, {found['modules']} layers"),

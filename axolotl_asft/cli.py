@@ -24,7 +24,8 @@ def asft() -> None:
          plugins: [asft]
          asft:
            direction: ./chat.asft.safetensors
-    3. axolotl train config.yml
+    3. axolotl asft check config.yml
+    4. axolotl train config.yml
     """
 
 

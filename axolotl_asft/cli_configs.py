@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from axolotl_asft.console import OneLineErrors, quietly
+from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text
 
 
@@ -112,7 +113,8 @@ def copy(name: str, output: Path | None, direction: str | None, sha256: str | No
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: print it]")
-def schema(output: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+def schema(output: Path | None, force: bool) -> None:
     """Print the JSON schema of the asft: block, for completion and checks in an editor.
 
     VS Code with the YAML extension (yaml-language-server) reads it from a first line in the config:
@@ -129,6 +131,8 @@ def schema(output: Path | None) -> None:
     Example:
       axolotl asft schema -o asft.schema.json
     """
+    if output is not None and output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
     from axolotl_asft.schema import config_schema
 
     text = json.dumps(config_schema(), indent=2) + "\n"

@@ -151,7 +151,7 @@ def _direction(check: Check, block: AsftArgs) -> AlignmentDirection:
         "metrics": ["weights", *spec.get("metrics", {})],
         "tool": spec["tool"],
         "created": spec["created"],
-        "weights": "not compared",
+        "weights": "not here" if block.verify_model else "not asked",
         **{
             side: {key: spec[side].get(key) for key in ("id", "revision", "sha256", "read_as")}
             for side in ("base", "aligned")

@@ -18,6 +18,8 @@ from axolotl_asft.cost import estimate
 from axolotl_asft.metrics import LayerMetric
 from axolotl_asft.penalty import lora_penalty_gradient
 
+FLAG = "--trust-remote-code"
+
 
 @pytest.fixture(autouse=True)
 def no_plugins_left():
@@ -221,6 +223,15 @@ def test_a_metric_that_is_held(checked, fisher_file):
     assert warned(found, "holds the metric fisher, which is not used")
 
 
+def test_weights_that_are_not_compared(checked, pair, tmp_path):
+    assert checked({"verify_model": False})[1]["direction"]["weights"] == "not asked"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        shutil.copy(pair[1] / name, tmp_path / "bare" / name)
+    status, found = checked(base_model=tmp_path / "bare")
+    assert (status, found["direction"]["weights"]) == (0, "not here")
+
+
 def test_a_direction_of_another_name_and_revision():
     """The names and revisions that the file keeps, against those of the run."""
     spec = {"base": {"id": "me/Chat-Base"}, "aligned": {"id": "me/Chat", "revision": "a" * 40}}
@@ -267,6 +278,34 @@ def test_the_operations_are_those_that_torch_counts(pair, direction_file, fisher
     assert every.penalty_flops == pytest.approx(expected + measured, rel=1e-6)
     assert every.task_flops == 6 * 1000 * 10
     assert cost.memory["U"] == sum(layer.U.nbytes for layer in penalty.layers)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+"""
+
+
+def test_code_of_the_models_repository_is_not_run_unasked(pair, dataset, direction_file, tmp_path, monkeypatch):
+    """A stranger's config may say trust_remote_code: true; the check obeys the one who checks."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, marker = tmp_path / "strange", tmp_path / "was-run"
+    model.mkdir()
+    content = json.loads((pair[1] / "config.json").read_text()) | {"model_type": "strange", "architectures": None}
+    content["auto_map"] = {"AutoConfig": "code.StrangeConfig", "AutoModelForCausalLM": "code.StrangeForCausalLM"}
+    (model / "config.json").write_text(json.dumps(content))
+    (model / "code.py").write_text(CODE.format(marker=str(marker)))
+    block = {"direction": str(direction_file)}
+    for trusted, flags, status, was_run in ((True, [], 2, False), (False, [FLAG], 2, False), (True, [FLAG], 0, True)):
+        config = write_config(tmp_path / f"{trusted}", model, dataset, block, trust_remote_code=trusted)
+        result = CliRunner().invoke(asft, ["check", str(config), "--json", *flags])
+        assert (result.exit_code, marker.exists()) == (status, was_run), result.stdout
+    assert json.loads(result.stdout)["model"]["architecture"] == "StrangeForCausalLM"
 
 
 def test_the_text_says_the_same(pair, dataset, direction_file, tmp_path):

@@ -146,6 +146,9 @@ def test_the_schema_judges_configs():
 def test_the_schema_as_a_file(run, tmp_path):
     assert run("schema", "-o", "asft.schema.json").exit_code == 0
     assert json.loads((tmp_path / "asft.schema.json").read_text()) == json.loads(run("schema").stdout)
+    refused = run("schema", "-o", "asft.schema.json")
+    assert (refused.exit_code, refused.stderr.startswith("asft: asft.schema.json exists")) == (2, True)
+    assert run("schema", "-o", "asft.schema.json", "--force").exit_code == 0
 
 
 def test_the_documented_commands_exist():
