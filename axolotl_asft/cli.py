@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from axolotl_asft import __version__
+from axolotl_asft.cli_configs import CONFIG_COMMANDS
 from axolotl_asft.cli_directions import DIRECTION_COMMANDS
 from axolotl_asft.cli_evidence import evaluate_command, landscape_command
 from axolotl_asft.console import OneLineErrors, quieten_libraries, stages
@@ -23,7 +24,8 @@ def asft() -> None:
          plugins: [asft]
          asft:
            direction: ./chat.asft.safetensors
-    3. axolotl train config.yml
+    3. axolotl asft check config.yml
+    4. axolotl train config.yml
     """
 
 
@@ -106,7 +108,7 @@ def project(file: str, output: Path, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(as_dict(report)) if as_json else f"{summary_text(report)}\nwritten to {output}/")
 
 
-for command in (*DIRECTION_COMMANDS, evaluate_command, landscape_command):
+for command in (*CONFIG_COMMANDS, *DIRECTION_COMMANDS, evaluate_command, landscape_command):
     asft.add_command(command)
 
 

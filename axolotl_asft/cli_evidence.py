@@ -10,6 +10,7 @@ import click
 
 from axolotl_asft.console import quieten_libraries, stages
 from axolotl_asft.errors import AsftError
+from axolotl_asft.yaml_config import read_config, read_text
 
 
 @click.command("eval")
@@ -84,7 +85,7 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
     chosen = _with_config(config, options)
     text = chosen.pop("judge_text")
     if text and text.startswith("@"):
-        text = _text_of(Path(text[1:]))
+        text = read_text(Path(text[1:]))
     quieten_libraries()
     from axolotl_asft.evaluation.evaluate import Questions, evaluate
     from axolotl_asft.evaluation.rows import table
@@ -104,7 +105,7 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
 def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options, with model, adapter and quantisation from an axolotl config where they were not given."""
     chosen = dict(options)
-    content = _read_config(config) if config is not None else {}
+    content = read_config(config) if config is not None else {}
     if not chosen["model"]:
         chosen["model"] = content.get("base_model")
     if not chosen["model"]:
@@ -115,25 +116,6 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
         chosen["load_in_4bit"] = bool(content.get("load_in_4bit"))
     chosen["adapters"] = list(chosen["adapters"])
     return chosen
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(_text_of(path))
-    except yaml.YAMLError as error:
-        raise AsftError(f"{path} is no YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise AsftError(f"{path} holds no keys; expected an axolotl config")
-    return content
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AsftError(f"{path} cannot be read ({error.__class__.__name__}); give a text file") from error
 
 
 @click.command("landscape")
@@ -240,7 +222,7 @@ def _direction(model: str, file: Path | None, base: str | None, rank: int, show:
 def _chats(path: Path) -> list[tuple[str, str]]:
     """The first question and answer of each line's `messages`."""
     turns = []
-    for number, line in enumerate(_text_of(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -1,6 +1,7 @@
 """What the commands share at the terminal: errors in one line, progress bars. No torch."""
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -64,6 +65,19 @@ def stages(show: bool) -> Iterator[Stage]:
 def silent(title: str, total: int) -> Callable[..., None]:
     """A stage that shows nothing."""
     return lambda done=1: None
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing of the libraries' own words reaches the terminal: what they tell a run tells its check nothing."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def quieten_libraries() -> None:

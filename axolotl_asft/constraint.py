@@ -236,10 +236,7 @@ def attach(
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
     if max_drift is not None and (taken := [layer.name for layer in penalty.layers if layer.was_taken_out]):
-        raise AsftError(
-            f"max_drift cannot shorten the update of {taken[0]}: its initialisation took a part out of the weight; use "
-            "lambda_reg, or plain LoRA initialisation"
-        )
+        raise AsftError(budget_refused(taken[0]))
     constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, projector %s, metric %s, "
@@ -254,6 +251,14 @@ def attach(
         (direction.sha256 or "unsaved")[:12],
     )
     return constraint
+
+
+def budget_refused(layer: str) -> str:
+    """The line for a budget over a layer whose initialisation took a part out of the weight."""
+    return (
+        f"max_drift cannot shorten the update of {layer}: its initialisation took a part out of the weight; use "
+        "lambda_reg, or plain LoRA initialisation"
+    )
 
 
 def _significant(value: float) -> float:

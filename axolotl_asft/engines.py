@@ -36,9 +36,18 @@ def refuse_unsupported(trainer: Trainer) -> None:
     elif kind not in REPLICATED:
         raise AsftError(f"training under {kind} is not supported by the constraint; use one device, DDP or FSDP2")
     _refuse_other_parallelism(trainer)
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
-    if optimizer in STEPS_IN_BACKWARD or optimizer.endswith("layerwise"):
-        raise AsftError(steps_in_backward(optimizer))
+    refuse_optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
+
+
+def refuse_optimizer(optimizer: str) -> None:
+    """One line for an optimizer that steps during the backward pass.
+
+    Raises:
+        AsftError: it does, by its name.
+    """
+    name = optimizer.lower()
+    if name in STEPS_IN_BACKWARD or name.endswith("layerwise"):
+        raise AsftError(steps_in_backward(name))
 
 
 def _refuse_other_parallelism(trainer: Trainer) -> None:

@@ -61,14 +61,22 @@ def direction_path(location: str | Path) -> Path:
     Raises:
         AsftError: no such repository, revision or file, no access, or no connection.
     """
+    wanted = hub_file(location)
+    return Path(location).expanduser() if wanted is None else download(wanted)
+
+
+def hub_file(location: str | Path) -> HubFile | None:
+    """What the location of a direction names on the Hub; None of a local path, as `direction_path` tells them apart."""
     text = str(location)
-    path = Path(text).expanduser()
-    if path.exists() or isinstance(location, Path) or text.startswith((".", "/", "~")):
-        return path
+    if isinstance(location, Path) or text.startswith((".", "/", "~")) or Path(text).expanduser().exists():
+        return None
     wanted = HubFile.parse(text)
-    if wanted is None or (wanted.file is None and text.endswith(".safetensors")):
-        return path
-    return download(wanted)
+    return None if wanted is not None and wanted.file is None and text.endswith(".safetensors") else wanted
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, which cannot change under its name."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def download(wanted: HubFile) -> Path:
@@ -76,7 +84,7 @@ def download(wanted: HubFile) -> Path:
     wanted = replace(wanted, file=wanted.file or DIRECTION_FILE)
     with hub_errors(wanted):
         found = _cached(wanted)
-    if wanted.revision is None or not _COMMIT.fullmatch(wanted.revision):
+    if not is_commit(wanted.revision):
         commit = commit_of(found)
         named = wanted if wanted.file != DIRECTION_FILE else replace(wanted, file=None)
         pin = f"; to pin it write direction: {named.at(commit)}" if commit else ""
@@ -190,7 +198,7 @@ def commit_of(cached: Path) -> str | None:
     if "snapshots" not in parts:
         return None
     commit = parts[len(parts) - parts[::-1].index("snapshots")]
-    return commit if _COMMIT.fullmatch(commit) else None
+    return commit if is_commit(commit) else None
 
 
 @contextmanager

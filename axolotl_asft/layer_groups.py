@@ -87,13 +87,15 @@ class LayerGroup:
     """g LoRA layers of one shape on one device.
 
     Attributes:
-        layers: their found layers, adapters and initial factors; the tensors of their directions are stacked here:
-        U: (g, out, k), c: (g, k), sizes: (g,), and X: (g, in, m), Y: (g, out, n) or None. Where layers keep different
-            numbers of columns, the missing ones are zero, which adds nothing.
+        found: the layers.
+        U, c, sizes, X, Y: (g, out, k), (g, k), (g,), (g, in, m) and (g, out, n) or None: their directions and metric,
+            stacked. Where layers keep different numbers of columns, the missing ones are zero, which adds nothing.
+        bytes_at_work: what the penalty of all of them takes for a moment, estimated.
     """
 
     def __init__(self, layers: list[ConstrainedLayer], device: torch.device):
         self.found = [layer.found for layer in layers]
+        self.bytes_at_work = len(layers) * max(layer.bytes_at_work() for layer in layers)
         self.U = _stacked([layer.U for layer in layers], device)
         self.c = _stacked([layer.c[None] for layer in layers], device)[:, 0]
         self.sizes = torch.tensor([layer.size for layer in layers], device=device)
@@ -199,7 +201,7 @@ def grouped(layers: Iterable[ConstrainedLayer]) -> list[LayerGroup]:
 
 
 def _chunks(alike: list[ConstrainedLayer]) -> Iterator[list[ConstrainedLayer]]:
-    """In turns of at most `TEMPORARY_BYTES`; neighbours keep as many columns, or nearly, so that little is filled up."""
+    """In turns of at most `TEMPORARY_BYTES`; neighbours keep nearly as many columns: little is filled up."""
     alike = sorted(alike, key=ConstrainedLayer.bytes_at_work, reverse=True)
     while alike:
         count = max(1, TEMPORARY_BYTES // alike[0].bytes_at_work())

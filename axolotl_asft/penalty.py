@@ -159,4 +159,4 @@ class _LoraPenalty(torch.autograd.Function):
 def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:
     """||(I - C) dW|| / ||dW|| from the two squared norms; 0 where dW is zero."""
     orthogonal, total = float(orthogonal), float(total)
-    return math.sqrt(orthogonal / total) if total > 0 else 0.0
+    return math.sqrt(max(orthogonal, 0.0) / total) if total > 0 else 0.0  # rounding may leave a little below 0

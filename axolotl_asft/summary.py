@@ -62,10 +62,10 @@ def summary_table(result: dict[str, Any]) -> str:
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     relative = result["relative_norm"]
     lines = [
-        ("file", f"{result['file']}, {_size(result['bytes'])}"),
+        ("file", f"{result['file']}, {size_text(result['bytes'])}"),
         ("sha256", result["sha256"]),
-        ("base", _model(result["base"])),
-        ("aligned", _model(result["aligned"])),
+        ("base", model_text(result["base"])),
+        ("aligned", model_text(result["aligned"])),
         ("modules", f"{len(result['modules'])}, {rank} directions each"),
         ("difference", f"||d|| = {result['norm']:.4g}" + (f", {relative:.2%} of ||W||" if relative else "")),
         ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
@@ -90,7 +90,8 @@ def module_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model(entry: dict[str, Any]) -> str:
+def model_text(entry: dict[str, Any]) -> str:
+    """A model of a direction file: its name, revision and hash, and how it was read."""
     revision = f"@{entry['revision']}" if entry.get("revision") else ""
     return f"{entry['id']}{revision}  (weights sha256 {str(entry.get('sha256'))[:12]}, {entry.get('read_as')})"
 
@@ -103,5 +104,8 @@ def _over_two(layers: int) -> str:
     return f"  (past 2 in {layers} layers: there an aligned update costs more than an orthogonal one)" if layers else ""
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

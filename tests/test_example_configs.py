@@ -1,41 +1,173 @@
-"""The shipped configs, through axolotl's own validation with the plugin."""
+"""The shipped configs, through axolotl's own validation with the plugin, and through `axolotl asft check`."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
+from click.testing import CliRunner
+from test_families import FAMILIES
+from tiny import train
 
+from axolotl_asft import extract_direction
 from axolotl_asft.args import parse_block
+from axolotl_asft.cli import asft
+from axolotl_asft.metrics import LayerMetric
 
 CONFIGS = sorted((Path(__file__).parent.parent / "example_configs").glob("*.yml"))
+NAMES = [path.stem for path in CONFIGS]
+# which tiny model of tests/test_families.py has the architecture of the config's
+STAND_INS = {
+    "llama-3": "Llama",
+    "smollm2": "Llama",
+    "qwen-2.5": "Qwen2",
+    "qwen-3": "Qwen3",
+    "mistral": "Mistral",
+    "gemma-2": "Gemma 2",
+    "gemma-3-1b": "Gemma 3 (text)",
+    "gemma-3-4b": "Gemma 3 (vision, text tower)",
+    "phi-3": "Phi-3 (fused qkv)",
+}
+
+CPU = {
+    "bf16": False, "fp16": False, "tf32": False, "optimizer": "adamw_torch", "dataset_num_proc": 1,
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
+}  # fmt: skip
 
 
-def test_there_are_some():
-    assert len(CONFIGS) >= 2
+@pytest.fixture(autouse=True)
+def no_plugins_left():
+    """axolotl's plugin manager outlives a test."""
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.clear()
+    yield
+    PluginManager.get_instance().plugins.clear()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """The folder of a tiny aligned model of a family, and of its direction with the Fisher metric; made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(family: str) -> tuple[Path, Path]:
+        if family in made:
+            return made[family]
+        folder = tmp_path_factory.mktemp("stand-in")
+        config_class, arguments, model_class, _, _ = FAMILIES[family]
+        config = getattr(transformers, config_class)(**copy.deepcopy(arguments))
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(config)
+        model.save_pretrained(folder / "base")
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 1e-3 * torch.randn_like(weight)
+        model.save_pretrained(folder / "aligned")
+        shapes = {name: module.shape for name, module in extract_direction(*_pair(folder), rank=4).modules.items()}
+        metric = LayerMetric(
+            "fisher",
+            {name: torch.randn(columns, 4) for name, (_, columns) in shapes.items()},
+            {name: torch.randn(rows, 4) for name, (rows, _) in shapes.items()},
+            dict.fromkeys(shapes, 0.9),
+            answers=4,
+        )
+        file = folder / "direction.safetensors"
+        extract_direction(*_pair(folder), rank=4, metrics=[metric]).save(file)
+        made[family] = folder / "aligned", file
+        return made[family]
+
+    return make
+
+
+def _pair(folder: Path) -> tuple[Path, Path]:
+    return folder / "base", folder / "aligned"
+
+
+def test_every_family_and_size_of_card():
+    assert len(CONFIGS) >= 14
+    for card in ("8gb", "12gb", "16gb", "24gb", "fsdp2", "dpo", "cpu"):
+        assert any(card in name for name in NAMES), card
+    for family in STAND_INS:
+        assert any(name.startswith(family) for name in NAMES), family
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_valid_with_the_plugin(path):
     from axolotl.cli.config import prepare_plugins
-    from axolotl.integrations.base import PluginManager
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
     text = path.read_text()
     cfg = DictDefault(yaml.safe_load(text))
-    PluginManager.get_instance().plugins.clear()
     prepare_plugins(cfg)
     validated = validate_config(
         cfg,
-        capabilities={"bf16": True, "fp8": False, "n_gpu": 1, "compute_capability": "sm_89"},
+        capabilities={
+            "bf16": True,
+            "fp8": False,
+            "n_gpu": 2 if "fsdp" in path.stem else 1,
+            "compute_capability": "sm_89",
+        },
         env_capabilities={"torch_version": "2.13.0"},
     )
     assert parse_block(validated.asft.to_dict()).direction == yaml.safe_load(text)["asft"]["direction"]
-    PluginManager.get_instance().plugins.clear()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_says_how_to_make_its_direction(path):
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_every_layer_of_a_stand_in_is_constrained(path, stand_in, tmp_path):
+    """`axolotl asft check` on the config, with a tiny model of the same architecture in its place."""
+    family = next(family for start, family in STAND_INS.items() if path.stem.startswith(start))
+    model, direction = stand_in(family)
+    config = yaml.safe_load(path.read_text())
+    config["base_model"] = str(model)
+    config["asft"]["direction"] = str(direction)
+    (tmp_path / path.name).write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(asft, ["check", str(tmp_path / path.name), "--json"])
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["errors"], found["unconstrained"]) == (0, [], {})
+    assert len(found["constrained"]) == found["model"]["lora_layers"] == FAMILIES[family][-1]
+    assert found["model"]["architecture"] == FAMILIES[family][2]
+    held_unused = "holds the metric fisher, which is not used"
+    assert [line for line in found["warnings"] if held_unused not in line or "metric" in config["asft"]] == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_says_what_a_reader_needs(path):
     text = path.read_text()
-    assert f"-o {yaml.safe_load(text)['asft']['direction'].removeprefix('./')}" in text
-    assert f"axolotl train {path.name}" in text
+    config = yaml.safe_load(text)
+    comment = text.partition("\nbase_model:")[0]
+    aligned = config["base_model"].removeprefix("./")
+    assert f"-o {config['asft']['direction'].removeprefix('./')}" in comment
+    assert "axolotl asft extract --base " in comment
+    assert f"--aligned {aligned} " in comment.replace("\\\n", "\n")
+    assert f"axolotl asft check {path.name}" in comment
+    assert f"axolotl train {path.name}" in comment
+    assert "of memory" in comment or "Memory: about" in comment
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_turns_end_as_the_family_ends_them(path):
+    """Where the tokenizer's eos ends no turn, axolotl has to be told what does, or the end is not trained."""
+    config = yaml.safe_load(path.read_text())
+    ends = {"gemma": ["<end_of_turn>"], "phi": ["<|end|>"]}
+    assert config.get("eot_tokens") == ends.get(path.stem.partition("-")[0])
+    assert "chat_template" in config or config["datasets"][0]["type"] == "chat_template"
+
+
+@pytest.mark.slow
+def test_preferences_as_the_recipe_says_train(pair, direction_file, tmp_path):
+    """The DPO recipe on a tiny model: its data format is the one that it describes."""
+    path = next(path for path in CONFIGS if "dpo" in path.stem)
+    config = yaml.safe_load(path.read_text()) | CPU
+    config |= {"base_model": str(pair[1]), "asft": {"direction": str(direction_file)}, "max_steps": 1}
+    turns = {role: {"role": role, "content": "the cat sees"} for role in ("user", "assistant")}
+    rejected = {"role": "assistant", "content": "a red dog"}
+    row = {"messages": [turns["user"]], "chosen": turns["assistant"], "rejected": rejected}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    result = train(tmp_path / "config.yml")
+    assert "14 layers constrained" in result.stdout + result.stderr

@@ -276,6 +276,44 @@ def test_training_from_the_hub(hub, environment, pair, dataset, direction_file, 
     assert f"expected {sha256} (direction_sha256); get the pinned file" in refused.stderr
 
 
+CHECK = """
+import json, sys
+from axolotl_asft.console import quietly
+with quietly():
+    from axolotl_asft.dry_run import check_config
+    found = [check_config(path).as_dict() for path in sys.argv[1:]]
+print(json.dumps(found))
+"""
+
+
+def test_checking_a_recipe_from_the_hub(hub, environment, pair, dataset, direction_file, tmp_path):
+    """Model and direction on the Hub: what is not pinned is named, and of the model only small files are loaded."""
+    commit = on_the_hub(hub, pair[1], "me/aligned")
+    sha256 = AlignmentDirection.load(direction_file).sha256
+    blocks = {
+        "branch": {"direction": "me/tiny-asft"},
+        "hash": {"direction": "me/tiny-asft", "direction_sha256": sha256},
+        "commit": {"direction": f"me/tiny-asft@{hub.head('me/tiny-asft')}"},
+        "nowhere": {"direction": "me/no-such"},
+    }
+    configs = [write_config(tmp_path / name, "me/aligned", dataset, block) for name, block in blocks.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, *map(str, configs)],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert not done.stderr
+    branch, by_hash, by_commit, nowhere = json.loads(done.stdout)
+    assert (branch["fine"], branch["model"]["revision"], len(branch["constrained"])) == (True, commit, 14)
+    assert branch["warnings"] == [
+        f"direction is read at main of me/tiny-asft, which can change; pin it: direction_sha256: {sha256}"
+    ]
+    assert [found["direction"]["pinned"] for found in (branch, by_hash, by_commit)] == [False, True, True]
+    assert by_hash["warnings"] == by_commit["warnings"] == []
+    assert not nowhere["fine"]
+    assert "no repository of that name on the Hub" in nowhere["errors"][0]
+    assert not hub.bytes_sent("me/aligned/resolve/main/model.safetensors")
+
+
 EXTRACT = """
 import sys
 from axolotl_asft import extract_direction

@@ -13,12 +13,13 @@ ORDER = [
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
     "metrics", "extract", "verify",
     "lora", "sharding", "layer_groups", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
-    "args", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
+    "args", "schema", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
+    "yaml_config", "run_config", "cost", "advice", "dry_run", "check_text", "recipes",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
-    "cli_evidence", "cli_directions", "cli", "__main__",
+    "cli_evidence", "cli_directions", "cli_configs", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -50,9 +51,9 @@ def test_a_module_imports_only_what_stands_above_it(module):
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_only_the_plugin_imports_axolotl(module):
+def test_only_the_plugin_and_the_reader_of_configs_import_axolotl(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module.replace('.', '/')}.py")}
-    assert ("axolotl" in names) == (module == "plugin")
+    assert ("axolotl" in names) == (module in ("plugin", "run_config"))
 
 
 @pytest.mark.parametrize("module", ["penalty", "subspace", "moments"])

@@ -81,6 +81,12 @@ def test_the_commands_work_when_installed(environment, direction_file):
     assert "sha256" in run(environment, "-m", "axolotl_asft", "inspect", str(direction_file)).stdout
 
 
+def test_the_recipes_are_there_when_installed(environment, tmp_path):
+    names = {path.stem for path in (ROOT / "example_configs").glob("*.yml")}
+    listed = run(environment, "-m", "axolotl_asft", "recipes", "list", cwd=tmp_path).stdout
+    assert {line.split()[0] for line in listed.splitlines()} == names
+
+
 @pytest.mark.slow
 def test_a_run_trains_when_installed(environment, pair, dataset, direction_file, tmp_path):
     config = write_config(tmp_path, pair[1], dataset, {"direction": str(direction_file)}, max_steps=2)

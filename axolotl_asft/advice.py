@@ -1,0 +1,185 @@
+"""What the settings of a run mean in plain words, and which of them give pause."""
+
+import importlib.util
+from typing import Any
+
+from axolotl_asft.adapter import AlignmentPenalty
+from axolotl_asft.args import AsftArgs
+from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.guard import OUR_NAMES
+from axolotl_asft.hub import hub_file, is_commit
+from axolotl_asft.penalty import projector_eigenvalues
+
+# The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
+MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.3, 300.0)}
+FAR = 10
+NORMALISE_THE_UPDATE = ("muon", "dion")
+MEASURES = {
+    "weights": "how far the weights move, ||(I - C) dW||",
+    "activations": "how far the layers' outputs move on prompts that ask for harm",
+    "fisher": "how far the aligned model's own refusals move",
+}
+
+
+def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
+    """What the block asks for, a sentence each."""
+    metric = str(penalty.metric)
+    chosen = "" if block.metric else ", since the direction file holds it" if metric != "weights" else ""
+    lines = [f"metric {metric}{chosen}: the penalty measures {MEASURES[metric]}"]
+    k = max(group.U.shape[2] for group in penalty.groups)
+    if k == 0:
+        lines.append("rank 0: no direction is free, every change counts")
+    else:
+        lines.append(f"projector {block.projector}, rank {k}: {_freedom(block.projector, k)}")
+    if block.lambda_reg > 0:
+        lines.append(f"lambda_reg {block.lambda_reg:g}: loss = task loss + {block.lambda_reg:g} x penalty")
+    else:
+        lines.append("lambda_reg 0: the penalty is logged and not trained on")
+    if block.max_drift is not None:
+        lines.append(
+            f"max_drift {block.max_drift:g}: after every step each layer is brought back to {block.max_drift:g} times "
+            "what alignment moved it"
+        )
+    if not block.lora_scaling:
+        lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
+    steps = cfg.gradient_accumulation_steps
+    lines.append(f"the constraint acts once per optimizer step, whatever the accumulation ({steps} micro-batches here)")
+    return lines
+
+
+def _freedom(projector: str, k: int) -> str:
+    if projector == "subspace":
+        return f"movement along the {k} leading aligned directions is free, all else counts"
+    if projector == "normalized":
+        return f"movement along the first aligned direction is free, along the next {k - 1} the more the stronger it is"
+    return f"movement along the {k} leading aligned directions counts less, by c = s^2 / ||d||"
+
+
+def on_settings(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
+    """Settings that let the run start and may not do what was meant, a line each."""
+    found = _on_strength(block, penalty, cfg)
+    direction = penalty.direction
+    held = [name for name in direction.spec.get("metrics", {}) if name != penalty.metric]
+    if held and penalty.metric == "weights":
+        found.append(f"the direction file holds the metric {held[0]}, which is not used; set metric: {held[0]}")
+    stored = max(module.rank for module in direction.modules.values())
+    if block.rank is not None and block.rank > stored:
+        found.append(
+            f"rank is {block.rank}, the direction file holds {stored} directions a layer; all of them are used"
+        )
+    used = max(group.U.shape[2] for group in penalty.groups)
+    if used and penalty.metric == "weights" and block.projector != "paper":
+        found.append(
+            f"projector {block.projector} leaves the way back to the base model free, which in our benchmarks cost the "
+            "safety; rank: 0 leaves nothing free"
+        )
+    if used and block.projector == "paper":
+        past = sum(_past_two(direction, layer.name) for layer in penalty.layers)
+        if past:
+            found.append(
+                f"projector paper passes c = 2 in {past} layers, where an aligned update costs more than an orthogonal "
+                "one; set projector: normalized, or rank: 0"
+            )
+    return found
+
+
+def _on_strength(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
+    found = []
+    low, high = MEASURED_LAMBDAS[str(penalty.metric)]
+    strength = block.lambda_reg
+    if strength == 0 and block.max_drift is None:
+        found.append("lambda_reg is 0 and max_drift is not set: nothing is constrained, numbers are logged alone")
+    elif strength and not low / FAR <= strength <= high * FAR:
+        side = "less than a tenth of the smallest" if strength < low else "more than ten times the largest"
+        found.append(
+            f"lambda_reg is {strength:g}, {side} that our benchmarks measured for metric {penalty.metric} "
+            f"({low:g} to {high:g})"
+        )
+    if block.max_drift is not None and block.max_drift >= 1:
+        found.append(
+            f"max_drift is {block.max_drift:g}: the way back to the base model is 1 long, and in our benchmarks a "
+            "budget of 1 kept nothing of the safety; set a small part of 1"
+        )
+    optimizer = str(cfg.optimizer).lower()
+    if strength and any(name in optimizer for name in NORMALISE_THE_UPDATE):
+        found.append(f"optimizer {cfg.optimizer} normalises every update, so that lambda_reg loses much of its meaning")
+    return found
+
+
+def on_coverage(block: AsftArgs, left_out: int, uncovered: int) -> list[str]:
+    """What trains without the constraint because the block lets it.
+
+    Args:
+        left_out: LoRA layers that `modules` leaves out.
+        uncovered: trainable weights without a direction, or without LoRA.
+    """
+    found = []
+    if uncovered and block.on_uncovered != "error":
+        found.append(
+            f"on_uncovered is {block.on_uncovered}: {uncovered} trainable weights are not constrained; training can "
+            "leave the alignment direction there"
+        )
+    if left_out:
+        found.append(f"asft.modules leaves {left_out} LoRA layers out, which train without the constraint")
+    if not block.verify_model:
+        found.append("verify_model is false: a direction of another model of the same shapes would be taken")
+    return found
+
+
+def on_pin(block: AsftArgs, direction: AlignmentDirection) -> list[str]:
+    """A direction on the Hub that can change under its name."""
+    wanted = hub_file(block.direction)
+    if wanted is None or block.direction_sha256 is not None or is_commit(wanted.revision):
+        return []
+    return [
+        f"direction is read at {wanted.revision or 'main'} of {wanted.repo}, which can change; pin it: "
+        f"direction_sha256: {direction.sha256}"
+    ]
+
+
+def on_origin(direction: AlignmentDirection, base_model: str, revision: str | None) -> list[str]:
+    """Which model the direction is for, by name and revision, held against the one that is trained."""
+    found = []
+    aligned, base = direction.spec["aligned"], direction.spec["base"]
+    if not _same_name(aligned["id"], base_model):
+        whose = "its base model" if _same_name(base["id"], base_model) else "another model"
+        found.append(f"the direction is that of {aligned['id']}, and base_model {base_model} reads like {whose}")
+    elif revision and aligned.get("revision") and revision != aligned["revision"]:
+        found.append(
+            f"the direction was made for revision {aligned['revision'][:12]} of {aligned['id']}, and base_model is at "
+            f"{revision[:12]}; set revision_of_model, or make the direction again"
+        )
+    return found
+
+
+def on_foreign_code(content: dict[str, Any], remote_code: bool) -> list[str]:
+    """What of a config, perhaps a stranger's, would run code that is not axolotl's."""
+    found = []
+    if content.get("trust_remote_code"):
+        here = "and this check ran it" if remote_code else "this check did without"
+        found.append(f"trust_remote_code: the run executes code of the repository {content.get('base_model')}; {here}")
+    plugins = content.get("plugins")
+    others = [
+        str(name)
+        for name in (plugins if isinstance(plugins, list) else [])
+        if name not in OUR_NAMES and not _of_axolotl(str(name))
+    ]
+    if others:
+        found.append(f"plugins: {', '.join(others)} is code that is not axolotl's; look at where it comes from")
+    return found
+
+
+def _of_axolotl(plugin: str) -> bool:
+    """axolotl looks for a plugin among its integrations too: `liger.LigerPlugin`."""
+    head = plugin.removeprefix("axolotl.integrations.").partition(".")[0]
+    return head.isidentifier() and importlib.util.find_spec(f"axolotl.integrations.{head}") is not None
+
+
+def _same_name(stored: str, given: str) -> bool:
+    """Whether two names of a model, owner/name or a folder's path, are one; a folder has no owner to compare."""
+    return stored.rstrip("/").rpartition("/")[2].lower() == given.rstrip("/").rpartition("/")[2].lower()
+
+
+def _past_two(direction: AlignmentDirection, name: str) -> bool:
+    module = direction.modules[name]
+    return bool((projector_eigenvalues("paper", module.S, module.norm) > 2).any())

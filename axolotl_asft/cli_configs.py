@@ -1,0 +1,146 @@
+"""`axolotl asft check`, `recipes` and `schema`: the commands about configs. Heavy modules are imported inside them."""
+
+import json
+from pathlib import Path
+
+import click
+
+from axolotl_asft.console import OneLineErrors, quietly
+from axolotl_asft.errors import AsftError
+from axolotl_asft.files import atomic_write_text
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--trust-remote-code",
+    "remote_code",
+    is_flag=True,
+    help="Build the model with the code of its repository, if the config says trust_remote_code: true.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.pass_context
+def check(ctx: click.Context, config: Path, remote_code: bool, as_json: bool) -> None:
+    """Look at a config before it is run: what is constrained, at what cost, and what is wrong.
+
+    A dry run in seconds. It reads the config as `axolotl train` does, builds the model without its weights, puts LoRA
+    on it, and matches every layer with the direction file by the run's own rules. No GPU is needed, no data are read,
+    and nothing is written. Exit status: 0 the run would start (there may be warnings), 2 it would not.
+
+    \b
+    Example:
+      axolotl asft check config.yml
+      axolotl asft check config.yml --json
+    """
+    with quietly():
+        from axolotl_asft.check_text import check_text
+        from axolotl_asft.dry_run import check_config
+
+        found = check_config(config, remote_code)
+    click.echo(json.dumps(found.as_dict()) if as_json else check_text(found))
+    ctx.exit(0 if found.fine else 2)
+
+
+@click.group(cls=OneLineErrors)
+def recipes() -> None:
+    """Complete configs to start from: a model family and a size of card each.
+
+    \b
+    Example:
+      axolotl asft recipes list
+      axolotl asft recipes copy llama-3.1-8b-qlora-24gb --direction owner/name@revision
+    """
+
+
+@recipes.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def list_recipes(as_json: bool) -> None:
+    """List the shipped configs.
+
+    \b
+    Example:
+      axolotl asft recipes list
+    """
+    from axolotl_asft.recipes import recipes as shipped
+
+    found = shipped()
+    if as_json:
+        click.echo(json.dumps([recipe.as_dict() for recipe in found]))
+        return
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        click.echo(f"{recipe.name:<{width}}  {recipe.title}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a shipped config.
+
+    \b
+    Example:
+      axolotl asft recipes show llama-3.1-8b-qlora-24gb
+    """
+    from axolotl_asft.recipes import recipe
+
+    click.echo(recipe(name).text, nl=False)
+
+
+@recipes.command()
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.yml]")
+@click.option("--direction", metavar="FILE|OWNER/NAME", help="Write this direction in: owner/name@revision pins one.")
+@click.option("--sha256", metavar="HASH", help="Its hash, to pin the file's bytes.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+def copy(name: str, output: Path | None, direction: str | None, sha256: str | None, force: bool, as_json: bool) -> None:
+    """Copy a shipped config, to make it your own.
+
+    \b
+    Example:
+      axolotl asft recipes copy llama-3.1-8b-qlora-24gb -o config.yml
+      axolotl asft recipes copy qwen-2.5-7b-qlora-12gb --direction owner/name@revision --sha256 HASH
+    """
+    from axolotl_asft.recipes import copy_recipe, recipe
+
+    target = output or Path(f"{recipe(name).name}.yml")
+    copy_recipe(name, target, direction, sha256, force)
+    if as_json:
+        click.echo(json.dumps({"file": str(target), "recipe": recipe(name).name}))
+        return
+    click.echo(f"{target}\n\nNext:\n  axolotl asft check {target}\n  axolotl train {target}")
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: print it]")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+def schema(output: Path | None, force: bool) -> None:
+    """Print the JSON schema of the asft: block, for completion and checks in an editor.
+
+    VS Code with the YAML extension (yaml-language-server) reads it from a first line in the config:
+
+    \b
+      # yaml-language-server: $schema=./asft.schema.json
+
+    or for all configs of a workspace from .vscode/settings.json:
+
+    \b
+      {"yaml.schemas": {"./asft.schema.json": ["*.yml"]}}
+
+    \b
+    Example:
+      axolotl asft schema -o asft.schema.json
+    """
+    if output is not None and output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    from axolotl_asft.schema import config_schema
+
+    text = json.dumps(config_schema(), indent=2) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        atomic_write_text(output, text)
+        click.echo(str(output))
+
+
+CONFIG_COMMANDS = (check, recipes, schema)

@@ -1,0 +1,229 @@
+"""A run's config looked at before it is run: what would be constrained, what it costs, what is wrong. No weights."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from axolotl_asft import advice
+from axolotl_asft.adapter import AlignmentPenalty
+from axolotl_asft.args import AsftArgs, parse_block
+from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
+from axolotl_asft.constraint import budget_refused
+from axolotl_asft.cost import Cost, estimate
+from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.engines import refuse_optimizer
+from axolotl_asft.errors import AsftError
+from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
+from axolotl_asft.lora import FoundLayer, other_trainable_parameters, takes_out, trainable_lora_layers
+from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, validated_config
+from axolotl_asft.verify import verify_checkpoint
+from axolotl_asft.yaml_config import read_config
+
+LEFT_OUT = "asft.modules leaves it out"
+
+
+@dataclass
+class Check:
+    """What `axolotl asft check` found; plain data.
+
+    Attributes:
+        config: the file that was checked.
+        errors: what would end the run, a line each.
+        warnings: what would not, and should be known.
+        settings: what the block asks for, in plain words.
+        model: base_model, revision, architecture, parameters, LoRA's rank and initialisation.
+        direction: where it comes from, its hash, whether it is pinned, whether the model's files agree with it.
+        constrained: names of the constrained layers.
+        unconstrained: name of a trainable layer or weight -> why it is not constrained.
+        unused: how many layers of the direction file LoRA leaves alone.
+        cost: estimates; None where no layer is constrained.
+    """
+
+    config: str
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    direction: dict[str, Any] = field(default_factory=dict)
+    constrained: list[str] = field(default_factory=list)
+    unconstrained: dict[str, str] = field(default_factory=dict)
+    unused: int = 0
+    cost: Cost | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Whether the run would start; there may be warnings."""
+        return not self.errors
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that `axolotl asft check --json` prints."""
+        cost = None if self.cost is None else {**asdict(self.cost), "share_of_step": self.cost.share}
+        return {"fine": self.fine, **{key: value for key, value in vars(self).items() if key != "cost"}, "cost": cost}
+
+
+def check_config(path: str | Path, remote_code: bool = False) -> Check:
+    """Look at a config as `axolotl train` would, without its weights, its data or a GPU.
+
+    Args:
+        path: an axolotl YAML.
+        remote_code: build the model with the code of its repository, where the YAML asks for it.
+    """
+    check = Check(str(path))
+    try:
+        _look(check, Path(path), remote_code)
+    except AsftError as error:
+        check.errors.append(str(error))
+    return check
+
+
+def _look(check: Check, path: Path, remote_code: bool) -> None:
+    """Everything in the order of a run, as far as it can be had; raises the error after which nothing can."""
+    content = read_config(path)
+    check.warnings += advice.on_foreign_code(content, remote_code)
+    if content.get("asft") is None and not any(str(key).startswith("asft.") for key in content):
+        raise AsftError(
+            "the config has no asft: block, so that nothing would be constrained; add plugins: [asft] and asft: with "
+            "direction: path/to/file.safetensors"
+        )
+    cfg = validated_config(content, remote_code)
+    block = parse_block(cfg.asft.to_dict())
+    _try(check, lambda: refuse_optimizer(str(cfg.optimizer)))
+    direction = _try(check, lambda: _direction(check, block))
+    if direction is not None:
+        _try(check, lambda: _compare_weights(check, block, direction, cfg))
+    model, initialisation = lora_model(cfg)
+    layers = trainable_lora_layers(model)
+    check.model = {
+        "base_model": cfg.base_model,
+        "revision": _revision(cfg),
+        "architecture": type(model.get_base_model()).__name__,
+        "parameters": sum(weight.numel() for weight in model.get_base_model().parameters())
+        - sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "lora_layers": len(layers),
+        "lora_r": sorted({layer.A.shape[0] for layer in layers}),
+        "initialisation": initialisation,
+    }
+    check.warnings += [*missed_plugins(cfg), *missed_targets(cfg, model)]
+    if direction is None:
+        return
+    _refuse_initialisation(check, block, layers, initialisation, Path(cfg.base_model).expanduser().is_dir())
+    penalty = _match(check, block, direction, model, layers)
+    if penalty is None:
+        return
+    check.cost = estimate(
+        penalty.groups,
+        check.model["parameters"],
+        cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len,
+        checkpointing=bool(cfg.gradient_checkpointing),
+        gradient=block.lambda_reg > 0,
+        budget=block.max_drift is not None,
+        log_every=max(1, int(cfg.logging_steps or 500)),
+        taken_out=takes_out(initialisation),
+    )
+    check.settings = advice.in_plain_words(block, penalty, cfg)
+    check.warnings += advice.on_settings(block, penalty, cfg)
+    check.warnings += advice.on_pin(block, direction)
+    if check.direction["weights"] != "agree":
+        check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
+
+
+def _try(check: Check, step: Any) -> Any:
+    """A step after whose error the others can still be taken."""
+    try:
+        return step()
+    except AsftError as error:
+        check.errors.append(str(error))
+        return None
+
+
+def _direction(check: Check, block: AsftArgs) -> AlignmentDirection:
+    wanted, file = hub_file(block.direction), direction_path(block.direction)
+    direction = AlignmentDirection.load(file, block.direction_sha256)
+    spec = direction.spec
+    check.direction = {
+        "direction": block.direction,
+        "bytes": file.stat().st_size,
+        "sha256": direction.sha256,
+        "pinned": block.direction_sha256 is not None or (wanted is not None and is_commit(wanted.revision)),
+        "modules": len(direction.modules),
+        "metrics": ["weights", *spec.get("metrics", {})],
+        "tool": spec["tool"],
+        "created": spec["created"],
+        "weights": "not here" if block.verify_model else "not asked",
+        **{
+            side: {key: spec[side].get(key) for key in ("id", "revision", "sha256", "read_as")}
+            for side in ("base", "aligned")
+        },
+    }
+    return direction
+
+
+def _compare_weights(check: Check, block: AsftArgs, direction: AlignmentDirection, cfg: Any) -> None:
+    if not block.verify_model:
+        return
+    folder = _folder(cfg)
+    if folder is not None and verify_checkpoint(direction, str(folder)):
+        check.direction["weights"] = "agree"
+
+
+def _folder(cfg: Any) -> Path | None:
+    """Where the weights of the base model lie on this machine, if they do."""
+    path = Path(cfg.base_model).expanduser()
+    wanted = HubFile.parse(cfg.base_model)
+    if path.is_dir() or wanted is None:
+        return path if path.is_dir() else None
+    wanted = replace(wanted, revision=cfg.revision_of_model)
+    found = (cached_folder(wanted, ["config.json", name]) for name in (INDEX_NAME, SINGLE_NAME))
+    return next((folder for folder in found if folder is not None), None)
+
+
+def _revision(cfg: Any) -> str | None:
+    """The commit of a base model on the Hub; its config.json is in the cache by now."""
+    wanted = None if Path(cfg.base_model).expanduser().is_dir() else HubFile.parse(cfg.base_model)
+    if wanted is None:
+        return None
+    folder = cached_folder(replace(wanted, revision=cfg.revision_of_model), ["config.json"])
+    return cfg.revision_of_model if folder is None else commit_of(folder / "config.json")
+
+
+def _refuse_initialisation(
+    check: Check, block: AsftArgs, layers: list[FoundLayer], initialisation: str | bool, local: bool
+) -> None:
+    """What a run finds out about an initialisation that takes a part out of the weights, which was not run here."""
+    if not takes_out(initialisation):
+        return
+    if block.max_drift is not None:
+        check.errors.append(budget_refused(layers[0].name))
+    if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):
+        check.errors.append(
+            "LoftQ replaces the weights by rounded ones, so that the run can tell the model by its files alone; give "
+            "base_model as a local folder, or set verify_model: false"
+        )
+
+
+def _match(
+    check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel, layers: list[FoundLayer]
+) -> AlignmentPenalty | None:
+    """The run's own matching of layers and directions, by whole name and shape."""
+    options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift"})
+    options |= {"verify_model": False}  # there are no weights to look at
+    penalty = _try(check, lambda: AlignmentPenalty(model, direction, **options))
+    if penalty is None:  # was it for the uncovered ones?
+        try:
+            penalty = AlignmentPenalty(model, direction, **{**options, "on_uncovered": "ignore"})
+        except AsftError:
+            return None
+    check.constrained = [layer.name for layer in penalty.layers]
+    for layer in layers:
+        if layer.name not in direction.modules:
+            check.unconstrained[layer.name] = "the direction file has no such layer"
+        elif layer.name not in check.constrained:
+            check.unconstrained[layer.name] = LEFT_OUT
+    for name in other_trainable_parameters(model, layers):
+        check.unconstrained[name] = "trained whole, not by LoRA"
+    left_out = list(check.unconstrained.values()).count(LEFT_OUT)
+    check.warnings += advice.on_coverage(block, left_out, len(check.unconstrained) - left_out)
+    check.unused = len(set(direction.modules) - {layer.name for layer in layers})
+    return penalty

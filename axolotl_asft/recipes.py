@@ -1,0 +1,127 @@
+"""The shipped configs: ordinary axolotl YAMLs, to be listed, read and copied."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_asft.args import parse_block
+from axolotl_asft.errors import AsftError
+from axolotl_asft.files import atomic_write_text
+from axolotl_asft.yaml_config import read_config, read_text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One shipped config.
+
+    Attributes:
+        name: of its file, without the ending.
+        title: the first line of its comment.
+        path: the file.
+    """
+
+    name: str
+    title: str
+    path: Path
+
+    @property
+    def text(self) -> str:
+        """The whole YAML, comments included."""
+        return read_text(self.path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `axolotl asft recipes list --json` prints of it."""
+        config = read_config(self.path)
+        return {
+            "name": self.name,
+            "title": self.title,
+            "base_model": config["base_model"],
+            "direction": config["asft"]["direction"],
+            "rl": config.get("rl"),
+        }
+
+
+def recipes() -> list[Recipe]:
+    """All of them, by name.
+
+    Raises:
+        AsftError: the installation lacks them.
+    """
+    here = Path(__file__).parent
+    # in the wheel inside the package, in a clone beside it
+    folder = next((path for path in (here / "example_configs", here.parent / "example_configs") if path.is_dir()), None)
+    if folder is None:
+        raise AsftError("the installation lacks its example configs; repair it: pip install -U axolotl-asft")
+    return [Recipe(path.stem, _title(path), path) for path in sorted(folder.glob("*.yml"))]
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name, with or without `.yml`.
+
+    Raises:
+        AsftError: there is none; the line names the nearest.
+    """
+    known = {found.name: found for found in recipes()}
+    wanted = name.removesuffix(".yml")
+    if wanted not in known:
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "`axolotl asft recipes list` shows them"
+        raise AsftError(f"there is no recipe {name!r}; {hint}")
+    return known[wanted]
+
+
+def copy_recipe(
+    name: str, output: Path, direction: str | None = None, sha256: str | None = None, force: bool = False
+) -> None:
+    """Write a recipe to a file of one's own, with another direction in it where one is given.
+
+    Raises:
+        AsftError: no such recipe, a file that is there already, or a hash that is none.
+    """
+    if output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    if output.suffix not in (".yml", ".yaml"):
+        raise AsftError(f"--output is {output}; expected a name that ends in .yml")
+    if sha256 is not None and direction is None:
+        raise AsftError("--sha256 pins the file of --direction; give that too")
+    text = recipe(name).text
+    if direction is not None:
+        text = with_direction(text, direction, sha256)
+    atomic_write_text(output, text)
+
+
+def with_direction(text: str, direction: str, sha256: str | None = None) -> str:
+    """A config's text with another direction in its `asft:` block; comments and all else stay.
+
+    Raises:
+        AsftError: the hash is none, or the direction cannot be written in a line.
+    """
+    parse_block({"direction": direction, "direction_sha256": sha256})
+    if "\n" in direction or "\r" in direction:
+        raise AsftError(f"--direction is {direction!r}; expected one line: a path, or owner/name@revision")
+    lines, inside, done = [], False, False
+    for line in text.splitlines():
+        if re.match(r"\S", line) and not line.startswith("#"):
+            inside = line.startswith("asft:")
+        key = re.match(r"(\s+)(direction|direction_sha256):", line) if inside else None
+        if key is None:
+            lines.append(line)
+        elif key[2] == "direction":
+            lines.append(f"{key[1]}direction: {_scalar(direction)}")
+            lines += [f"{key[1]}direction_sha256: {sha256.lower()}"] if sha256 else []
+            done = True
+    assert done, "a recipe has an asft block with a direction; a test holds it"
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML writes it in a line, quoted where it has to be."""
+    import yaml
+
+    return yaml.safe_dump({"": text}, width=10**6, allow_unicode=True).partition(": ")[2].strip()
+
+
+def _title(path: Path) -> str:
+    return read_text(path).partition("\n")[0].removeprefix("#").strip()

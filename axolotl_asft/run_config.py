@@ -1,0 +1,155 @@
+"""An axolotl config as axolotl reads it, and the LoRA model that it asks for, without any weights."""
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import transformers
+from axolotl.integrations.base import PluginManager
+from axolotl.loaders.adapter import load_adapter
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.config import normalize_config, prepare_plugins, validate_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.freeze import freeze_mm_modules
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
+from torch import nn
+
+from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.lora import takes_out
+
+# The machine that checks need not be the one that trains: what the YAML asks of its card is taken to be there.
+CAPABLE = {"bf16": True, "fp8": True, "tf32": True, "compute_capability": "sm_90"}
+
+
+def validated_config(content: dict[str, Any], remote_code: bool = False) -> DictDefault:
+    """The config as `axolotl train` has it: plugins registered, validated, normalised. Reads the model's config.json.
+
+    Args:
+        content: the keys of the YAML.
+        remote_code: obey `trust_remote_code: true`; else no code of the model's repository is run.
+
+    Raises:
+        AsftError: one line for what would end `axolotl train`.
+    """
+    cfg = DictDefault(content)
+    if not cfg.get("base_model"):
+        raise AsftError("the config has no base_model; set it to the aligned model of the direction")
+    plugins = cfg.get("plugins") or []
+    if not isinstance(plugins, list):
+        raise AsftError(f"plugins: is {plugins!r}; expected a list, with asft in it")
+    PluginManager.get_instance().plugins.clear()  # it outlives a config
+    with _in_one_line(f"plugins: {plugins} cannot be loaded, or refuse the config"):
+        prepare_plugins(cfg)
+    capabilities = {**CAPABLE, "n_gpu": int(os.environ.get("WORLD_SIZE", "1"))}
+    versions = {"torch_version": torch.__version__.partition("+")[0]}
+    with _in_one_line("axolotl refuses the config"):
+        cfg = validate_config(cfg, capabilities=capabilities, env_capabilities=versions)
+    cfg.tf32 = False  # it would be set for the whole process
+    cfg.trust_remote_code = bool(cfg.trust_remote_code) and remote_code
+    with _in_one_line("axolotl refuses the config"):
+        try:
+            normalize_config(cfg)
+        except OSError as error:
+            raise AsftError(
+                f"base_model {cfg.base_model}: its config.json cannot be read ({one_line(error)})"
+            ) from error
+    return cfg
+
+
+def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
+    """The model of a validated config with its LoRA layers, all on the meta device; and LoRA's initialisation.
+
+    An initialisation that takes a part out of the weights (PiSSA and its like) cannot be run without them; the layers
+    are then made by the plain one.
+
+    Raises:
+        AsftError: the model cannot be built from its config.json, or PEFT refuses the LoRA settings.
+    """
+    model = _model(cfg)
+    names = f"; the model's linear layers are called {', '.join(linear_names(model))}"
+    with _in_one_line("PEFT refuses the LoRA settings", names):
+        if cfg.lora_model_dir:
+            lora: Any = PeftConfig.from_pretrained(cfg.lora_model_dir)
+            lora.inference_mode = False
+        else:
+            _, lora = load_adapter(model, cfg, cfg.adapter, config_only=True)
+        initialisation = lora.init_lora_weights
+        lora.init_lora_weights, lora.loftq_config = True, {}
+        adapted = cast(PeftModel, get_peft_model(model, lora, low_cpu_mem_usage=True))
+    if not takes_out(initialisation):
+        lora.init_lora_weights = initialisation  # the model keeps this object
+    if cfg.freeze_mm_modules:
+        freeze_mm_modules(adapted)
+    return adapted, initialisation
+
+
+def missed_plugins(cfg: DictDefault) -> list[str]:
+    """A line for each plugin of the config that axolotl could not import, and goes on without."""
+    loaded = PluginManager.get_instance().plugins
+    return [
+        f"plugins: {name} cannot be imported: the run goes on without it" for name in cfg.plugins if name not in loaded
+    ]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of a model's linear layers, as `lora_target_modules` writes them."""
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(found - {"base_layer", "default"})
+
+
+def missed_targets(cfg: DictDefault, model: nn.Module) -> list[str]:
+    """A line for each of `lora_target_modules` that no layer answers to; PEFT passes over it where another is found."""
+    targets = cfg.lora_target_modules
+    if not isinstance(targets, list) or cfg.lora_model_dir:
+        return []
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()]
+    parts = sorted({part for name in names for part in name.split(".")} - {"base_layer", "default"})
+    lines = []
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = difflib.get_close_matches(str(target), parts, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"lora_target_modules: {target!r} is no layer of the model, and is passed over{hint}")
+    return lines
+
+
+def _model(cfg: DictDefault) -> Any:
+    """As axolotl's loader picks its class, in no memory."""
+    config = load_model_config(cfg)
+    kind = cfg.type_of_model
+    if kind and kind != "AutoModelForCausalLM" and not cfg.trust_remote_code:
+        model_class = getattr(transformers, kind, None)
+        if model_class is None:
+            raise AsftError(f"type_of_model is {kind!r}, which transformers does not have; leave it out")
+    else:
+        multimodal = transformers.AutoModelForImageTextToText
+        model_class = multimodal if cfg.is_multimodal else transformers.AutoModelForCausalLM
+    hint = "" if cfg.trust_remote_code else "; where it needs code of its repository, give --trust-remote-code"
+    with _in_one_line(f"base_model {cfg.base_model} cannot be built from its config.json", hint), torch.device("meta"):
+        if hasattr(model_class, "from_config"):
+            return model_class.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        return model_class(config)
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str, hint: str = "") -> Iterator[None]:
+    """Whatever the libraries make of a config that they cannot work with, as one line."""
+    try:
+        yield
+    except AsftError:
+        raise
+    except ValidationError as error:
+        raise AsftError(_first_mistake(error)) from error
+    except Exception as error:
+        raise AsftError(f"{what} ({one_line(error)}){hint}") from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"axolotl refuses the config: {f'{key}: ' if key else ''}{one_line(Exception(first['msg']))}{more}"

@@ -1,0 +1,334 @@
+"""`axolotl asft check`: says before a run what the run would do, and fails where the run would."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import axolotl, make_dataset, write_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
+from axolotl_asft.advice import on_origin, on_pin
+from axolotl_asft.args import parse_block
+from axolotl_asft.cli import asft
+from axolotl_asft.cost import estimate
+from axolotl_asft.metrics import LayerMetric
+
+FLAG = "--trust-remote-code"
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_left():
+    """axolotl's plugin manager outlives a test."""
+    yield
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.clear()
+
+
+@pytest.fixture
+def checked(pair, dataset, direction_file, tmp_path):
+    """Check these changes to a good config; exit status and result."""
+
+    def run(asft_changes: dict | None = None, **changes) -> tuple[int, dict]:
+        block = {"direction": str(direction_file), **(asft_changes or {})}
+        config = write_config(
+            tmp_path, changes.pop("base_model", pair[1]), dataset, changes.pop("asft", block), **changes
+        )
+        result = CliRunner().invoke(asft, ["check", str(config), "--json"])
+        return result.exit_code, json.loads(result.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fisher_file(pair, tmp_path_factory):
+    """A direction that holds the Fisher metric of random factors."""
+    shapes = {name: module.shape for name, module in extract_direction(*pair, rank=4).modules.items()}
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(columns, 5, generator=generator) for name, (_, columns) in shapes.items()}
+    outputs = {name: torch.randn(rows, 3, generator=generator) for name, (rows, _) in shapes.items()}
+    metric = LayerMetric("fisher", inputs, outputs, dict.fromkeys(shapes, 0.9), answers=7)
+    path = tmp_path_factory.mktemp("fisher") / "fisher.asft.safetensors"
+    extract_direction(*pair, rank=4, metrics=[metric]).save(path)
+    return path
+
+
+def warned(found: dict, text: str) -> bool:
+    return any(text in line for line in found["warnings"])
+
+
+def test_a_good_config(checked, direction_file):
+    status, found = checked()
+    assert (status, found["fine"], found["errors"], found["warnings"]) == (0, True, [], [])
+    assert len(found["constrained"]) == found["model"]["lora_layers"] == 14
+    assert found["unconstrained"] == {}
+    assert found["direction"]["sha256"] == AlignmentDirection.load(direction_file).sha256
+    assert found["direction"]["weights"] == "agree"
+    assert found["model"]["architecture"] == "LlamaForCausalLM"
+    assert 0 < found["cost"]["share_of_step"] < 1
+
+
+def test_nothing_is_written_and_no_weights_are_read(checked, pair, tmp_path):
+    checked()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yml"]
+
+
+def test_the_parameters_are_those_of_the_model(checked, pair):
+    from transformers import AutoModelForCausalLM
+
+    _, found = checked()
+    assert found["model"]["parameters"] == AutoModelForCausalLM.from_pretrained(pair[1]).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"]}, 4),
+        ({"lora_target_linear": None, "lora_target_modules": r".*layers\.1.*(up|down)_proj"}, 2),
+        ({"lora_target_linear": None, "lora_target_modules": ["q_proj"], "peft_layers_to_transform": [1]}, 1),
+        ({"peft_init_lora_weights": "pissa"}, 14),
+        ({"bf16": True, "fp16": None, "tf32": True, "lora_mlp_kernel": None}, 14),
+        ({"adapter": "lora", "load_in_4bit": None}, 14),
+        ({"attn_implementation": "flash_attention_2", "sample_packing": True, "bf16": "auto", "fp16": None}, 14),
+        ({"rl": "dpo", "datasets": [{"path": "x.jsonl", "ds_type": "json", "type": {"field_prompt": "q"}}]}, 14),
+    ],
+)
+def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
+    status, found = checked(**changes)
+    assert (status, found["errors"]) == (0, [])
+    assert len(found["constrained"]) == found["model"]["lora_layers"] == layers
+
+
+@pytest.mark.parametrize(
+    ("block", "changes", "message"),
+    [
+        ({"lamda_reg": 1}, {}, "did you mean lambda_reg?"),
+        ({"direction": "nowhere.safetensors"}, {}, "no direction file at nowhere.safetensors"),
+        ({"direction_sha256": "0" * 64}, {}, "get the pinned file"),
+        ({"modules": ["nothing"]}, {}, "matches none of 14 layers"),
+        ({"metric": "fisher"}, {}, "which the direction file does not hold"),
+        ({}, {"lora_modules_to_save": ["embed_tokens"]}, "1 trainable weights that are no LoRA layer"),
+        ({}, {"adapter": None, "load_in_4bit": None}, "set adapter: qlora or adapter: lora"),
+        ({}, {"peft_use_dora": True}, "peft_use_dora is not supported"),
+        ({}, {"relora": True}, "relora is not supported"),
+        ({}, {"deepspeed": "ds.json"}, "DeepSpeed is not supported"),
+        ({}, {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "FSDP1 is not supported"),
+        ({}, {"optimizer": "lomo"}, "steps during the backward pass"),
+        ({}, {"plugins": ["asfft"]}, "did you mean 'asft'"),
+        ({}, {"plugins": None}, "add `- asft` under plugins"),
+        ({}, {"plugins": ["asft", "nodots"]}, "cannot be loaded"),
+        ({}, {"plugins": "asft"}, "expected a list, with asft in it"),
+        ({}, {"lora_target_linear": None, "lora_target_modules": "("}, "PEFT refuses the LoRA settings (missing )"),
+        ({}, {"gradient_accumulation_steps": 0}, "axolotl refuses the config"),
+        ({}, {"overrides_of_model_config": {"hidden_size": "x"}}, "axolotl refuses the config"),
+        ({}, {"peft_init_lora_weights": "corda"}, "is initialised by 'corda'"),
+        ({}, {"tokens": ["<new>"]}, "`lora_modules_to_save` not properly set"),
+        ({}, {"lora_target_linear": None, "lora_target_modules": ["attn"]}, "linear layers are called down_proj"),
+        ({}, {"base_model": "no-such-folder"}, "its config.json cannot be read"),
+        ({}, {"micro_batch_size": "many"}, "axolotl refuses the config: micro_batch_size"),
+        ({}, {"type_of_model": "LamaForCausalLM"}, "which transformers does not have"),
+        ({"max_drift": 0.1}, {"peft_init_lora_weights": "pissa"}, "max_drift cannot shorten"),
+        ({}, {"asft": None, "plugins": None}, "the config has no asft: block"),
+    ],
+)
+def test_what_would_end_the_run(checked, block, changes, message):
+    status, found = checked(block, **changes)
+    assert status == 2
+    assert not found["fine"]
+    assert any(message in line for line in found["errors"]), found["errors"]
+    assert all("\n" not in line for line in found["errors"])
+
+
+def test_the_base_model_in_place_of_the_aligned_one(checked, pair):
+    status, found = checked(base_model=pair[0])
+    assert status == 2
+    assert any("extracted for another model" in line for line in found["errors"])
+    assert warned(found, "reads like its base model")
+
+
+@pytest.mark.parametrize("content", ["", "- a list", "key: [unclosed", "\x00"])
+def test_no_config(tmp_path, content):
+    path = tmp_path / "config.yml"
+    path.write_text(content)
+    result = CliRunner().invoke(asft, ["check", str(path)])
+    assert result.exit_code == 2
+    assert str(path) in result.output
+    assert CliRunner().invoke(asft, ["check", str(tmp_path / "nothing.yml")]).exit_code == 2
+
+
+def test_layers_without_a_direction(checked, pair, tmp_path):
+    extract_direction(*pair, rank=2, modules=["q_proj", "v_proj"]).save(tmp_path / "some.safetensors")
+    some = {"direction": str(tmp_path / "some.safetensors")}
+    status, found = checked(some)
+    assert status == 2
+    assert "10 LoRA layers without a direction" in found["errors"][0]
+    assert (len(found["constrained"]), len(found["unconstrained"])) == (4, 10)
+    assert set(found["unconstrained"].values()) == {"the direction file has no such layer"}
+    status, found = checked({**some, "on_uncovered": "warn"})
+    assert (status, found["errors"]) == (0, [])
+    assert warned(found, "on_uncovered is warn: 10 trainable weights are not constrained")
+    assert not warned(checked({"on_uncovered": "warn"})[1], "on_uncovered")
+
+
+def test_layers_that_the_block_leaves_out(checked):
+    _, found = checked({"modules": ["q_proj"]})
+    assert len(found["constrained"]) == 2
+    assert set(found["unconstrained"].values()) == {"asft.modules leaves it out"}
+    assert warned(found, "12 LoRA layers")
+
+
+@pytest.mark.parametrize(
+    ("block", "changes", "message"),
+    [
+        ({"lambda_reg": 1e4}, {}, "more than ten times the largest"),
+        ({"lambda_reg": 1e-3}, {}, "less than a tenth of the smallest"),
+        ({"lambda_reg": 0}, {}, "nothing is constrained"),
+        ({"max_drift": 2}, {}, "a budget of 1 kept nothing"),
+        ({"rank": 100}, {}, "the direction file holds 8 directions"),
+        ({"projector": "subspace"}, {}, "leaves the way back to the base model free"),
+        ({"verify_model": False}, {}, "verify_model is false"),
+        ({}, {"optimizer": "muon"}, "normalises every update"),
+        ({}, {"trust_remote_code": True}, "executes code of the repository"),
+        ({}, {"plugins": ["asft", "no.such.Plugin"]}, "no.such.Plugin cannot be imported: the run goes on without it"),
+        ({}, {"plugins": ["asft", "recorder_plugin.RecorderPlugin"]}, "is code that is not axolotl's"),
+        (
+            {},
+            {"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_prj"]},
+            "'v_prj' is no layer of the model, and is passed over; did you mean v_proj?",
+        ),
+    ],
+)
+def test_warnings(checked, block, changes, message):
+    status, found = checked(block, **changes)
+    assert (status, found["errors"]) == (0, [])
+    assert warned(found, message), found["warnings"]
+
+
+def test_a_lambda_of_the_usual_size_is_no_warning(checked):
+    assert checked({"lambda_reg": 30})[1]["warnings"] == []
+
+
+def test_a_metric_that_is_held(checked, fisher_file):
+    _, found = checked({"direction": str(fisher_file)})
+    assert found["warnings"] == []
+    assert found["settings"][0].startswith("metric fisher, since the direction file holds it")
+    assert found["cost"]["memory"]["U"] == 0
+    assert found["cost"]["memory"]["X"] > found["cost"]["memory"]["Y"] > 0
+    _, found = checked({"direction": str(fisher_file), "metric": "weights"})
+    assert warned(found, "holds the metric fisher, which is not used")
+
+
+def test_weights_that_are_not_compared(checked, pair, tmp_path):
+    assert checked({"verify_model": False})[1]["direction"]["weights"] == "not asked"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        shutil.copy(pair[1] / name, tmp_path / "bare" / name)
+    status, found = checked(base_model=tmp_path / "bare")
+    assert (status, found["direction"]["weights"]) == (0, "not here")
+
+
+def test_a_direction_of_another_name_and_revision():
+    """The names and revisions that the file keeps, against those of the run."""
+    spec = {"base": {"id": "me/Chat-Base"}, "aligned": {"id": "me/Chat", "revision": "a" * 40}}
+    direction = AlignmentDirection(modules={}, spec=spec, sha256="0" * 64)
+    assert on_origin(direction, "me/Chat", "a" * 40) == []
+    assert on_origin(direction, "./models/chat/", None) == []
+    assert "revision aaaaaaaaaaaa" in on_origin(direction, "me/Chat", "b" * 40)[0]
+    assert "reads like another model" in on_origin(direction, "you/Other", None)[0]
+    assert "reads like its base model" in on_origin(direction, "me/chat-base", None)[0]
+    hub = {"direction": "me/chat-asft@v1"}
+    assert "read at v1 of me/chat-asft, which can change" in on_pin(parse_block(hub), direction)[0]
+    for pinned in ({"direction": f"me/chat-asft@{'c' * 40}"}, {**hub, "direction_sha256": "0" * 64}):
+        assert on_pin(parse_block(pinned), direction) == []
+    assert on_pin(parse_block({"direction": "./d.safetensors"}), direction) == []
+
+
+def test_weights_that_agree_outweigh_a_name(checked, pair, tmp_path):
+    shutil.copytree(pair[1], tmp_path / "renamed")
+    assert checked(base_model=tmp_path / "renamed")[1]["warnings"] == []
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_the_operations_are_those_that_torch_counts(pair, direction_file, fisher_file, metric):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(r=3, target_modules=["q_proj", "down_proj"])
+    )
+    penalty = AlignmentPenalty(model, AlignmentDirection.load(fisher_file if metric else direction_file))
+    with FlopCounterMode(display=False) as counter:
+        penalty.add_gradient()
+    expected = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        penalty.measure()
+    measured = counter.get_total_flops()
+    cost = estimate(penalty.groups, parameters=1000, tokens=10, checkpointing=False, log_every=10**9)
+    assert cost.penalty_flops == pytest.approx(expected, rel=1e-6)
+    assert cost.task_flops == 4 * 1000 * 10
+    every = estimate(penalty.groups, parameters=1000, tokens=10, checkpointing=True, log_every=1)
+    assert every.penalty_flops == pytest.approx(expected + measured, rel=1e-6)
+    assert every.task_flops == 6 * 1000 * 10
+    assert cost.memory["U"] == sum(group.U.nbytes for group in penalty.groups)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+"""
+
+
+def test_code_of_the_models_repository_is_not_run_unasked(pair, dataset, direction_file, tmp_path, monkeypatch):
+    """A stranger's config may say trust_remote_code: true; the check obeys the one who checks."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, marker = tmp_path / "strange", tmp_path / "was-run"
+    model.mkdir()
+    content = json.loads((pair[1] / "config.json").read_text()) | {"model_type": "strange", "architectures": None}
+    content["auto_map"] = {"AutoConfig": "code.StrangeConfig", "AutoModelForCausalLM": "code.StrangeForCausalLM"}
+    (model / "config.json").write_text(json.dumps(content))
+    (model / "code.py").write_text(CODE.format(marker=str(marker)))
+    block = {"direction": str(direction_file)}
+    for trusted, flags, status, was_run in ((True, [], 2, False), (False, [FLAG], 2, False), (True, [FLAG], 0, True)):
+        config = write_config(tmp_path / f"{trusted}", model, dataset, block, trust_remote_code=trusted)
+        result = CliRunner().invoke(asft, ["check", str(config), "--json", *flags])
+        assert (result.exit_code, marker.exists()) == (status, was_run), result.stdout
+    assert json.loads(result.stdout)["model"]["architecture"] == "StrangeForCausalLM"
+
+
+def test_the_text_says_the_same(pair, dataset, direction_file, tmp_path):
+    config = write_config(tmp_path, pair[1], dataset, {"direction": str(direction_file), "lambda_reg": 5000})
+    result = CliRunner().invoke(asft, ["check", str(config)])
+    assert result.exit_code == 0
+    for text in (
+        "14 of 14 LoRA layers: 2 q_proj",
+        "agree with the base model's files",
+        AlignmentDirection.load(direction_file).sha256,
+        "loss = task loss + 5000 x penalty",
+        "once per optimizer step, whatever the accumulation (2 micro-batches here)",
+        "The run would start. 1 warning.",
+    ):
+        assert text in result.stdout, text
+
+
+@pytest.mark.slow
+def test_through_axolotls_command_line(pair, direction_file, tmp_path):
+    """A real `axolotl train` constrains what the check says."""
+    config = write_config(
+        tmp_path, pair[1], make_dataset(tmp_path / "data.jsonl"), {"direction": str(direction_file)}, max_steps=1,
+        lora_target_linear=None, lora_target_modules=["q_proj", "down_proj"],
+    )  # fmt: skip
+    before = set(os.listdir(tmp_path))
+    found = json.loads(axolotl("asft", "check", str(config), "--json", cwd=tmp_path).stdout)
+    assert set(os.listdir(tmp_path)) == before
+    assert found["fine"]
+    run = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
+    assert f"{len(found['constrained'])} layers constrained" in run.stdout + run.stderr
