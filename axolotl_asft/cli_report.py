@@ -47,9 +47,7 @@ def report_command(
     from axolotl_asft.report.findings import headline
     from axolotl_asft.report.write import write_report
 
-    report, files = write_report(
-        run_dir, output, compare=_named(compare), evaluation=evaluation, direction=direction
-    )
+    report, files = write_report(run_dir, output, compare=_named(compare), evaluation=evaluation, direction=direction)
     if as_json:
         click.echo(json.dumps({"files": [str(file) for file in files], **report.summary()}))
         return

@@ -1,8 +1,9 @@
 """The axolotl plugin: a thin adapter over `attach`."""
 
 import importlib.util
-import json
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys
 from axolotl_asft.verify import verify_checkpoint
+from axolotl_asft.yaml_config import written_config
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -76,7 +78,10 @@ class AsftPlugin(BasePlugin):
         if verified and _loftq(cfg):
             options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
-        self._constraint.history.header |= {"config": _told(cfg), "direction_file": _absolute(block.direction)}
+        self._constraint.history.header |= {
+            "config": written_config(cfg.to_dict(), sys.argv[1:]),
+            "direction_file": _absolute(block.direction),
+        }
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """axolotl saves the adapter itself at the end, past the trainer's save_model.
@@ -99,7 +104,7 @@ class AsftPlugin(BasePlugin):
     def _draw(self, cfg: Any, draw: Callable[[Any], Any]) -> None:
         """Draw on the main process; a picture that cannot be drawn costs a warning, never the run."""
         assert self._constraint is not None
-        if not self._constraint.history.is_kept:
+        if not self._constraint.history.is_kept or os.environ.get("ASFT_REPORT") == "0":
             return
         by_hand = f"axolotl asft report {cfg.output_dir}"
         if importlib.util.find_spec("matplotlib") is None:
@@ -124,12 +129,6 @@ class AsftPlugin(BasePlugin):
 def _asks_for_fsdp2(cfg: Any) -> bool:
     version = cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
     return str(version) == "2"
-
-
-def _told(cfg: Any) -> dict[str, Any]:
-    """The config without what is unset, as JSON values."""
-    content = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
-    return json.loads(json.dumps({key: value for key, value in content.items() if value is not None}, default=str))
 
 
 def _absolute(direction: str) -> str:

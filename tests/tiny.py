@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
+    "ASFT_REPORT": "0",  # drawn at the end of every run it would cost the suite minutes; test_report.py asks for it
 }
 ON_GPU = os.environ.get("ASFT_TEST_GPU") == "1"
 if not ON_GPU:

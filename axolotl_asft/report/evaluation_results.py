@@ -79,7 +79,9 @@ def _read(path: Path, run: Path) -> Evaluation | None:
     except FileNotFoundError:
         raise AsftError(f"no file {path}; give the {RESULTS} of `axolotl asft eval`, or its folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise AsftError(f"{path} is no readable JSON ({one_line(error)}); expected results of axolotl asft eval") from error
+        raise AsftError(
+            f"{path} is no readable JSON ({one_line(error)}); expected results of axolotl asft eval"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or "questions" not in content:
         return None
     try:
@@ -98,7 +100,14 @@ def _measures(rows: list[dict[str, Any]], run: Path) -> list[Measure]:
     for field, title, better in shares:
         for source in _keys(rows, field):
             points = [
-                Point(row["name"], _number(s["value"]), _number(s["low"]), _number(s["high"]), int(s["n"]), _role(row, run))
+                Point(
+                    row["name"],
+                    _number(s["value"]),
+                    _number(s["low"]),
+                    _number(s["high"]),
+                    int(s["n"]),
+                    _role(row, run),
+                )
                 for row in rows
                 if (s := row[field].get(source)) and s["value"] is not None
             ]

@@ -4,10 +4,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from axolotl_asft.report.findings import (
     drift_title,
@@ -48,22 +50,22 @@ def training_panels(runs: Sequence[Run]) -> list[Panel]:
     budget = (run.stamp or {}).get("max_drift")
     wanted = [
         ("loss", loss_title(run), "loss of the task, by step", None),
-        ("asft/penalty", penalty_title(run), "lambda × P, by step", None),
+        ("asft/penalty", penalty_title(run), "lambda_reg P, by step", None),
         ("asft/max_drift", furthest_title(run), "off the direction, in units of what alignment moved, by step", budget),
         ("asft/update_norm", norm_title(run), "‖dW‖ over all layers, by step", None),
-        ("asft/drift", drift_title(run), "‖(I − C) dW‖ / ‖dW‖ over all layers, by step", None),
+        ("asft/drift", drift_title(run), "‖(I - C) dW‖ / ‖dW‖ over all layers, by step", None),
         ("learning_rate", "The learning rate", "by step", None),
     ]
     panels = []
     for key, title, note, limit in wanted:
         if any(any(other.curve(key)[1]) for other in runs):
-            panels.append(Panel(title, note, lambda axes, key=key, limit=limit: _curves(axes, runs, key, limit)))
+            panels.append(Panel(title, note, partial(_curves, runs=runs, key=key, limit=limit)))
     return panels if len(panels) % 2 == 0 else [panel for panel in panels if panel.title != "The learning rate"]
 
 
 def spectrum_panels(run: Run) -> list[Panel]:
     """A panel for each kind of module: the singular values of its updates, and their part in the aligned subspace."""
-    names = list(run.spectra)
+    names = in_order(run)
     grid = Grid.of(names)
     groups: dict[int, list[Spectrum]] = {}
     for name, (row, _) in zip(names, grid.places, strict=True):
@@ -76,9 +78,15 @@ def spectrum_panels(run: Run) -> list[Panel]:
     bottom = max(min(smallest, default=top / 1e3), top / 1e5)
     limits = bottom / 1.6, top * 1.6
     return [
-        Panel(grid.kinds[row], f"{len(group)} layers", lambda axes, group=group: _spectra(axes, group, limits))
+        Panel(grid.kinds[row], f"{len(group)} layers", partial(_spectra, group=group, limits=limits))
         for row, group in sorted(groups.items())
     ]
+
+
+def in_order(run: Run) -> list[str]:
+    """The layers that have a spectrum, in the order of the model."""
+    order = {name: i for i, name in enumerate(run.history.layers)} if run.history else {}
+    return sorted(run.spectra, key=lambda name: order.get(name, len(order)))
 
 
 def heat_map(axes: Axes, grid: Grid, values: Sequence[float | None], highest: float, labels: bool = True):
@@ -101,7 +109,7 @@ def _curves(axes: Axes, runs: Sequence[Run], key: str, limit: float | None) -> N
         if len(values) >= SMOOTHED_FROM and key == "loss":
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35, zorder=2)
             values = _smoothed(values)
-        few = {"marker": "o", "markersize": 3} if len(values) < 15 else {}
+        few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(values) < 15 else {}
         axes.plot(steps, values, color=colour, linewidth=1.8, zorder=3, label=run.name, **few)
         if key == "loss":
             evaluated = run.curve("eval_loss")
@@ -115,7 +123,8 @@ def _curves(axes: Axes, runs: Sequence[Run], key: str, limit: float | None) -> N
         axes.set_ylim(0, 1.05)
     _plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _spectra(axes: Axes, group: list[Spectrum], limits: tuple[float, float]) -> None:
@@ -128,7 +137,7 @@ def _spectra(axes: Axes, group: list[Spectrum], limits: tuple[float, float]) -> 
     axes.set_yscale("log")
     axes.set_ylim(*limits)
     _plain(axes)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 

@@ -27,6 +27,11 @@ def multiple(value: float) -> str:
     return percent(value) if value < 0.995 else f"{number(value)}{NBSP}times"
 
 
+def of_alignment(value: float) -> str:
+    """12 % of what alignment, 1.5 times what alignment: to be followed by what alignment did."""
+    return f"{multiple(value)} {'of ' if value < 0.995 else ''}what alignment"
+
+
 def number(value: float | None) -> str:
     """Three significant digits, without an exponent where it can be read without."""
     if value is None or not math.isfinite(value):
@@ -44,16 +49,19 @@ def headline(run: Run) -> str:
         return "A run under the safety constraint"
     if furthest == 0:
         return "The update has not left the alignment direction"
-    if furthest < 0.995:
-        return f"The update stayed within {percent(furthest)} of what alignment moved"
-    return f"The update went up to {multiple(furthest)} as far as alignment had moved a layer"
+    last = run.last("asft/max_drift") or furthest
+    verb = "stayed" if furthest <= 1.1 * last else "ended"
+    return f"The update {verb} within {of_alignment(last)} moved"
 
 
 def headline_note(run: Run) -> str:
     """What the headline compares, for readers who have not met it."""
     how = MEASURED_BY.get(str((run.stamp or {}).get("metric")), "measured on the weights")
     worst = furthest_layer(run)
-    where = f" Furthest at the end: {worst[0]}, {multiple(worst[1])}." if worst else ""
+    where = f" Furthest at the end: {worst[0]}, {multiple(worst[1])}" if worst else ""
+    peak, last = _largest(run, "asft/max_drift"), run.last("asft/max_drift")
+    if where:
+        where += f", after a peak of {multiple(peak)}." if peak and last and peak > 1.1 * last else "."
     return (
         "In each layer, how far fine-tuning went off the alignment direction, against how far alignment itself had "
         f"moved that layer; {how}.{where}"
@@ -98,7 +106,7 @@ def furthest_title(run: Run) -> str:
     budget = (run.stamp or {}).get("max_drift")
     if isinstance(budget, int | float) and budget:
         return f"The furthest layer used {percent(values[-1] / budget)} of its budget"
-    return f"The furthest layer ended at {multiple(values[-1])} of what alignment moved it"
+    return f"The furthest layer ended at {of_alignment(values[-1])} moved it"
 
 
 def drift_title(run: Run) -> str:
@@ -125,7 +133,7 @@ def heat_title(run: Run) -> str:
                 best, place = value, (row, column)
     if best <= 0:
         return "No layer has moved yet"
-    return f"Layer {grid.layers[place[1]]}’s {grid.kinds[place[0]]} went furthest: {multiple(best)} of what alignment moved"
+    return f"Layer {grid.layers[place[1]]}'s {grid.kinds[place[0]]} went furthest: {of_alignment(best)} moved"
 
 
 def spectrum_title(run: Run) -> str:

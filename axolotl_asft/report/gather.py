@@ -49,7 +49,7 @@ class Report:
 
 def key_numbers(run: Run) -> dict[str, float | int | None]:
     """Steps, loss, penalty, size and direction of the update."""
-    steps, losses = run.curve("loss")
+    _, losses = run.curve("loss")
     _, penalties = run.curve("asft/penalty")
     return {
         "steps": max((line["step"] for line in run.lines), default=None),
@@ -93,15 +93,15 @@ def gather(
     return report
 
 
-def _direction(
-    run: Run, given: AlignmentDirection | str | Path | None, notes: list[str]
-) -> AlignmentDirection | None:
+def _direction(run: Run, given: AlignmentDirection | str | Path | None, notes: list[str]) -> AlignmentDirection | None:
     wanted = (run.stamp or {}).get("direction_sha256")
     if isinstance(given, AlignmentDirection):
         return given
     location = given if given is not None else _named_direction(run)
     if not location:
-        notes.append("The run does not say where its direction is; --direction FILE adds the share inside the subspace.")
+        notes.append(
+            "The run does not say where its direction is; --direction FILE adds the share inside the subspace."
+        )
         return None
     try:
         return AlignmentDirection.load(location, wanted if isinstance(wanted, str) else None)

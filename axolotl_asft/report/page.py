@@ -14,7 +14,7 @@ from markupsafe import Markup
 from axolotl_asft import __version__
 from axolotl_asft.redaction import redacted
 from axolotl_asft.report import findings
-from axolotl_asft.report.figures import spectrum_panels, training_panels
+from axolotl_asft.report.figures import in_order, spectrum_panels, training_panels
 from axolotl_asft.report.gather import Report, key_numbers
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.pictures import panel_svg
@@ -23,9 +23,9 @@ from axolotl_asft.report.runs import Run
 HERE = Path(__file__).parent
 FRAMES = 60  # of the heat map over time
 MEASURES = {
-    "relative": ("of what alignment moved", "‖(I − C) dW‖ / ‖d‖, in the run's metric"),
-    "drift": ("of the update", "‖(I − C) dW‖ / ‖dW‖"),
-    "norm": ("size of the update", "‖dW‖"),
+    "relative": ("against alignment", "‖(I - C) dW‖ / ‖d‖, in the run's metric"),
+    "drift": ("share off the direction", "‖(I - C) dW‖ / ‖dW‖"),
+    "norm": ("size", "‖dW‖"),
 }
 
 
@@ -77,7 +77,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if found["loss_last"] is not None:
         tiles.append(("task loss", findings.number(found["loss_last"]), f"from {findings.number(found['loss_first'])}"))
     if found["penalty_peak"]:
-        tiles.append(("penalty", findings.number(found["penalty_last"]), f"peak {findings.number(found['penalty_peak'])}"))
+        tiles.append(
+            ("penalty", findings.number(found["penalty_last"]), f"peak {findings.number(found['penalty_peak'])}")
+        )
     if found["update_norm"] is not None:
         tiles.append(("update norm", findings.number(found["update_norm"]), "‖dW‖"))
     if found["max_drift"] is not None:
@@ -103,19 +105,28 @@ def _heat(run: Run) -> dict[str, Any] | None:
         "layers": grid.layers,
         "steps": [snapshots[i]["step"] for i in chosen],
         "measures": measures,
+        "ticks": _ticks(grid),
         "shared": len(set(grid.places)) < len(grid.places),
     }
 
 
 def _share(run: Run) -> dict[str, Any] | None:
     """Cells of the share of each update in the aligned subspace, as a multiple of chance."""
-    inside = {name: s for name, s in run.spectra.items() if s.inside and s.chance and any(s.values)}
+    spectra = ((name, run.spectra[name]) for name in in_order(run))
+    inside = {name: s for name, s in spectra if s.inside and s.chance and any(s.values)}
     if not inside:
         return None
     grid = Grid.of(list(inside))
     cells = _flat(grid.fill(s.share / s.chance for s in inside.values()))
     highest = max(value for value in cells if value is not None)
-    return {"kinds": grid.kinds, "layers": grid.layers, "cells": cells, "highest": highest or 1.0}
+    found = {"kinds": grid.kinds, "layers": grid.layers, "ticks": _ticks(grid)}
+    return found | {"cells": cells, "highest": highest or 1.0}
+
+
+def _ticks(grid: Grid) -> list[int]:
+    """The columns whose layer is written below, about six."""
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1 << 30) if len(grid.layers) / step <= 8)
+    return list(range(0, len(grid.layers), every))
 
 
 def _layers(run: Run) -> list[dict[str, Any]]:
@@ -156,7 +167,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             found.append((f"direction: {side} model", f"{model['id']}{revision}, weights sha256 {model.get('sha256')}"))
         found.append(("direction: made", f"{spec['created']} by {spec['tool']}"))
     keys = ("direction_sha256", "lambda_reg", "max_drift", "projector", "rank", "metric", "lora_scaling", "modules")
-    found += [(key, "none" if stamp[key] is None else str(stamp[key])) for key in (*keys, "on_uncovered") if key in stamp]
+    found += [
+        (key, "none" if stamp[key] is None else str(stamp[key])) for key in (*keys, "on_uncovered") if key in stamp
+    ]
     for key in ("started", "trainer", "engine", "processes", "device", "python", "platform"):
         if header.get(key) is not None:
             found.append((key, str(header[key])))

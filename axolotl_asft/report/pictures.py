@@ -2,10 +2,13 @@
 
 import io
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from axolotl_asft.files import atomic_write
 from axolotl_asft.report.figures import GREY, GRID, INK, LINE, SERIES, Panel, heat_map, spectrum_panels, training_panels
@@ -13,7 +16,13 @@ from axolotl_asft.report.findings import headline, heat_title, spectrum_title
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.runs import Run
 
-STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "svg.fonttype": "none"}
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "svg.fonttype": "none",
+}
 _VARIABLES = {INK: "--ink", GREY: "--muted", LINE: "--line", GRID: "--grid"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
@@ -51,7 +60,9 @@ def training_png(runs: list[Run], path: Path) -> None:
 def spectrum_png(run: Run, path: Path) -> None:
     """The singular values by kind of module."""
     panels = spectrum_panels(run)
-    title = f"{spectrum_title(run)}\nteal: singular values of dW; red: their part in the aligned subspace; dotted: chance"
+    title = (
+        f"{spectrum_title(run)}\nteal: singular values of dW; red: their part in the aligned subspace; dotted: chance"
+    )
     _panels_png(panels, title, [], path)
 
 
@@ -65,12 +76,16 @@ def heat_png(run: Run, path: Path) -> None:
     earlier = [round(i * (len(snapshots) - 1) / 4) for i in range(4)] if len(snapshots) > 4 else []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 2.2 + height * (1.7 if earlier else 1)), facecolor="white", layout="constrained")
-        rows = figure.add_gridspec(2 if earlier else 1, max(1, len(earlier)), height_ratios=[1.5, 1][: 2 if earlier else 1])
+        rows = figure.add_gridspec(
+            2 if earlier else 1, max(1, len(earlier)), height_ratios=[1.5, 1][: 2 if earlier else 1]
+        )
         axes = figure.add_subplot(rows[0, :])
         image = heat_map(axes, grid, values[-1], highest)
         axes.set_title(f"at the end, step {snapshots[-1]['step']}", loc="left", fontsize=10)
         axes.set_xlabel("layer")
-        figure.colorbar(image, ax=axes, pad=0.01, aspect=12, label="of what alignment moved").outline.set_visible(False)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, label="1 is what alignment moved")
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
         for column, i in enumerate(earlier):
             small = figure.add_subplot(rows[1, column])
             heat_map(small, grid, values[i], highest, labels=column == 0)
@@ -80,21 +95,27 @@ def heat_png(run: Run, path: Path) -> None:
 
 
 def _panels_png(panels: list[Panel], title: str, legend: list[Run], path: Path) -> None:
+    """The panels in rows under a title; a legend of the runs where there are several."""
     columns = 2 if len(panels) <= 6 else 4
     rows = -(-len(panels) // columns)
+    width, height = 4.9 * columns, 3.0 * rows + 0.9
+    heading, _, rest = title.partition("\n")
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.9 * columns, 2.7 * rows + 0.9), facecolor="white", layout="constrained")
+        figure = Figure(figsize=(width, height), facecolor="white")
+        figure.subplots_adjust(0.5 / width, 0.45 / height, 1 - 0.2 / width, 1 - 1.35 / height, 0.18, 0.5)
         for number, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, number)
             panel.draw(axes)
-            axes.set_title(panel.title, loc="left", fontsize=10, weight="bold", pad=18, parse_math=False)
+            title = textwrap.fill(panel.title, 52)
+            axes.set_title(title, loc="left", fontsize=10, weight="bold", pad=18, parse_math=False)
             axes.text(0, 1.03, panel.note, transform=axes.transAxes, color=GREY, fontsize=9, parse_math=False)
-        heading, _, rest = title.partition("\n")
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=14, weight="bold", parse_math=False)
+        x, y = 0.2 / width, 1 - 0.2 / height
+        figure.suptitle(heading, x=x, y=y, va="top", ha="left", fontsize=14, weight="bold", parse_math=False)
         if rest:
-            figure.supxlabel(rest, x=0.01, ha="left", fontsize=9, color=GREY, parse_math=False)
+            figure.text(0.2 / width, 0.12 / height, rest, fontsize=9, color=GREY, parse_math=False)
         if legend:
-            handles = [axes.plot([], [], color=SERIES[i % len(SERIES)], linewidth=3)[0] for i in range(len(legend))]
+            handles = [Line2D([], [], color=SERIES[i % len(SERIES)], linewidth=3) for i in range(len(legend))]
             names = [run.name.replace("$", r"\$") for run in legend]
-            figure.legend(handles, names, loc="upper right", ncols=len(legend), frameon=False)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+            place = 0.12 / width, 1 - 0.45 / height
+            figure.legend(handles, names, ncols=len(legend), frameon=False, loc="upper left", bbox_to_anchor=place)
+        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))

@@ -65,15 +65,16 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
     logged = [] if history else _trainer_log(folder)
     if config is None and history is None and not logged:
         raise AsftError(
-            f"{folder} is no run's folder: it has neither {HISTORY_FILE} nor {ADAPTER_CONFIG}; give the output_dir of a run"
+            f"{folder} is no run's folder: it has neither {HISTORY_FILE} nor {ADAPTER_CONFIG}; give the "
+            "output_dir of a run"
         )
     stamp = (config or {}).get(STAMP_KEY)
     if not isinstance(stamp, dict):
         stamp = history.header.get("constraint") if history else None
     if constrained and not isinstance(stamp, dict) and history is None:
         raise AsftError(
-            f"{folder} was trained without the constraint (its adapter bears no stamp); give a run with plugins: [asft], "
-            "or name this one with --compare"
+            f"{folder} was trained without the constraint (its adapter bears no stamp); give a run with plugins: "
+            "[asft], or name this one with --compare"
         )
     run = Run(name, folder, history.lines if history else logged, history, stamp, config or {})
     if history is None and constrained:

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.report.gather import Report, gather
