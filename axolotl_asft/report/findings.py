@@ -1,6 +1,7 @@
 """What a run's numbers say, in sentences: the titles of the report."""
 
 import math
+from collections.abc import Sequence
 
 from axolotl_asft.report.evaluation_results import Evaluation
 from axolotl_asft.report.grid import Grid
@@ -54,17 +55,19 @@ def headline(run: Run) -> str:
     return f"The update {verb} within {of_alignment(last)} moved"
 
 
-def headline_note(run: Run) -> str:
-    """What the headline compares, for readers who have not met it."""
+def headline_note(run: Run, others: Sequence[Run] = ()) -> str:
+    """What the headline compares, for readers who have not met it, and where other runs ended."""
     how = MEASURED_BY.get(str((run.stamp or {}).get("metric")), "measured on the weights")
     worst = furthest_layer(run)
     where = f" Furthest at the end: {worst[0]}, {multiple(worst[1])}" if worst else ""
     peak, last = _largest(run, "asft/max_drift"), run.last("asft/max_drift")
     if where:
         where += f", after a peak of {multiple(peak)}." if peak and last and peak > 1.1 * last else "."
+    ended = {other.name: other.last("asft/max_drift") for other in others}
+    against = "".join(f" {name} ended at {multiple(value)}." for name, value in ended.items() if value is not None)
     return (
         "In each layer, how far fine-tuning went off the alignment direction, against how far alignment itself had "
-        f"moved that layer; {how}.{where}"
+        f"moved that layer; {how}.{where}{against}"
     )
 
 

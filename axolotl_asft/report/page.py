@@ -43,7 +43,7 @@ def page(report: Report) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         title=findings.headline(run),
-        note=findings.headline_note(run),
+        note=findings.headline_note(run, report.others),
         report=report,
         run=run,
         runs=runs,
