@@ -1,5 +1,6 @@
 """The history of a run: what is written at each log line, how it goes on after a stop, and what is refused."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_a_long_run_keeps_every_line_and_some_snapshots(tmp_path):
     steps = [line["step"] for line in history.snapshots()]
     assert 0.9 * SNAPSHOTS <= len(steps) <= SNAPSHOTS
     assert steps[0] == 1
-    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) == 25
+    assert max(b - a for a, b in itertools.pairwise(steps)) == 25
     assert (tmp_path / HISTORY_FILE).stat().st_size < 1e6
     assert "memory/max" not in history.lines[0]
 

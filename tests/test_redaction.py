@@ -24,8 +24,9 @@ def test_secret_names(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "pad_token", "eos_token", "special_tokens", "tokens", "tokenizer_type", "keypoints", "lora_qkv_kernel", "monkey",
-        "max_new_tokens", "add_special_tokens", "direction_sha256", "passage", "image_token_id", "hub_model_id",
+        "pad_token", "eos_token", "special_tokens", "tokens", "tokenizer_type", "keypoints", "lora_qkv_kernel",
+        "monkey", "max_new_tokens", "add_special_tokens", "direction_sha256", "passage", "image_token_id",
+        "hub_model_id",
     ],
 )  # fmt: skip
 def test_ordinary_names(name):

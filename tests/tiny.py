@@ -139,7 +139,7 @@ def child_environment(**changes: str) -> dict[str, str]:
         **os.environ,
         **ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         **changes,
     }
 

@@ -24,8 +24,7 @@ from axolotl_asft.report.spectrum import Spectrum
 
 INK, GREY, LINE, GRID = "#222b38", "#5c677d", "#c8ced8", "#e8ebf0"
 SERIES = ("#00798c", "#d1495b", "#b7791f", "#6b5b95", "#4b7f52")  # this run, and those it is compared with
-HEAT = LinearSegmentedColormap.from_list("asft", ["#f1efe8", "#eda14f", "#8c1d40"])
-HEAT.set_bad("#ffffff")
+HEAT = LinearSegmentedColormap.from_list("asft", ["#f1efe8", "#eda14f", "#8c1d40"]).with_extremes(bad="#ffffff")
 SMOOTHED_FROM = 60  # points; fewer are drawn as they are
 
 
