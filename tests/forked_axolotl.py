@@ -1,7 +1,7 @@
 """A server for tests: imports axolotl once, then runs each config it is given in a forked process of its own.
 
-It reads one JSON line a run, {"config": path, "environment": {...}}, and answers one, {"exit": status, "output": text}. The child does what
-`python -m axolotl.cli.train config` does, which is what `accelerate launch` starts.
+It reads one JSON line a run, {"config": path, "environment": {...}}, and answers one, {"exit": status, "output": text}.
+The child does what `python -m axolotl.cli.train config` does, which is what `accelerate launch` starts.
 """
 
 import json
