@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.ticker import MaxNLocator
 
 from axolotl_asft.report.findings import (
     drift_title,
     furthest_title,
+    has_free_directions,
     loss_title,
     norm_title,
     penalty_title,
@@ -25,6 +26,7 @@ from axolotl_asft.report.spectrum import Spectrum
 INK, GREY, LINE, GRID = "#222b38", "#5c677d", "#c8ced8", "#e8ebf0"
 SERIES = ("#00798c", "#d1495b", "#b7791f", "#6b5b95", "#4b7f52")  # this run, and those it is compared with
 HEAT = LinearSegmentedColormap.from_list("asft", ["#f1efe8", "#eda14f", "#8c1d40"]).with_extremes(bad="#ffffff")
+SPREAD = 0.5  # colours follow the square root: most layers move far less than the furthest
 SMOOTHED_FROM = 60  # points; fewer are drawn as they are
 
 
@@ -50,13 +52,15 @@ def training_panels(runs: Sequence[Run]) -> list[Panel]:
     wanted = [
         ("loss", loss_title(run), "loss of the task, by step", None),
         ("asft/penalty", penalty_title(run), "lambda_reg P, by step", None),
-        ("asft/max_drift", furthest_title(run), "off the direction, in units of what alignment moved, by step", budget),
+        ("asft/max_drift", furthest_title(run), "in units of what alignment moved it, by step", budget),
         ("asft/update_norm", norm_title(run), "‖dW‖ over all layers, by step", None),
         ("asft/drift", drift_title(run), "‖(I - C) dW‖ / ‖dW‖ over all layers, by step", None),
         ("learning_rate", "The learning rate", "by step", None),
     ]
     panels = []
     for key, title, note, limit in wanted:
+        if key == "asft/drift" and not has_free_directions(run):
+            continue
         if any(any(other.curve(key)[1]) for other in runs):
             panels.append(Panel(title, note, partial(_curves, runs=runs, key=key, limit=limit)))
     return panels if len(panels) % 2 == 0 else [panel for panel in panels if panel.title != "The learning rate"]
@@ -90,9 +94,9 @@ def in_order(run: Run) -> list[str]:
 
 def heat_map(axes: Axes, grid: Grid, values: Sequence[float | None], highest: float, labels: bool = True):
     """Kinds of module against layers, coloured from 0 to `highest`; returns what a colour bar needs."""
-    image = axes.imshow(grid.fill(values), aspect="auto", cmap=HEAT, norm=Normalize(0, highest or 1.0))
+    image = axes.imshow(grid.fill(values), aspect="auto", cmap=HEAT, norm=PowerNorm(SPREAD, 0, highest or 1.0))
     axes.set_yticks(range(len(grid.kinds)), grid.kinds if labels else [""] * len(grid.kinds), parse_math=False)
-    axes.xaxis.set_major_locator(MaxNLocator(min(10, len(grid.layers)), integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(min(10 if labels else 5, len(grid.layers)), integer=True))
     axes.xaxis.set_major_formatter(lambda x, _: str(grid.layers[int(x)]) if 0 <= int(x) < len(grid.layers) else "")
     axes.set_xlim(-0.5, len(grid.layers) - 0.5)
     axes.tick_params(length=0, colors=INK)

@@ -65,10 +65,13 @@ def headline_note(run: Run, others: Sequence[Run] = ()) -> str:
         where += f", after a peak of {multiple(peak)}." if peak and last and peak > 1.1 * last else "."
     ended = {other.name: other.last("asft/max_drift") for other in others}
     against = "".join(f" {name} ended at {multiple(value)}." for name, value in ended.items() if value is not None)
-    return (
-        "In each layer, how far fine-tuning went off the alignment direction, against how far alignment itself had "
-        f"moved that layer; {how}.{where}{against}"
-    )
+    went = "went off the alignment direction" if has_free_directions(run) else "moved it"
+    return f"In each layer, how far fine-tuning {went}, against how far alignment itself had; {how}.{where}{against}"
+
+
+def has_free_directions(run: Run) -> bool:
+    """Whether C is anything but 0: without free directions all of an update is off them."""
+    return (run.stamp or {}).get("rank") != 0
 
 
 def furthest_layer(run: Run) -> tuple[str, float] | None:
@@ -85,8 +88,7 @@ def loss_title(run: Run) -> str:
     steps, losses = run.curve("loss")
     if len(losses) < 2:
         return "The loss of the task"
-    tail = losses[-max(1, len(losses) // 10) :]
-    last = sum(tail) / len(tail)
+    last = losses[-1]
     verb = "fell" if last < 0.98 * losses[0] else "rose" if last > 1.02 * losses[0] else "hardly moved:"
     return f"The task's loss {verb} from {number(losses[0])} to {number(last)} in {steps[-1]:,} steps"
 

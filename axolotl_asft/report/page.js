@@ -40,10 +40,11 @@
     const play = find("play");
     const form = find("heat-controls");
     let frame = heat.steps.length - 1;
+    const spread = Math.log(0.5) / Math.log(heat.middle);
     let measure = "relative";
     let timer = null;
     const tell = (at) => {
-      const told = Object.keys(words).map((name) => {
+      const told = Object.keys(heat.measures).map((name) => {
         const value = heat.measures[name].frames[frame][at];
         return value === null ? null : words[name](value);
       }).filter(Boolean);
@@ -55,9 +56,11 @@
       cells.forEach((cell, at) => {
         const value = chosen.frames[frame][at];
         cell.classList.toggle("none", value === null);
-        if (value !== null) cell.style.setProperty("--v", (value / chosen.highest).toFixed(3));
+        if (value !== null) cell.style.setProperty("--v", ((value / chosen.highest) ** spread).toFixed(3));
       });
-      find("highest").textContent = measure === "norm" ? number(chosen.highest) : multiple(chosen.highest);
+      const label = measure === "norm" ? number : multiple;
+      find("highest").textContent = label(chosen.highest);
+      find("middle").textContent = label(chosen.highest * heat.middle);
       find("readout").textContent = `at step ${heat.steps[frame]}: ${chosen.formula}`;
       if (slider) {
         slider.value = frame;

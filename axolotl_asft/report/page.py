@@ -14,7 +14,7 @@ from markupsafe import Markup
 from axolotl_asft import __version__
 from axolotl_asft.redaction import redacted
 from axolotl_asft.report import findings
-from axolotl_asft.report.figures import in_order, spectrum_panels, training_panels
+from axolotl_asft.report.figures import SPREAD, Panel, in_order, spectrum_panels, training_panels
 from axolotl_asft.report.gather import Report, key_numbers
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.pictures import panel_svg
@@ -41,6 +41,9 @@ def page(report: Report) -> str:
     return environment.get_template("page.html").render(
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
+        shade=lambda value, highest: f"{(value / highest) ** SPREAD:.3f}",
+        middle=0.5 ** (1 / SPREAD),
+        free=findings.has_free_directions(run),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         title=findings.headline(run),
         note=findings.headline_note(run, report.others),
@@ -53,7 +56,7 @@ def page(report: Report) -> str:
         numbers={other.name: key_numbers(other) for other in runs},
         heat=_heat(run),
         heat_title=findings.heat_title(run) if _heat(run) else "",
-        spectra=[_figure(panel, f"spectrum{i}") for i, panel in enumerate(spectrum_panels(run))],
+        spectra=[_figure(panel, f"spectrum{i}", (3.3, 2.1)) for i, panel in enumerate(spectrum_panels(run))],
         spectrum_title=findings.spectrum_title(run),
         share=_share(run),
         layers=_layers(run),
@@ -66,8 +69,8 @@ def page(report: Report) -> str:
     )
 
 
-def _figure(panel: Any, name: str) -> dict[str, Any]:
-    return {"title": panel.title, "note": panel.note, "svg": Markup(panel_svg(panel, name))}
+def _figure(panel: Panel, name: str, size: tuple[float, float] = (4.3, 2.5)) -> dict[str, Any]:
+    return {"title": panel.title, "note": panel.note, "svg": Markup(panel_svg(panel, name, size))}
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -97,6 +100,8 @@ def _heat(run: Run) -> dict[str, Any] | None:
     chosen = sorted({round(i * (len(snapshots) - 1) / max(1, count - 1)) for i in range(count)})
     measures = {}
     for name, (label, formula) in MEASURES.items():
+        if name == "drift" and not findings.has_free_directions(run):
+            continue
         frames = [_flat(grid.fill(snapshots[i]["layers"][name])) for i in chosen]
         highest = max((value for frame in frames for value in frame if value is not None), default=0.0)
         measures[name] = {"label": label, "formula": formula, "highest": highest or 1.0, "frames": frames}

@@ -28,24 +28,26 @@ _VARIABLES = {INK: "--ink", GREY: "--muted", LINE: "--line", GRID: "--grid"} | {
 }
 _ID = re.compile(r' id="[a-zA-Z0-9_.]+_\d+"')
 _FONT = re.compile(r"font: ([0-9.]+px) [^;\"]*")
+_FAMILY = re.compile(r" ?font-family: [^;\"]*;?")
 
 
-def panel_svg(panel: Panel, name: str, size: tuple[float, float] = (4.3, 2.5)) -> str:
+def panel_svg(panel: Panel, name: str, size: tuple[float, float]) -> str:
     """The panel without its title, as an <svg> whose colours and font are the page's.
 
     Args:
         name: of its own in the page, for the ids inside.
+        size: in inches at the size of its letters.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size)
         figure.patch.set_alpha(0)
-        axes = figure.add_axes((0.13, 0.11, 0.85, 0.84))
+        axes = figure.add_axes((0.56 / size[0], 0.28 / size[1], 1 - 0.63 / size[0], 1 - 0.4 / size[1]))
         axes.patch.set_alpha(0)
         panel.draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
-    text = _FONT.sub(r"font-size: \1", _ID.sub("", text[text.index("<svg") :]))
+    text = _FAMILY.sub("", _FONT.sub(r"font-size: \1", _ID.sub("", text[text.index("<svg") :])))
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
@@ -88,7 +90,7 @@ def heat_png(run: Run, path: Path) -> None:
         bar.ax.tick_params(length=0)
         for column, i in enumerate(earlier):
             small = figure.add_subplot(rows[1, column])
-            heat_map(small, grid, values[i], highest, labels=column == 0)
+            heat_map(small, grid, values[i], highest, labels=False)
             small.set_title(f"step {snapshots[i]['step']}", loc="left", fontsize=10)
         figure.suptitle(heat_title(run), x=0.01, ha="left", fontsize=13, weight="bold", parse_math=False)
         atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
