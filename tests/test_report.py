@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny import write_config
 
 from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.cli import asft
+from axolotl_asft.cli_report import report_command
 from axolotl_asft.history import HISTORY_FILE, read_history
 from axolotl_asft.report.figures import spectrum_panels
 from axolotl_asft.report.findings import multiple, number, percent
@@ -113,7 +115,7 @@ def test_names_become_a_grid():
 
 
 def test_words_for_numbers():
-    assert [percent(x).replace("\u00a0", " ") for x in (0, 0.0001, 0.0123, 0.5, 1)] == [
+    assert [percent(x).replace("\u00a0", " ") for x in (1e-17, 0.0001, 0.0123, 0.5, 1)] == [
         "0 %", "under 0.1 %", "1.2 %", "50 %", "100 %",
     ]  # fmt: skip
     assert [number(x) for x in (0, 0.000123, 0.0123, 1.2345, 123.4, 54321, 1e9, None, float("nan"))] == [
@@ -137,6 +139,16 @@ def test_the_command_writes_a_page_and_pictures(drawn, folders):
     assert "What is left out" not in text
 
 
+def test_an_evaluation_that_was_asked_from_another_folder(folders, tmp_path):
+    found = results(folders[0])
+    found["rows"][1]["adapter"] = f"{folders[0].parent.name}/{folders[0].name}"
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    evaluation = gather(folders[0], evaluation=tmp_path).evaluation
+    assert [point.role for point in evaluation.measures[0].points] == ["before", "this", "other"]
+    scores = evaluation.measures[-1].points
+    assert (scores[0].low, scores[0].high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+
+
 def test_json_for_programs(folders, tmp_path):
     result = CliRunner().invoke(
         asft, ["report", str(folders[0]), "--json", "-o", str(tmp_path / "x.html"), "--compare", str(folders[1])]
@@ -150,6 +162,14 @@ def test_json_for_programs(folders, tmp_path):
     assert found["compared"]["plain"]["update_norm"] > found["numbers"]["update_norm"]
     assert 0 < found["aligned_share_by_chance"] < found["aligned_share"] <= 1
     assert [Path(file).exists() for file in found["files"]] == [True] * 4
+
+
+def test_the_docs_list_every_option():
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    options = {option for parameter in report_command.params for option in parameter.opts if option[:1] == "-"}
+    listed = set(re.findall(r"^\| `(-[\w-]+)", text, flags=re.MULTILINE))
+    assert listed == options - {"--output"}
+    assert f"`{HISTORY_FILE}`" in text
 
 
 @needs_browser

@@ -136,7 +136,10 @@ def _keys(rows: list[dict[str, Any]], field: str) -> list[str]:
 def _role(row: dict[str, Any], run: Path) -> str:
     if row["adapter"] is None:
         return "before"
-    return "this" if Path(row["adapter"]).resolve() == run.resolve() else "other"
+    adapter, folder = Path(row["adapter"]), run.resolve()
+    # a relative path was given from another folder, maybe
+    here = folder.parts[-len(adapter.parts) :] == adapter.parts if not adapter.is_absolute() else False
+    return "this" if here or adapter.resolve() == folder else "other"
 
 
 def _number(value: Any) -> float:

@@ -17,7 +17,7 @@ MEASURED_BY = {
 
 def percent(share: float) -> str:
     """0.1234 -> 12 %, with a digit more where it is small."""
-    value = 100 * share
+    value = 100 * share if abs(share) > 1e-9 else 0.0
     if value and abs(value) < 0.05:
         return f"under{NBSP}0.1{NBSP}%"
     return f"{value:.1f}{NBSP}%" if abs(value) < 9.95 and value else f"{value:.0f}{NBSP}%"
@@ -64,7 +64,7 @@ def headline_note(run: Run, others: Sequence[Run] = ()) -> str:
     if where:
         where += f", after a peak of {multiple(peak)}." if peak and last and peak > 1.1 * last else "."
     ended = {other.name: other.last("asft/max_drift") for other in others}
-    against = "".join(f" {name} ended at {multiple(value)}." for name, value in ended.items() if value is not None)
+    against = "".join(f" In {name} it was {multiple(value)}." for name, value in ended.items() if value is not None)
     went = "went off the alignment direction" if has_free_directions(run) else "moved it"
     return f"In each layer, how far fine-tuning {went}, against how far alignment itself had; {how}.{where}{against}"
 
@@ -138,7 +138,7 @@ def heat_title(run: Run) -> str:
                 best, place = value, (row, column)
     if best <= 0:
         return "No layer has moved yet"
-    return f"Layer {grid.layers[place[1]]}'s {grid.kinds[place[0]]} went furthest: {of_alignment(best)} moved"
+    return f"Layer {grid.layers[place[1]]}'s {grid.kinds[place[0]]} ended furthest: {of_alignment(best)} moved"
 
 
 def spectrum_title(run: Run) -> str:

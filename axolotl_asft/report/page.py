@@ -176,7 +176,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         (key, "none" if stamp[key] is None else str(stamp[key])) for key in (*keys, "on_uncovered") if key in stamp
     ]
     for key in ("started", "trainer", "engine", "processes", "device", "python", "platform"):
-        if header.get(key) is not None:
+        if header.get(key) not in (None, "NO"):  # NO is accelerate's word for one process
             found.append((key, str(header[key])))
     if header.get("resumed_at_steps"):
         found.append(("resumed at steps", ", ".join(map(str, header["resumed_at_steps"]))))
