@@ -163,6 +163,12 @@ def read_history(folder: str | Path) -> History:
     layers = header.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
         raise AsftError(f"{path}: its first line names no layers; delete it, or train again")
+    steps = header.get("resumed_at_steps", [])
+    blocks = [header.get(key) or {} for key in ("constraint", "config", "versions")]
+    if not all(isinstance(block, dict) for block in blocks) or not (
+        isinstance(steps, list) and all(map(_is_step, steps))
+    ):
+        raise AsftError(f"{path}: its first line is not as we write it; delete the file, or train again")
     for number, line in enumerate(entries[1:], 2):
         _check_line(path, number, line, len(layers))
     return History(header, sorted(entries[1:], key=lambda line: line["step"]))
@@ -183,10 +189,15 @@ def _check_line(path: Path, number: int, line: dict[str, Any], count: int) -> No
     numbers = all(_is_number(value) for key, value in line.items() if key not in ("step", "layers"))
     whole = isinstance(layers, dict) and set(layers) in ({*PER_LAYER}, set())
     whole = whole and all(
-        isinstance(values, list) and len(values) == count and all(map(_is_number, values)) for values in layers.values()
+        isinstance(values, list) and len(values) == count and all(_is_number(v) and (v or 0) >= 0 for v in values)
+        for values in layers.values()
     )
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not numbers or not whole:
+    if not _is_step(step) or not numbers or not whole:
         raise AsftError(f"{path}: line {number} is not as we write it; the file is damaged; take the line out")
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def _is_number(value: Any) -> bool:

@@ -117,7 +117,8 @@ def _direction(run: Run, given: AlignmentDirection | str | Path | None, notes: l
 
 def _named_direction(run: Run) -> str | None:
     header = run.history.header if run.history else {}
-    for place in (header.get("direction_file"), ((header.get("config") or {}).get("asft") or {}).get("direction")):
+    block = (header.get("config") or {}).get("asft")
+    for place in (header.get("direction_file"), block.get("direction") if isinstance(block, dict) else None):
         if isinstance(place, str):
             return place
     return None

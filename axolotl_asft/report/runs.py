@@ -96,6 +96,7 @@ def add_spectra(run: Run, direction: AlignmentDirection | None) -> None:
         run.notes.append(f"The singular values of the update are left out: {one_line(error)}.")
         return
     rank = (run.stamp or {}).get("rank")
+    used_rank = rank if isinstance(rank, int) and rank > 0 else None
     for layer in layers:
         module = direction.modules.get(layer.name) if direction is not None else None
         if module is not None and module.U.shape[0] != layer.B.shape[0]:
@@ -104,7 +105,7 @@ def add_spectra(run: Run, direction: AlignmentDirection | None) -> None:
             run.notes.append(f"{layer.name} of the adapter holds numbers that are not finite; it is left out.")
             continue
         # rank 0 leaves no direction free, and the share in all that are stored still says where the update went
-        used = module.U[:, module.S > 0][:, : rank or None] if module is not None else None
+        used = module.U[:, module.S > 0][:, :used_rank] if module is not None else None
         run.spectra[layer.name] = update_spectrum(layer.A, layer.B, layer.scaling, used)
 
 
