@@ -170,10 +170,7 @@ def test_a_disk_that_refuses_costs_a_warning(tmp_path, caplog):
         (lambda lines: [*lines, '{"step": 9, "loss": NaN}'], "line 7 is not as we write it"),
         (lambda lines: [*lines, '{"step": 9, "layers": {"relative": [1]}}'], "line 7 is not as we write it"),
         (lambda lines: [*lines, "[" * 100000], "line 7 is no JSON"),
-        (
-            lambda lines: [*lines[:5], lines[5].replace('"norm": [', '"norm": [-1, ').replace(", 6.", ", 7.")],
-            "line 6 is not",
-        ),
+        (lambda lines: [*lines[:5], lines[5].replace('"norm": [', '"norm": [-')], "line 6 is not"),
         (lambda lines: [*lines, '{"step": 1' + "0" * 400 + "}"], "line 7 is not as we write it"),
         (lambda lines: [lines[0][:-1] + ', "versions": [1]}', *lines[1:]], "first line is not as we write it"),
         (lambda lines: [lines[0][:-1] + ', "config": "<b>"}', *lines[1:]], "first line is not as we write it"),
