@@ -10,6 +10,7 @@ from axolotl_asft import __version__
 from axolotl_asft.cli_configs import CONFIG_COMMANDS
 from axolotl_asft.cli_directions import DIRECTION_COMMANDS
 from axolotl_asft.cli_evidence import evaluate_command, landscape_command
+from axolotl_asft.cli_report import report_command
 from axolotl_asft.console import OneLineErrors, quieten_libraries, stages
 
 
@@ -108,7 +109,7 @@ def project(file: str, output: Path, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(as_dict(report)) if as_json else f"{summary_text(report)}\nwritten to {output}/")
 
 
-for command in (*CONFIG_COMMANDS, *DIRECTION_COMMANDS, evaluate_command, landscape_command):
+for command in (*CONFIG_COMMANDS, *DIRECTION_COMMANDS, evaluate_command, landscape_command, report_command):
     asft.add_command(command)
 
 

@@ -16,6 +16,7 @@ from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported, steps_in_backward
 from axolotl_asft.errors import AsftError
+from axolotl_asft.history import HistoryWriter
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
 
 LOG = logging.getLogger("axolotl.asft")
@@ -33,6 +34,7 @@ class Constraint:
         penalty: the `AlignmentPenalty` over the trainer's model.
         lambda_reg: its weight. At 0 the training is left alone and the numbers are logged.
         max_drift: the budget that every layer is brought back to after each optimizer step; None: no budget.
+        history: what the main process writes beside the adapter at each log line.
     """
 
     def __init__(self, trainer: Trainer, penalty: AlignmentPenalty, lambda_reg: float, max_drift: float | None):
@@ -40,6 +42,8 @@ class Constraint:
         self.penalty = penalty
         self.lambda_reg = lambda_reg
         self.max_drift = max_drift
+        self.history = HistoryWriter([layer.name for layer in penalty.layers])
+        self.history.header["constraint"] = self.settings()
         self._steps = self._shortened = self._first_step = 0
         self._peak: Tensor | None = None
         self._final_stamp: dict[str, Any] | None = None
@@ -66,15 +70,17 @@ class Constraint:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds asft/penalty, asft/drift and asft/update_norm to every training line, the peak to the last."""
-        if "loss" in logs:
-            logs.update(self.metrics())
-        elif "train_loss" in logs:
-            logs.update({**self.metrics(), "asft/penalty_peak": self.penalty_peak()})
+        last = "train_loss" in logs
+        report = self.report() if "loss" in logs or last else None  # every process takes part
+        if report is not None:
+            logs.update(self._metrics(report))
+        if last:
+            logs["asft/penalty_peak"] = self.penalty_peak()
         self._log(logs, *args, **kwargs)
+        if report is not None or "eval_loss" in logs:
+            self.history.add(self.trainer.state.global_step, self.trainer.state.epoch, logs, report, last)
 
-    def metrics(self) -> dict[str, float]:
-        """The logged numbers, of the weights as they are now."""
-        report = self.report()
+    def _metrics(self, report: DriftReport) -> dict[str, float]:
         return {
             "asft/penalty": _significant(self.lambda_reg * report.penalty),
             "asft/drift": _significant(report.drift),
@@ -90,9 +96,8 @@ class Constraint:
         """The largest lambda_reg P so far: it peaks early in training and is small at the end."""
         return _significant(float(self._peak)) if self._peak is not None else 0.0
 
-    def stamp(self) -> dict[str, Any]:
-        """What a saved adapter says of the constraint that it was trained under."""
-        report = self.report()
+    def settings(self) -> dict[str, Any]:
+        """The constraint in plain values."""
         direction = self.penalty.direction
         return {
             "direction": direction.spec["aligned"]["id"],
@@ -106,10 +111,16 @@ class Constraint:
             "modules": self.penalty.modules,
             "on_uncovered": self.penalty.on_uncovered,
             "layers": len(self.penalty.layers),
+            "version": __version__,
+        }
+
+    def stamp(self) -> dict[str, Any]:
+        """What a saved adapter says of the constraint that it was trained under."""
+        report = self.report()
+        return self.settings() | {
             "penalty_peak": self.penalty_peak(),
             "drift": _significant(report.drift),
             "update_norm": _significant(report.update_norm),
-            "version": __version__,
         }
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -134,7 +145,12 @@ class Constraint:
     def begin(self) -> None:
         """Training starts."""
         self._steps, self._shortened, self._peak, self._final_stamp = 0, 0, None, None
-        self._first_step = self.trainer.state.global_step
+        state, arguments = self.trainer.state, self.trainer.args
+        self._first_step = state.global_step
+        if self.trainer.is_world_process_zero():
+            header = {"trainer": type(self.trainer).__name__, "engine": engine(self.trainer), "device": _device()}
+            self.history.header |= header | {"processes": arguments.world_size}
+            self.history.begin(arguments.output_dir or ".", state.global_step, state.max_steps, state.log_history)
 
     def check_step(self) -> None:
         """Refuse an optimizer step without the penalty's gradient."""
@@ -259,6 +275,10 @@ def budget_refused(layer: str) -> str:
         f"max_drift cannot shorten the update of {layer}: its initialisation took a part out of the weight; use "
         "lambda_reg, or plain LoRA initialisation"
     )
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _significant(value: float) -> float:

@@ -1,5 +1,11 @@
 """The axolotl plugin: a thin adapter over `attach`."""
 
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -8,9 +14,12 @@ from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.constraint import Constraint, attach
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys
 from axolotl_asft.verify import verify_checkpoint
+from axolotl_asft.yaml_config import written_config
+
+LOG = logging.getLogger("axolotl.asft")
 
 ADAPTERS = ("lora", "qlora")
 REFUSED_KEYS = {
@@ -29,6 +38,7 @@ class AsftPlugin(BasePlugin):
         super().__init__()
         self._loaded: tuple[AsftArgs, AlignmentDirection, bool] | None = None
         self._constraint: Constraint | None = None
+        self._pictured = False
 
     def get_input_args(self) -> str:
         return "axolotl_asft.args.AsftPluginArgs"
@@ -68,12 +78,44 @@ class AsftPlugin(BasePlugin):
         if verified and _loftq(cfg):
             options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
+        self._constraint.history.header |= {
+            "config": written_config(cfg.to_dict(), sys.argv[1:]),
+            "direction_file": _absolute(block.direction),
+        }
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """axolotl saves the adapter itself at the end, past the trainer's save_model."""
+        """axolotl saves the adapter itself at the end, past the trainer's save_model.
+
+        Called when training ends and again when the adapter and its card are saved: the card finds its picture drawn.
+        """
         if self._constraint is None:
             raise AsftError("training ended without the constraint being attached; do not use its adapter")
+        if not self._pictured:
+            self._pictured = True
+            self._draw(cfg, lambda write: write.draw_training_picture(cfg.output_dir))
         self._constraint.mark(cfg.output_dir)
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """The last hook of `axolotl train`: everything is saved, and can be drawn."""
+        if self._constraint is not None:
+            direction = self._constraint.penalty.direction
+            self._draw(cfg, lambda write: write.write_report(cfg.output_dir, direction=direction))
+
+    def _draw(self, cfg: Any, draw: Callable[[Any], Any]) -> None:
+        """Draw on the main process; a picture that cannot be drawn costs a warning, never the run."""
+        assert self._constraint is not None
+        if not self._constraint.history.is_kept or os.environ.get("ASFT_REPORT") == "0":
+            return
+        by_hand = f"axolotl asft report {cfg.output_dir}"
+        if importlib.util.find_spec("matplotlib") is None:
+            LOG.info("no report is drawn without matplotlib: pip install 'axolotl-asft[report]', then %s", by_hand)
+            return
+        try:
+            from axolotl_asft.report import write
+
+            draw(write)
+        except Exception as error:  # of whatever kind: the training is done and saved
+            LOG.warning("the report could not be drawn (%s); draw it by hand: %s", one_line(error), by_hand)
 
     def _load_direction(self, cfg: Any) -> tuple[AlignmentDirection, bool]:
         """The direction, and whether the files of the base model agreed with it."""
@@ -87,6 +129,12 @@ class AsftPlugin(BasePlugin):
 def _asks_for_fsdp2(cfg: Any) -> bool:
     version = cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
     return str(version) == "2"
+
+
+def _absolute(direction: str) -> str:
+    """A direction file's whole path, for those who look for it from elsewhere; a place on the Hub as it is."""
+    path = Path(direction).expanduser()
+    return str(path.resolve()) if path.is_file() else direction
 
 
 def _loftq(cfg: Any) -> bool:

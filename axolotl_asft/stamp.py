@@ -7,6 +7,7 @@ from typing import Any
 from axolotl_asft.files import atomic_write_text
 
 STAMP_KEY = "asft"
+PICTURE = "asft_report_training.png"  # beside a model card, where the report was drawn
 
 
 def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
@@ -20,9 +21,13 @@ def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
 def stamp_model_card(folder: str | Path, stamp: dict[str, Any]) -> bool:
     """Put a short section about the constraint and the tag "asft" into `folder`/README.md, where there is one.
 
-    A section written before is replaced. Returns whether there was a card to stamp.
+    A section written before is replaced; a picture of the training beside the card is shown in it. Returns whether
+    there was a card to stamp.
     """
-    return add_to_model_card(Path(folder) / "README.md", _section(stamp), STAMP_KEY, "asft")
+    section = _section(stamp)
+    if (Path(folder) / PICTURE).is_file():
+        section += f"\n![Loss, penalty and size of the update over the steps of the training]({PICTURE})\n"
+    return add_to_model_card(Path(folder) / "README.md", section, STAMP_KEY, "asft")
 
 
 def add_to_config(path: Path, key: str, value: dict[str, Any]) -> bool:

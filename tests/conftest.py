@@ -73,8 +73,8 @@ def forked_train():
 
     assert answer()["ready"]
 
-    def run(config: Path) -> tuple[int, str]:
-        server.stdin.write(json.dumps({"config": str(config)}) + "\n")
+    def run(config: Path, **environment: str) -> tuple[int, str]:
+        server.stdin.write(json.dumps({"config": str(config), "environment": environment}) + "\n")
         server.stdin.flush()
         result = answer()
         return result["exit"], result["output"]

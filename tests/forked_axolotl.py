@@ -1,7 +1,7 @@
 """A server for tests: imports axolotl once, then runs each config it is given in a forked process of its own.
 
-It reads one JSON line a run, {"config": path}, and answers one, {"exit": status, "output": text}. The child does what
-`python -m axolotl.cli.train config` does, which is what `accelerate launch` starts.
+It reads one JSON line a run, {"config": path, "environment": {...}}, and answers one, {"exit": status, "output": text}.
+The child does what `python -m axolotl.cli.train config` does, which is what `accelerate launch` starts.
 """
 
 import json
@@ -21,12 +21,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        config = json.loads(line)["config"]
+        wanted = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output"
             child = os.fork()
             if child == 0:
-                _run(config, output)
+                os.environ.update(wanted["environment"])
+                _run(wanted["config"], output)
             _, status = os.waitpid(child, 0)
             text = output.read_text(errors="replace")
         print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "output": text}), file=answers, flush=True)

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import axolotl, child_environment, log_history, write_config
 
+from axolotl_asft.history import read_history
+
 REVALIDATE = """
 import sys
 from axolotl.cli.config import gpu_capabilities, load_cfg, plugin_set_cfg, prepare_plugins
@@ -54,6 +56,9 @@ def test_resuming_gives_the_same_weights(forked_train, pair, dataset, direction_
     assert any(weight.abs().max() > 0 for name, weight in weights[0].items() if "lora_B" in name)
     lines = [[line for line in log_history(config) if "loss" in line] for config in (whole, resumed)]
     assert lines[1][-1]["asft/penalty"] == pytest.approx(lines[0][-1]["asft/penalty"], rel=1e-4)
+    for config in (whole, resumed):
+        history = read_history(config.parent / "out")
+        assert [line["step"] for line in history.lines if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_evaluation_lines_have_the_tasks_numbers_alone(trained):

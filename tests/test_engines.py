@@ -10,6 +10,8 @@ from test_adapter import lora_model
 from test_lora_kinds import shake
 from tiny import axolotl, child_environment, log_history, write_config
 
+from axolotl_asft.history import read_history
+
 LAMBDA = 0.3
 STEPS = 4
 # Plain gradient descent, so that weights and not the signs of gradients are compared.
@@ -103,6 +105,9 @@ def test_ddp_equals_one_process(
         for key in ("asft/penalty", "asft/drift", "asft/update_norm"):
             assert two[key] == pytest.approx(one[key], rel=2e-3), key
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    history = read_history(config.parent / "out")
+    assert [line["step"] for line in history.lines if "loss" in line] == list(range(1, STEPS + 1)), "one rank writes"
+    assert history.header["processes"] == 2
     stamp = json.loads((config.parent / "out" / "adapter_config.json").read_text())["asft"]
     assert stamp["update_norm"] == pytest.approx(log_history(config)[STEPS - 1]["asft/update_norm"], rel=1e-4)
 

@@ -9,17 +9,20 @@ import axolotl_asft
 
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
-    "errors", "files", "evaluation.refusals",
+    "errors", "files", "redaction", "yaml_config", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
     "metrics", "extract", "verify",
-    "lora", "sharding", "layer_groups", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
-    "args", "schema", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
-    "yaml_config", "run_config", "cost", "advice", "dry_run", "check_text", "recipes",
+    "lora", "sharding", "layer_groups", "adapter", "saved", "diagnostics", "history", "stamp", "project", "engines",
+    "constraint",
+    "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
+    "report.figures", "report.pictures", "report.page", "report.write",
+    "args", "schema", "guard", "registration", "yaml_config", "startup", "plugin", "summary", "compare", "publish",
+    "console", "run_config", "cost", "advice", "dry_run", "check_text", "recipes",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
-    "cli_evidence", "cli_directions", "cli_configs", "cli", "__main__",
+    "cli_evidence", "cli_directions", "cli_configs", "cli_report", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -36,7 +39,7 @@ def imports(path: Path) -> set[str]:
 
 def test_every_module_has_a_place():
     modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
-    assert modules - {"__init__", "demo.__init__", "evaluation.__init__"} == set(ORDER)
+    assert modules - {"__init__", "demo.__init__", "evaluation.__init__", "report.__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -56,6 +56,7 @@ def test_what_the_wheel_carries(distributions):
         assert f"axolotl_asft/example_configs/{config.name}" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {f"axolotl_asft/report/page.{kind}" for kind in ("html", "css", "js")} <= names
     assert wheel.stat().st_size < 2_000_000
 
 

@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
+    "ASFT_REPORT": "0",  # drawn at the end of every run it would cost the suite minutes; test_report.py asks for it
 }
 ON_GPU = os.environ.get("ASFT_TEST_GPU") == "1"
 if not ON_GPU:
@@ -138,7 +139,7 @@ def child_environment(**changes: str) -> dict[str, str]:
         **os.environ,
         **ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         **changes,
     }
 

@@ -1,0 +1,1 @@
+"""`axolotl asft report`: a run, drawn."""

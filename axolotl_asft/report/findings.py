@@ -1,0 +1,177 @@
+"""What a run's numbers say, in sentences: the titles of the report."""
+
+import math
+from collections.abc import Sequence
+
+from axolotl_asft.report.evaluation_results import Evaluation
+from axolotl_asft.report.grid import Grid
+from axolotl_asft.report.runs import Run
+
+NBSP = "\u00a0"
+MEASURED_BY = {
+    "weights": "measured on the weights",
+    "activations": "measured by what it does to the layers' outputs on safety prompts",
+    "fisher": "measured by what it does to the model's own refusals",
+}
+
+
+def percent(share: float) -> str:
+    """0.1234 -> 12 %, with a digit more where it is small."""
+    value = 100 * share if abs(share) > 1e-9 else 0.0
+    if value and abs(value) < 0.05:
+        return f"under{NBSP}0.1{NBSP}%"
+    return f"{value:.1f}{NBSP}%" if abs(value) < 9.95 and value else f"{value:.0f}{NBSP}%"
+
+
+def multiple(value: float) -> str:
+    """Below 1 a percentage, from there on a number of times."""
+    return percent(value) if value < 0.995 else f"{number(value)}{NBSP}times"
+
+
+def of_alignment(value: float) -> str:
+    """12 % of what alignment, 1.5 times what alignment: to be followed by what alignment did."""
+    return f"{multiple(value)} {'of ' if value < 0.995 else ''}what alignment"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent where it can be read without."""
+    if value is None or not math.isfinite(value):
+        return "none"
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{digits}f}" if digits < 3 or abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def headline(run: Run) -> str:
+    """The first line of the page."""
+    furthest = _largest(run, "asft/max_drift")
+    if furthest is None:
+        return "A run under the safety constraint"
+    if furthest == 0:
+        return "The update has not left the alignment direction"
+    last = run.last("asft/max_drift") or furthest
+    verb = "stayed" if furthest <= 1.1 * last else "ended"
+    return f"The update {verb} within {of_alignment(last)} moved"
+
+
+def headline_note(run: Run, others: Sequence[Run] = ()) -> str:
+    """What the headline compares, for readers who have not met it, and where other runs ended."""
+    how = MEASURED_BY.get(str((run.stamp or {}).get("metric")), "measured on the weights")
+    worst = furthest_layer(run)
+    where = f" Furthest at the end: {worst[0]}, {multiple(worst[1])}" if worst else ""
+    peak, last = _largest(run, "asft/max_drift"), run.last("asft/max_drift")
+    if where:
+        where += f", after a peak of {multiple(peak)}." if peak and last and peak > 1.1 * last else "."
+    ended = {other.name: other.last("asft/max_drift") for other in others}
+    against = "".join(f" In {name} it was {multiple(value)}." for name, value in ended.items() if value is not None)
+    went = "went off the alignment direction" if has_free_directions(run) else "moved it"
+    return f"In each layer, how far fine-tuning {went}, against how far alignment itself had; {how}.{where}{against}"
+
+
+def has_free_directions(run: Run) -> bool:
+    """Whether C is anything but 0: without free directions all of an update is off them."""
+    return (run.stamp or {}).get("rank") != 0
+
+
+def furthest_layer(run: Run) -> tuple[str, float] | None:
+    """Name and relative drift of the layer that ended furthest off."""
+    snapshots = run.history.snapshots() if run.history else []
+    if not run.history or not snapshots:
+        return None
+    pairs = zip(snapshots[-1]["layers"]["relative"], run.history.layers, strict=True)
+    known = [(value, name) for value, name in pairs if value is not None]
+    return (max(known)[1], max(known)[0]) if known else None
+
+
+def loss_title(run: Run) -> str:
+    steps, losses = run.curve("loss")
+    if len(losses) < 2:
+        return "The loss of the task"
+    last = losses[-1]
+    verb = "fell" if last < 0.98 * losses[0] else "rose" if last > 1.02 * losses[0] else "hardly moved:"
+    return f"The task's loss {verb} from {number(losses[0])} to {number(last)} in {steps[-1]:,} steps"
+
+
+def penalty_title(run: Run) -> str:
+    steps, values = run.curve("asft/penalty")
+    if not any(values):
+        return "No penalty was added"
+    peak = max(values)
+    at = steps[values.index(peak)]
+    if at == steps[-1]:
+        return f"The penalty was still growing at the end, at {number(peak)}"
+    return f"The penalty peaked at {number(peak)} in step {at:,} and ended at {number(values[-1])}"
+
+
+def furthest_title(run: Run) -> str:
+    _, values = run.curve("asft/max_drift")
+    if not values:
+        return "The furthest layer"
+    budget = (run.stamp or {}).get("max_drift")
+    if isinstance(budget, int | float) and budget:
+        return f"The furthest layer used {percent(values[-1] / budget)} of its budget"
+    return f"The furthest layer ended at {of_alignment(values[-1])} moved it"
+
+
+def drift_title(run: Run) -> str:
+    _, values = run.curve("asft/drift")
+    if not values:
+        return "The share of the update off the direction"
+    return f"{percent(values[-1])} of the update's length is off the alignment direction"
+
+
+def norm_title(run: Run) -> str:
+    _, values = run.curve("asft/update_norm")
+    return f"The update grew to a norm of {number(values[-1])}" if values else "The norm of the update"
+
+
+def heat_title(run: Run) -> str:
+    """Where the update went, as the last snapshot has it."""
+    assert run.history is not None
+    snapshots = run.history.snapshots()
+    grid = Grid.of(run.history.layers)
+    best, place = -1.0, (0, 0)
+    for row, cells in enumerate(grid.fill(snapshots[-1]["layers"]["relative"])):
+        for column, value in enumerate(cells):
+            if value > best:
+                best, place = value, (row, column)
+    if best <= 0:
+        return "No layer has moved yet"
+    return f"Layer {grid.layers[place[1]]}'s {grid.kinds[place[0]]} ended furthest: {of_alignment(best)} moved"
+
+
+def spectrum_title(run: Run) -> str:
+    """How much of the whole update lies in the aligned subspace, against chance."""
+    share, chance = total_share(run)
+    if share is None or not chance:
+        return "The singular values of the update"
+    times = share / chance
+    against = f"{number(times)} times what chance would put there"
+    if 0.8 < times < 1.25:
+        against = "about what chance would put there"
+    return f"{percent(share)} of the update lies in the aligned subspace, {against}"
+
+
+def total_share(run: Run) -> tuple[float | None, float]:
+    """||U^T dW||^2 over ||dW||^2 of all layers, and the same of updates in random directions."""
+    total = within = chance = 0.0
+    for spectrum in run.spectra.values():
+        if spectrum.inside:
+            size = sum(value**2 for value in spectrum.values)
+            total, within, chance = total + size, within + size * spectrum.share, chance + size * spectrum.chance
+    return (within / total, chance / total) if total else (None, 0.0)
+
+
+def evaluation_title(evaluation: Evaluation) -> str:
+    """The first measure of this run, against the model before and the others."""
+    measure = evaluation.measures[0]
+    words = {"before": "before", "this": "after this run"}
+    shown = [f"{percent(point.value)} {words.get(point.role, f'under {point.model}')}" for point in measure.points]
+    title = measure.title.partition(":")[0]
+    return f"{title}: {', '.join(shown)}" if len(shown) < 5 else title
+
+
+def _largest(run: Run, key: str) -> float | None:
+    _, values = run.curve(key)
+    return max(values, default=None)

@@ -1,0 +1,366 @@
+"""`axolotl asft report`: the numbers behind it, the page in a real browser, and what is refused."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from browser import CHROMIUM, browser
+from click.testing import CliRunner
+from test_attach import make_trainer
+from tiny import write_config
+
+from axolotl_asft import AlignmentDirection, attach
+from axolotl_asft.cli import asft
+from axolotl_asft.cli_report import report_command
+from axolotl_asft.history import HISTORY_FILE, read_history
+from axolotl_asft.report.figures import spectrum_panels
+from axolotl_asft.report.findings import multiple, number, percent
+from axolotl_asft.report.gather import gather
+from axolotl_asft.report.grid import Grid
+from axolotl_asft.report.page import page
+from axolotl_asft.report.spectrum import update_spectrum
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on PATH")
+HOSTILE = "<script>complain()</script>$x_1^{"
+
+
+def shares(value: float) -> dict:
+    return {"value": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "n": 40}
+
+
+def results(run: Path) -> dict:
+    """As `axolotl asft eval` writes them."""
+    rows = []
+    for name, adapter, harmful in (("model", None, 0.1), ("asft", run, 0.15), ("plain", "elsewhere", 0.95)):
+        rows.append(
+            {
+                "name": name, "adapter": adapter and str(adapter), "harmfulness": {"harmful": shares(harmful)},
+                "over_refusal": {"borderline": shares(0.2)}, "judged": {}, "perplexity": 8.0, "repetitive": shares(0),
+                "empty": shares(0), "tasks": {"gsm8k": {"exact_match": 0.5, "exact_match_stderr": 0.05}}, "seconds": 1,
+            }
+        )  # fmt: skip
+    return {"model": "m", "questions": {}, "rows": rows, "version": "0"}
+
+
+@pytest.fixture(scope="module")
+def folders(pair, rows, direction_file, tmp_path_factory) -> tuple[Path, Path]:
+    """A constrained run of 8 steps and an unconstrained one, as trainers leave them; an evaluation of both."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, lambda_reg in (("asft", 20.0), ("plain", 0.0)):
+        trainer = make_trainer(pair, rows, folder / name, max_steps=8)
+        constraint = attach(trainer, AlignmentDirection.load(direction_file), lambda_reg, projector="subspace")
+        config = {"base_model": "tiny", "asft": {"direction": str(direction_file)}, "wandb_api_key": "s3cr3t"}
+        constraint.history.header["config"] = config
+        trainer.train()
+        trainer.save_model()
+    (folder / "asft" / "eval.json").write_text(json.dumps(results(folder / "asft")))
+    return folder / "asft", folder / "plain"
+
+
+@pytest.fixture
+def run(folders, tmp_path) -> Path:
+    """A copy of the constrained run, to be damaged."""
+    return Path(shutil.copytree(folders[0], tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def drawn(folders, tmp_path_factory) -> Path:
+    """The page, drawn by the command."""
+    output = tmp_path_factory.mktemp("drawn") / "report.html"
+    options = ["--compare", f"plain={folders[1]}", "-o", str(output)]
+    result = CliRunner().invoke(asft, ["report", str(folders[0]), *options])
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def test_the_spectrum_is_that_of_the_dense_update():
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(5, 30, generator=generator), torch.randn(40, 5, generator=generator)
+    U, _ = torch.linalg.qr(torch.randn(40, 6, generator=generator))
+    found = update_spectrum(A, B, 0.5, U)
+    dense = 0.5 * B.double() @ A.double()
+    left, values, _ = torch.linalg.svd(dense, full_matrices=False)
+    assert found.values == pytest.approx(values[:5].tolist(), rel=1e-5)
+    assert found.inside == pytest.approx((U.double().T @ left[:, :5]).square().sum(0).tolist(), rel=1e-4, abs=1e-6)
+    assert found.share == pytest.approx(float((U.double().T @ dense).norm() ** 2 / dense.norm() ** 2), rel=1e-5)
+    assert found.chance == 6 / 40
+
+
+def test_updates_inside_and_outside_the_subspace():
+    generator = torch.Generator().manual_seed(1)
+    Q, _ = torch.linalg.qr(torch.randn(24, 12, generator=generator))
+    A = torch.randn(3, 10, generator=generator)
+    mix = torch.randn(6, 3, generator=generator)
+    assert update_spectrum(A, Q[:, :6] @ mix, 1.0, Q[:, :6]).share == pytest.approx(1.0, abs=1e-5)
+    assert update_spectrum(A, Q[:, 6:] @ mix, 1.0, Q[:, :6]).share == pytest.approx(0.0, abs=1e-5)
+    assert update_spectrum(A, torch.zeros(24, 3), 1.0, Q[:, :6]).share == 0.0
+    wide = update_spectrum(torch.randn(16, 10, generator=generator), torch.randn(8, 16, generator=generator), 1.0, None)
+    assert len(wide.values) == 8, "a rank above the smaller side"
+
+
+def test_names_become_a_grid():
+    grid = Grid.of(["model.layers.2.mlp.up_proj", "model.layers.10.mlp.up_proj", "model.layers.10.attn.q"])
+    assert (grid.kinds, grid.layers) == (("mlp.up_proj", "attn.q"), (2, 10))
+    assert str(grid.fill([1.0, 2.0, None])) == "[[1.0, 2.0], [nan, nan]]"
+    experts = Grid.of([f"model.layers.0.mlp.experts.{i}.up" for i in range(3)])
+    assert experts.kinds == ("mlp.experts.*.up",)
+    assert experts.fill([1.0, 3.0, 2.0]) == [[3.0]]
+    towers = Grid.of(["vision.blocks.0.q", "model.layers.0.q", "lm_head"])
+    assert towers.kinds == ("vision.blocks: q", "model.layers: q", "lm_head")
+    assert Grid.of(["h.0"]).kinds == ("h",)
+
+
+def test_words_for_numbers():
+    assert [percent(x).replace("\u00a0", " ") for x in (1e-17, 0.0001, 0.0123, 0.5, 1)] == [
+        "0 %", "under 0.1 %", "1.2 %", "50 %", "100 %",
+    ]  # fmt: skip
+    assert [number(x) for x in (0, 0.000123, 0.0123, 1.2345, 123.4, 54321, 1e9, None, float("nan"))] == [
+        "0", "0.000123", "0.0123", "1.23", "123", "54,321", "1.00e+09", "none", "none",
+    ]  # fmt: skip
+    assert multiple(2.5).replace("\u00a0", " ") == "2.50 times"
+
+
+def test_the_command_writes_a_page_and_pictures(drawn, folders):
+    text = drawn.read_text()
+    assert [path.name for path in sorted(drawn.parent.iterdir())] == [
+        "report.html", "report_layers.png", "report_spectrum.png", "report_training.png",
+    ]  # fmt: skip
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in drawn.parent.glob("*.png"))
+    history, stamp = read_history(folders[0]), json.loads((folders[0] / "adapter_config.json").read_text())["asft"]
+    assert multiple(history.lines[-1]["asft/max_drift"]) in text
+    assert stamp["direction_sha256"] in text
+    assert "s3cr3t" not in text
+    assert "[redacted]" in text
+    assert "Harmful prompts not refused: 10\u00a0% before, 15\u00a0% after this run, 95\u00a0% under plain" in text
+    assert "What is left out" not in text
+
+
+def test_an_evaluation_that_was_asked_from_another_folder(folders, tmp_path):
+    found = results(folders[0])
+    found["rows"][1]["adapter"] = f"{folders[0].parent.name}/{folders[0].name}"
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    evaluation = gather(folders[0], evaluation=tmp_path).evaluation
+    assert [point.role for point in evaluation.measures[0].points] == ["before", "this", "other"]
+    scores = evaluation.measures[-1].points
+    assert (scores[0].low, scores[0].high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+
+
+def test_json_for_programs(folders, tmp_path):
+    result = CliRunner().invoke(
+        asft, ["report", str(folders[0]), "--json", "-o", str(tmp_path / "x.html"), "--compare", str(folders[1])]
+    )
+    found = json.loads(result.stdout)
+    lines = read_history(folders[0]).lines
+    assert found["numbers"]["steps"] == 8
+    assert found["numbers"]["loss_last"] == lines[-2]["loss"]
+    assert found["numbers"]["max_drift"] == lines[-1]["asft/max_drift"]
+    assert set(found["compared"]) == {"plain"}
+    assert found["compared"]["plain"]["update_norm"] > found["numbers"]["update_norm"]
+    assert 0 < found["aligned_share_by_chance"] < found["aligned_share"] <= 1
+    assert [Path(file).exists() for file in found["files"]] == [True] * 4
+
+
+def test_the_docs_list_every_option():
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    options = {option for parameter in report_command.params for option in parameter.opts if option[:1] == "-"}
+    listed = set(re.findall(r"^\| `(-[\w-]+)", text, flags=re.MULTILINE))
+    assert listed == options - {"--output"}
+    assert f"`{HISTORY_FILE}`" in text
+
+
+@needs_browser
+def test_the_page_in_a_browser(drawn):
+    with browser() as tab:
+        tab.open(drawn)
+        cells = "[...document.querySelectorAll('#heat b')].map((cell) => cell.style.getPropertyValue('--v'))"
+        colour = "getComputedStyle(document.querySelectorAll('#heat b')[9]).backgroundColor"
+        assert tab.ask("document.querySelectorAll('figure svg path').length") > 50
+        assert tab.ask("document.querySelectorAll('#heat b').length") == 14
+        at_the_end, shade = tab.ask(cells), tab.ask(colour)
+        tab.ask("document.getElementById('time').focus()")
+        tab.press("Home")
+        assert tab.ask("document.getElementById('time-shown').textContent") == "step 1"
+        assert tab.ask(cells) != at_the_end
+        assert tab.ask(colour) != shade
+        tab.press("End")
+        assert (tab.ask(cells), tab.ask(colour)) == (at_the_end, shade)
+        tab.click(".choice label:nth-child(2)")
+        assert tab.ask("document.querySelector('.choice input:checked').value") == "drift"
+        assert tab.ask(cells) != at_the_end
+        tab.move_to("#heat b")
+        assert tab.ask("document.getElementById('readout').textContent").startswith("layer 0, self_attn.q_proj: ")
+        tab.click("#play")
+        tab.ask("new Promise((done) => setInterval(() => play.textContent === 'Play' && done(1), 50))")
+        assert tab.ask("document.getElementById('time').value") == "7", "the last of 8 frames"
+        tab.move_to("#share b")
+        assert "times chance" in tab.ask("document.getElementById('share-readout').textContent")
+        assert tab.complaints == []
+
+
+@needs_browser
+def test_the_page_fits_every_screen(drawn):
+    with browser() as tab:
+        for width, dark in itertools.product((320, 390, 800, 1600), (False, True)):
+            tab.open(drawn, width, dark=dark)
+            assert tab.ask("document.documentElement.scrollWidth") <= width
+            light = sum(json.loads(f"[{tab.ask('getComputedStyle(document.body).backgroundColor')[4:-1]}]")) > 380
+            assert light != dark
+        assert tab.complaints == []
+
+
+@needs_browser
+def test_what_came_from_files_is_text(run, tmp_path):
+    """A run folder from a stranger: no name or value of it becomes markup or script."""
+    path = run / HISTORY_FILE
+    header, *lines = path.read_text().splitlines()
+    content = json.loads(header)
+    content["layers"][0] = f"model.layers.0.{HOSTILE}"
+    content["config"] |= {"base_model": HOSTILE, "note": f"</pre>{HOSTILE}"}
+    content |= {"device": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    path.write_text("\n".join([json.dumps(content), *lines]) + "\n")
+    evaluation = results(run)
+    evaluation["rows"][2]["name"] = evaluation["rows"][1]["name"] = HOSTILE
+    evaluation["rows"][0]["harmfulness"][HOSTILE] = shares(0.5)
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    output = tmp_path / "hostile.html"
+    result = CliRunner().invoke(asft, ["report", str(run), "-o", str(output), "--compare", f"{HOSTILE}={run}"])
+    assert result.exit_code == 0, result.output
+    with browser() as tab:
+        tab.open(output)
+        assert tab.ask("[...document.scripts].map((script) => script.type)") == ["application/json"] * 2 + [""]
+        assert HOSTILE in tab.ask("document.querySelector('#heat').innerText")
+        assert HOSTILE in tab.ask("document.querySelector('#reproduce').textContent")
+        assert tab.complaints == []
+
+
+def test_a_page_without_the_direction_says_so(run):
+    path = run / HISTORY_FILE
+    header, *lines = path.read_text().splitlines()
+    content = json.loads(header)
+    content["config"]["asft"]["direction"] = "/gone/direction.safetensors"
+    path.write_text("\n".join([json.dumps(content), *lines]) + "\n")
+    report = gather(run)
+    assert report.direction is None
+    assert report.run.spectra
+    (note,) = report.notes
+    assert "no direction file at /gone/direction.safetensors" in note
+    text = page(report)
+    assert "--direction FILE adds it" in text
+    assert "times what chance" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "left_out"),
+    [
+        (lambda run: (run / HISTORY_FILE).unlink(), "the heat map is left out"),
+        (lambda run: (run / "adapter_model.safetensors").unlink(), "No adapter_model.safetensors"),
+        (lambda run: (run / "adapter_model.safetensors").write_bytes(b"x"), "singular values of the update are"),
+    ],
+)  # fmt: skip
+def test_a_page_of_what_there_is(run, direction_file, change, left_out):
+    change(run)
+    report = gather(run, direction=direction_file)
+    assert any(left_out in note for note in report.notes)
+    assert left_out in page(report)
+
+
+def test_a_run_that_still_trains(run):
+    """Only the first line is there yet, and no adapter."""
+    (run / HISTORY_FILE).write_text((run / HISTORY_FILE).read_text().split("\n")[0] + "\n")
+    (run / "adapter_model.safetensors").unlink()
+    (run / "adapter_config.json").unlink()
+    result = CliRunner().invoke(asft, ["report", str(run)])
+    assert result.exit_code == 0, result.output
+    assert "note: The history holds no numbers" in result.stderr
+
+
+def test_an_adapter_that_never_moved(run):
+    from safetensors.torch import load_file, save_file
+
+    path = run / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+    report = gather(run)
+    assert spectrum_panels(report.run) == []
+    assert "singular values of each layer" not in page(report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone"], "gone is no folder; give the output_dir of a run"),
+        (["empty"], "is no run's folder"),
+        (["run", "--compare", "x=gone"], "gone is no folder"),
+        (["run", "--compare", "=run"], "expected NAME=DIR"),
+        (["run", "--compare", "a=run", "--compare", "a=run"], "names 'a' twice"),
+        (["run", "--eval", "gone.json"], "no file gone.json"),
+        (["run", "--eval", "run/adapter_config.json"], "holds no results of `axolotl asft eval`"),
+        (["run", "--eval", "run/adapter_model.safetensors"], "is no readable JSON"),
+        (["run", "--direction", "gone.safetensors"], "no direction file at gone.safetensors"),
+        (["run", "-o", "report.pdf"], "expected a name that ends in .html"),
+        (["unstamped"], "was trained without the constraint"),
+        (["damaged"], "line 3 is no JSON"),
+        (["broken"], "adapter_config.json is no readable JSON"),
+        (["run", "--eval", "odd.json"], "lacks what axolotl asft eval writes"),
+    ],
+)
+def test_wrong_input_is_one_line(run, monkeypatch, arguments, message):
+    monkeypatch.chdir(run.parent)
+    (run.parent / "empty").mkdir()
+    for name in ("unstamped", "damaged", "broken"):
+        shutil.copytree(run, run.parent / name)
+    (run.parent / "unstamped" / HISTORY_FILE).unlink()
+    config = json.loads((run / "adapter_config.json").read_text())
+    del config["asft"]
+    (run.parent / "unstamped" / "adapter_config.json").write_text(json.dumps(config))
+    lines = (run / HISTORY_FILE).read_text().splitlines()
+    (run.parent / "damaged" / HISTORY_FILE).write_text("\n".join([*lines[:2], "{", *lines[3:]]) + "\n")
+    (run.parent / "broken" / "adapter_config.json").write_text("{")
+    Path("odd.json").write_text(json.dumps(results(run) | {"rows": [{"name": "model"}]}))
+    result = CliRunner().invoke(asft, ["report", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_real_run_is_drawn_and_reaches_tensorboard(forked_train, pair, dataset, direction_file, tmp_path):
+    """`axolotl train`: report, pictures and card at its end; the same numbers in tensorboard's event file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    block = {"direction": str(direction_file), "lambda_reg": 5.0, "projector": "subspace"}
+    config = write_config(tmp_path, pair[1], dataset, block, use_tensorboard=True, hub_token="hf_not_a_real_token_1")
+    status, output = forked_train(config, ASFT_REPORT="1")
+    assert status == 0, output
+    out = tmp_path / "out"
+    history = read_history(out)
+    lines = [line for line in history.lines if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    (events,) = out.glob("runs/**/events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    for key in ("loss", "asft/penalty", "asft/drift", "asft/update_norm", "asft/max_drift"):
+        found = {event.step: event.value for event in accumulator.Scalars(f"train/{key}")}
+        for line in lines:
+            assert found[line["step"]] == pytest.approx(line[key], rel=1e-5), key
+    card = (out / "README.md").read_text()
+    assert card.count("](asft_report_training.png)") == 1
+    assert (out / "asft_report_training.png").is_file()
+    text = (out / "asft_report.html").read_text()
+    assert "lora_target_linear: true" in text
+    assert "not_a_real" not in text + (out / HISTORY_FILE).read_text()
+    assert "What is left out" not in text
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_drawn_costs_a_warning(forked_train, pair, dataset, direction_file, tmp_path):
+    block = {"direction": str(direction_file), "lambda_reg": 5.0}
+    config = write_config(tmp_path, pair[1], dataset, block, max_steps=2)
+    (tmp_path / "out" / "asft_report.html").mkdir(parents=True)
+    status, output = forked_train(config, ASFT_REPORT="1")
+    assert status == 0, output
+    assert output.count("draw it by hand: axolotl asft report") == 1
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
