@@ -93,4 +93,6 @@ def parse_block(block: Any) -> AsftArgs:
         if first["type"] == "missing":
             raise AsftError(f"{key} is missing; give it in the asft block") from error
         message = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "string_pattern_mismatch":
+            message = "expected the sha256 of the file, 64 hexadecimal digits (sha256sum, or axolotl asft inspect)"
         raise AsftError(f"{key} is {first['input']!r}; {message}") from error

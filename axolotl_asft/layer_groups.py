@@ -167,9 +167,7 @@ class LayerGroup:
         factors = torch.clamp(max_drift * self.sizes / torch.clamp(length, min=1e-30), max=1.0)
         free = self.U.float() * (self.c == 1)[:, None]
         f = factors[:, None, None]
-        shortened = f * B + (1 - f) * (free @ (free.mT @ B))
-        for found, value in zip(self.found, shortened, strict=True):
-            overwrite(found.B, value)
+        overwrite([found.B for found in self.found], f * B + (1 - f) * (free @ (free.mT @ B)))
         return factors
 
     def _orthogonal(self, A: Tensor, B: Tensor) -> Tensor:

@@ -46,13 +46,22 @@ def add_to_gradients(parameters: Sequence[Tensor], gradients: Tensor) -> None:
 
 
 @torch.no_grad()
-def overwrite(parameter: Tensor, value: Tensor) -> None:
-    """parameter = value, in the parameter's dtype and in its pieces.
+def overwrite(parameters: Sequence[Tensor], values: Tensor) -> None:
+    """parameter = value for every one that trains, in the parameters' dtype and in their pieces.
 
     Args:
-        value: the whole, the same on every rank. No communication.
+        parameters: n of one shape and dtype.
+        values: (n, ...), the wholes, the same on every rank. No communication.
     """
-    value = value.to(parameter.dtype)
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(value.to(parameter.device))
+    plain = []
+    for parameter, value in zip(parameters, values.to(parameters[0].dtype), strict=True):
+        if not parameter.requires_grad:
+            continue
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value.to(parameter.device))
+        else:
+            plain.append((parameter, value.to(parameter.device)))
+    if plain:  # in one launch
+        targets, sources = map(list, zip(*plain, strict=True))
+        torch._foreach_copy_(targets, sources)

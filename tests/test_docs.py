@@ -79,7 +79,7 @@ def test_a_command_line_is_understood(page, line):
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_a_yaml_block_is_valid(text):
-    content = yaml.safe_load(text)
+    content = yaml.safe_load(text.replace("HASH", "a" * 64)) or {}  # a block may be a comment alone
     if "asft" in content:
         assert parse_block(content["asft"])
 
