@@ -30,11 +30,25 @@ def block_start(module: str, numel: int) -> int:
     return BLOCK * (int.from_bytes(digest[:8], "big") % blocks)
 
 
-def encode_block(module: str, weight: Tensor) -> str:
-    """The kept block of a weight (out, in), as base64 of little-endian fp32."""
+def encode_block(module: str, weight: Tensor, added: tuple[Tensor, Tensor] | None = None) -> str:
+    """The kept block of a weight (out, in), as base64 of little-endian fp32.
+
+    Args:
+        weight: (out, in).
+        added: A (r, in) and scaling B (out, r) whose product is added to the weight, as a merge does.
+    """
     start = block_start(module, weight.numel())
-    block = weight.reshape(-1)[start : start + BLOCK].float().cpu().numpy().astype("<f4")
-    return base64.b64encode(block.tobytes()).decode("ascii")
+    block = _flat_block(weight, start).float().cpu()
+    if added is not None:
+        block = block + _entries(module, *added, count=len(block))
+    return base64.b64encode(block.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _flat_block(weight: Tensor, start: int) -> Tensor:
+    """`BLOCK` values of the flattened weight from `start`; a transposed one is not copied for that."""
+    columns = weight.shape[1]
+    first, last = start // columns, -(-(start + BLOCK) // columns)
+    return weight[first:last].reshape(-1)[start - first * columns :][:BLOCK]
 
 
 def decode_block(text: str) -> Tensor:

@@ -10,6 +10,27 @@ from torch import Tensor
 EXACT_UP_TO = 1536
 OVERSAMPLING = 16
 POWER_ITERATIONS = 6
+ROWS_AT_ONCE = 256  # of a matrix that is looked at in float64
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """d = B A, never multiplied out.
+
+    Attributes:
+        B: (out, r) fp32.
+        A: (r, in) fp32.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.B.shape[0], self.A.shape[1]))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.B @ (self.A @ other)
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class Subspace:
         norm: () fp32, ||d||_F over all of d.
         energy: share of ||d||_F^2 that the k directions carry, 0 to 1.
         bound: | P(C) - P(U, S) | <= bound * ||dW||_F^2 for the `paper` projector and every update dW.
-        method: "exact" or "randomized".
+        method: "exact", "randomized", or "factored" for a difference that is given as its factors.
     """
 
     U: Tensor
@@ -40,7 +61,7 @@ class Subspace:
 
 
 def leading_subspace(
-    d: Tensor,
+    d: Tensor | LowRank,
     rank: int | None = 64,
     tolerance: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -51,7 +72,7 @@ def leading_subspace(
     """The k leading singular triplets of d, with signs fixed and a certified truncation error.
 
     Args:
-        d: (out, in), the difference aligned minus base, fp32.
+        d: (out, in), the difference aligned minus base, fp32; or its factors.
         rank: k, cut to min(out, in); None: as many as `tolerance` or `energy` asks for.
         tolerance: with `rank=None`, the smallest k whose `bound` is at most this.
         energy: with `rank=None`, the smallest k with this share of ||d||_F^2, 0 to 1.
@@ -60,41 +81,47 @@ def leading_subspace(
         seed: of the randomised method; the global generators are left alone.
 
     A matrix whose smaller side is at most 1536, or of which more than a quarter of the directions is wanted,
-    is decomposed exactly; others by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4).
+    is decomposed exactly; others by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4). Factors
+    are decomposed exactly without being multiplied out.
     """
     smaller = min(d.shape)
-    d = d.float()
-    norm = torch.linalg.matrix_norm(d.double())
+    d = d if isinstance(d, LowRank) else d.float()
+    norm = frobenius_norm(d)
     if [rank, tolerance, energy].count(None) != 2 and rank is None:
         raise ValueError("rank is None; give either tolerance or energy")
     if norm == 0:
         return _zero_subspace(d, dtype)
     wanted = min(smaller, next(limit for limit in (rank, max_rank, smaller) if limit is not None))
-    if smaller <= EXACT_UP_TO or 4 * wanted > smaller:
+    if isinstance(d, LowRank):
+        U, S, V = _factored_svd(d)
+        wanted, method = min(wanted, len(S)), "factored"
+    elif smaller <= EXACT_UP_TO or 4 * wanted > smaller:
         U, S, Vh = torch.linalg.svd(d, full_matrices=False)
-        U, S, V, method = U, S, Vh.T, "exact"
+        V, method = Vh.T, "exact"
     else:
         U, S, V = _randomized_svd(d, wanted, seed)
         method = "randomized"
     spectrum = S
     U, S, V = _fix_signs(U[:, :wanted], S[:wanted], V[:, :wanted])
     stored = U.to(dtype)
-    if method == "exact":
+    if method != "randomized":
         bounds = _exact_bounds(spectrum, U, stored, norm)
         certified = [float(bound) for bound in bounds]
 
         def bound_of(k: int) -> float:
             return certified[k]
     else:
+        assert isinstance(d, Tensor)
+        dense = d
 
         def bound_of(k: int) -> float:
-            return _certified_bound(d, U[:, :k], S[:k], V[:, :k], stored[:, :k], norm)
+            return _certified_bound(dense, U[:, :k], S[:k], V[:, :k], stored[:, :k], norm)
 
     if rank is not None:
         k = wanted
     elif energy is not None:
         k = _smallest_with_energy(S, norm, energy)
-    elif method == "exact":
+    elif method != "randomized":
         k = _smallest_rank(bounds, float(tolerance or 0.0))
     else:
         k = _smallest_by_bisection(bound_of, wanted, float(tolerance or 0.0))
@@ -111,13 +138,22 @@ def leading_subspace(
     )
 
 
-def _zero_subspace(d: Tensor, dtype: torch.dtype) -> Subspace:
+def frobenius_norm(d: Tensor | LowRank) -> Tensor:
+    """() float64, ||d||_F; of a matrix (out, in) without a copy of it in float64."""
+    if isinstance(d, LowRank):
+        return torch.linalg.matrix_norm(_core(d)[1])
+    squares = [part.double().square().sum() for part in d.split(ROWS_AT_ONCE)]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _zero_subspace(d: Tensor | LowRank, dtype: torch.dtype) -> Subspace:
     rows, columns = d.shape
+    like = d.A if isinstance(d, LowRank) else d
     return Subspace(
-        U=d.new_zeros((rows, 0), dtype=dtype),
-        S=d.new_zeros((0,)),
-        V=d.new_zeros((columns, 0), dtype=dtype),
-        norm=d.new_zeros(()),
+        U=like.new_zeros((rows, 0), dtype=dtype),
+        S=like.new_zeros((0,)),
+        V=like.new_zeros((columns, 0), dtype=dtype),
+        norm=like.new_zeros(()),
         energy=1.0,
         bound=0.0,
         method="exact",
@@ -129,6 +165,21 @@ def _randomized_svd(d: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor, 
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return torch.svd_lowrank(d, q=min(wanted + OVERSAMPLING, min(d.shape)), niter=POWER_ITERATIONS)
+
+
+def _core(d: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, R, P with B A = Q R P^T, Q and P of orthonormal columns, R at most r x r; float64."""
+    Q, R_B = torch.linalg.qr(d.B.double())
+    P, R_A = torch.linalg.qr(d.A.double().T)
+    return Q, R_B @ R_A.T, P
+
+
+def _factored_svd(d: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of B A that are not zero, at most r, in O((out + in) r^2)."""
+    Q, R, P = _core(d)
+    U, S, Vh = torch.linalg.svd(R)
+    kept = slice(0, min(R.shape))
+    return (Q @ U[:, kept]).float(), S.float(), (P @ Vh[kept].T).float()
 
 
 def _fix_signs(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
-    "metrics", "extract", "verify",
-    "lora", "sharding", "adapter", "saved", "diagnostics", "stamp", "project", "engines", "constraint",
+    "metrics", "lora", "saved", "sources", "readahead", "partial", "extract", "verify",
+    "sharding", "adapter", "diagnostics", "stamp", "project", "engines", "constraint",
     "args", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
