@@ -92,7 +92,8 @@ def module_table(result: dict[str, Any]) -> str:
 
 def _model(entry: dict[str, Any]) -> str:
     revision = f"@{entry['revision']}" if entry.get("revision") else ""
-    return f"{entry['id']}{revision}  (weights sha256 {str(entry.get('sha256'))[:12]}, {entry.get('read_as')})"
+    weights = f"weights sha256 {entry['sha256'][:12]}, " if entry.get("sha256") else ""
+    return f"{entry['id']}{revision}  ({weights}{entry.get('read_as')})"
 
 
 def _metric(name: str, of: dict[str, Any]) -> str:
