@@ -167,20 +167,31 @@ def extract(
 @click.argument("file", metavar="FILE|OWNER/NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
-def inspect(file: str, as_json: bool, modules: bool) -> None:
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw it, too (matplotlib)."
+)
+def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
     """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
 
     \b
     Example:
-      axolotl asft inspect chat.asft.safetensors
+      axolotl asft inspect chat.asft.safetensors --plot chat.png
       axolotl asft inspect owner/name@revision
     """
     from axolotl_asft.direction import AlignmentDirection
     from axolotl_asft.hub import direction_path
     from axolotl_asft.summary import module_table, summary, summary_table
 
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise AsftError(f"--plot is {plot}; expected a name that ends in .png")
     path = direction_path(file)
     direction = AlignmentDirection.load(path)
+    if plot is not None:
+        try:
+            from axolotl_asft.spectra_chart import draw_spectra
+        except ImportError as error:
+            raise AsftError("--plot needs matplotlib; pip install matplotlib") from error
+        draw_spectra(direction, plot)
     result = summary(direction, path, direction.sha256)
     if as_json:
         click.echo(json.dumps(result))

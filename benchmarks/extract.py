@@ -2,17 +2,17 @@
 
     python benchmarks/extract.py [--folder FOLDER] [--models 135M 1B 7B]
 
-Random pairs of checkpoints of the shapes of three models, bf16, are written to a temporary folder (6 GB; of the 7B model
-one decoder layer). The difference has singular values that fall like i^-0.8 over 256 directions, 2 % of ||W||, under the
-rounding of both checkpoints to bf16. Each way runs in a process of its own, on one thread, in turns with the others;
-what takes too long is done once a shape and multiplied. Writes benchmarks/results/extract.md.
+Random pairs of checkpoints of the shapes of three models, bf16, are written to a temporary folder (5 GB; of the 7B
+model one decoder layer). The difference has singular values that fall like i^-0.8 over 256 directions, 2 % of ||W||,
+under the rounding of both checkpoints to bf16. Each way runs in a process of its own, on one thread, in turns with the
+others; what takes too long is done once a shape and multiplied. Writes benchmarks/results/extract.md.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -58,16 +58,17 @@ class Model:
 
 
 MODELS = {
-    "135M": Model("SmolLM2-135M", 576, 1536, 192, layers=30, written=30, rounds=3),
+    "135M": Model("SmolLM2-135M", 576, 1536, 192, layers=30, written=30, rounds=1),
     "1B": Model("Llama-3.2-1B", 2048, 8192, 512, layers=16, written=16, rounds=1),
-    "7B": Model("Llama-2-7B", 4096, 11008, 4096, layers=32, written=1, rounds=3),
+    "7B": Model("Llama-2-7B", 4096, 11008, 4096, layers=32, written=1, rounds=2),
 }
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def write_pair(model: Model, folder: Path) -> tuple[Path, Path]:
-    """Base and aligned, a file a decoder layer."""
-    pair = folder / "base", folder / "aligned"
+def write(base: str, aligned: str) -> None:
+    """Base and aligned, a file a decoder layer; the folder above them says which model's shapes."""
+    pair = Path(base), Path(aligned)
+    model = next(model for model in MODELS.values() if model.title == pair[0].parent.name)
     weight_map = {}
     for layer in range(model.written):
         tensors: tuple[dict, dict] = {}, {}
@@ -88,7 +89,6 @@ def write_pair(model: Model, folder: Path) -> tuple[Path, Path]:
     for where in pair:
         (where / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     os.sync()
-    return pair
 
 
 def forget(folder: Path) -> None:
@@ -114,7 +114,7 @@ def spec_of(output: str) -> dict:
         return json.loads(file.metadata()["spec"])
 
 
-def full_svd(base: str, aligned: str, names: str) -> dict:
+def full_svd(base: str, aligned: str, names: str) -> None:
     """A loop over the matrices: load, subtract, decompose, keep the leading ones."""
     checkpoints = [Checkpoint.open(folder) for folder in (base, aligned)]
     kept = {}
@@ -122,10 +122,9 @@ def full_svd(base: str, aligned: str, names: str) -> dict:
         first, second = (checkpoint.weight(name).float() for checkpoint in checkpoints)
         U, S, _ = torch.linalg.svd(second - first, full_matrices=False)
         kept[name] = U[:, :RANK].bfloat16(), S[:RANK].clone()
-    return {}
 
 
-def authors(base: str, aligned: str, names: str) -> dict:
+def authors(base: str, aligned: str, names: str) -> None:
     """Both models whole in fp32, and C = d d^T / ||d|| of every matrix, out x out."""
     checkpoints = [Checkpoint.open(folder) for folder in (base, aligned)]
     models = [{name: checkpoint.weight(name).float() for name in names.split(",")} for checkpoint in checkpoints]
@@ -133,7 +132,6 @@ def authors(base: str, aligned: str, names: str) -> dict:
     for name in names.split(","):
         d = models[1][name] - models[0][name]
         kept[name] = d @ d.T / d.norm()
-    return {}
 
 
 def read(base: str, aligned: str) -> dict:
@@ -148,19 +146,23 @@ def read(base: str, aligned: str) -> dict:
     return {"bytes": total}
 
 
-WAYS = {way.__name__: way for way in (ours, full_svd, authors, read)}
+WAYS = {way.__name__: way for way in (write, ours, full_svd, authors, read)}
+
+
+def peak_memory() -> int:
+    """Of this process, bytes. The peak that getrusage tells may be that of the process that started this one."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def child(way: str, arguments: str) -> None:
     """Run one way; print what it took."""
     torch.set_num_threads(1)
     options = json.loads(arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    imports = peak_memory()
+    started, processor = time.monotonic(), time.process_time()
     result = WAYS[way](**options)
-    seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(result | {"seconds": seconds, "peak": peak, "imports": before * 1024}))
+    took = {"seconds": time.monotonic() - started, "processor": time.process_time() - processor}
+    print(json.dumps((result or {}) | took | {"peak": peak_memory(), "imports": imports}))
 
 
 def run(way: str, pair: tuple[Path, Path], **options) -> dict:
@@ -168,47 +170,52 @@ def run(way: str, pair: tuple[Path, Path], **options) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", way, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    result: dict = json.loads(done.stdout.splitlines()[-1])
+    peak = f"{result['peak'] / 2**20:.0f} MiB"
+    took = f"{result['seconds']:.1f} s, {result['processor']:.1f} s of processor, {peak}"
+    print(f"{pair[0].parent.name}: {way} {options.get('names', '')} {took}", file=sys.stderr, flush=True)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
 def measure(model: Model, folder: Path) -> dict:
     """All ways on one model; seconds of the whole model, multiplied where they were not all run."""
-    pair = write_pair(model, folder / model.title)
-    whole = model.layers / model.written
-    names = {part: f"model.layers.0.{part}" for part in model.shapes()}
-    by_shape = {tuple(sorted(shape)): name for name, shape in zip(names.values(), model.shapes().values(), strict=True)}
-    counts = Counter(tuple(sorted(shape)) for shape in model.shapes().values())
+    pair = folder / model.title / "base", folder / model.title / "aligned"
+    run("write", pair)
+    whole, shapes = model.layers / model.written, model.shapes()
+    names = {tuple(sorted(shape)): f"model.layers.0.{part}" for part, shape in shapes.items()}
+    counts = Counter(tuple(sorted(shape)) for shape in shapes.values())
     output = folder / "direction.safetensors"
-    found: dict = {"model": model, "ours": [], "read": [], "svd": 0.0, "svd_peak": 0, "authors": 0.0}
-    groups = list(by_shape.items())
-    for turn in range(max(model.rounds, len(groups))):
+    made, reading, loops = [], [], []
+    for turn in range(max(model.rounds, len(names))):
         if turn < model.rounds:
-            found["read"].append(run("read", pair))
-            found["ours"].append(run("ours", pair, output=str(output)))
+            reading.append(run("read", pair))
+            made.append(run("ours", pair, output=str(output)))
             output.unlink()
-        if turn < len(groups):
-            shape, name = groups[turn]
-            svd = run("full_svd", pair, names=name)
-            found["svd"] += svd["seconds"] * counts[shape] * model.layers
-            found["svd_peak"] = max(found["svd_peak"], svd["peak"])
-        print(f"{model.title}: turn {turn + 1}", file=sys.stderr, flush=True)
-    all_of_a_layer = run("authors", pair, names=",".join(names.values()))
-    found["authors"] = all_of_a_layer["seconds"] * model.layers
-    squares = sum(rows**2 + 2 * rows * columns for rows, columns in model.shapes().values())
-    found["authors_memory"] = 4 * squares * model.layers
-    found["seconds"] = statistics.median(each["seconds"] for each in found["ours"]) * whole
-    found["reading"] = statistics.median(each["seconds"] for each in found["read"]) * whole
-    found["peak"] = max(each["peak"] for each in found["ours"])
-    found["imports"] = max(each["imports"] for each in found["ours"])
-    found["checkpoints"] = found["read"][0]["bytes"] * whole
-    found["sizes"] = {"U": found["ours"][0]["bytes"] * whole}
-    if model.written == 1 or model.hidden < 1000:
-        found["sizes"]["UV"] = run("ours", pair, output=str(output), keep_v=True)["bytes"] * whole
+        for shape, name in list(names.items())[turn : turn + 1]:
+            loops.append((counts[shape] * model.layers, run("full_svd", pair, names=name)))
+    dense = run("authors", pair, names=",".join(f"model.layers.0.{part}" for part in shapes))
+    found = {
+        "model": model,
+        "pair": reading[0]["bytes"] * whole,
+        "peak": max(each["peak"] for each in made),
+        "imports": max(each["imports"] for each in made),
+        "svd_peak": max(each["peak"] for _, each in loops),
+        "authors_memory": 4 * model.layers * sum(rows**2 + 2 * rows * columns for rows, columns in shapes.values()),
+        "U": made[0]["bytes"] * whole,
+    }
+    for clock in ("seconds", "processor"):
+        found[clock] = {
+            "ours": statistics.median(each[clock] for each in made) * whole,
+            "reading": statistics.median(each[clock] for each in reading) * whole,
+            "svd": sum(times * each[clock] for times, each in loops),
+            "authors": dense[clock] * model.layers,
+        }
+    if model.written == 1:
+        found["UV"] = run("ours", pair, output=str(output), keep_v=True)["bytes"] * whole
         output.unlink()
         found["one_percent"] = run("ours", pair, output=str(output), rank=None, tolerance=0.01, max_rank=256)
-        found["sizes"]["tolerance"] = found["one_percent"]["bytes"] * whole
-        output.unlink()
+        found["tolerance"] = found["one_percent"]["bytes"] * whole
     return found
 
 
@@ -218,19 +225,19 @@ def report(results: list[dict]) -> str:
     )
     lines = [
         "# Making a direction: time, memory, size\n",
-        f"`python benchmarks/extract.py` on {machine}, which did other things too; every process on one thread, "
-        f"rank {RANK}.\n",
-        "| shapes of | weights of the pair | this | full-SVD loop | ratio | authors' way | reading both once | this / "
-        "reading |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"`python benchmarks/extract.py` on {machine}, which did other things too (so processor time stands "
+        f"beside the wall's); every process on one thread, rank {RANK}.\n",
+        "| shapes of | pair | clock | this | full-SVD loop | ratio | authors' way | reading both | this / reading |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for found in results:
-        model = found["model"]
-        lines.append(
-            f"| {model.title}, {model.layers} layers | {found['checkpoints'] / 1e9:.2f} GB | {found['seconds']:.0f} s | "
-            f"{found['svd']:.0f} s | {found['svd'] / found['seconds']:.1f} | {found['authors']:.0f} s | "
-            f"{found['reading']:.1f} s | {found['seconds'] / found['reading']:.0f} |"
-        )
+        for clock, word in (("seconds", "wall"), ("processor", "processor")):
+            took = found[clock]
+            lines.append(
+                f"| {found['model'].title}, {found['model'].layers} layers | {found['pair'] / 1e9:.1f} GB | {word} | "
+                f"{took['ours']:.0f} s | {took['svd']:.0f} s | {took['svd'] / took['ours']:.1f} | "
+                f"{took['authors']:.0f} s | {took['reading']:.1f} s | {took['ours'] / took['reading']:.0f} |"
+            )
     lines += [
         "\n| shapes of | peak memory of this | of which Python and torch | of the full-SVD loop | authors' way keeps |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -246,24 +253,24 @@ def report(results: list[dict]) -> str:
     ]
     for found in results:
         if "one_percent" in found:
-            ranks, bounds, sizes = found["one_percent"]["ranks"], found["one_percent"]["bounds"], found["sizes"]
+            ranks, bounds = found["one_percent"]["ranks"], found["one_percent"]["bounds"]
             lines.append(
-                f"| {found['model'].title} | {sizes['U'] / 1e6:.0f} MB | {sizes['UV'] / 1e6:.0f} MB | "
-                f"{sizes['tolerance'] / 1e6:.0f} MB | {min(ranks)} to {max(ranks)}, median "
+                f"| {found['model'].title} | {found['U'] / 1e6:.0f} MB | {found['UV'] / 1e6:.0f} MB | "
+                f"{found['tolerance'] / 1e6:.0f} MB | {min(ranks)} to {max(ranks)}, median "
                 f"{statistics.median(ranks):.0f} | {max(bounds):.2g} |"
             )
     return "\n".join([*lines, "", NOTES, ""])
 
 
 NOTES = """\
-- this: `extract_direction(..., output=...)`, from opening the checkpoints to the verified file. Of the 7B model one decoder
-  layer was made and multiplied by 32; of the others all layers.
+- this: `extract_direction(..., output=...)`, from opening the checkpoints to the verified file. Of the 7B model one
+  decoder layer was made and multiplied by 32; of the others all layers.
 - full-SVD loop: load, subtract, `torch.linalg.svd`, keep the leading ones; one matrix of every shape, multiplied by how
   many there are.
 - authors' way: both models in memory in fp32, and d d^T / ||d|| of every matrix; one decoder layer, multiplied. What it
   keeps is counted, not measured: two fp32 copies and an out x out matrix for each.
-- reading both once: from disk, not from the operating system's cache.
-- peak memory: `ru_maxrss` of the process, with the pages of the checkpoints that are mapped at the time.
+- reading both: once, from disk, not from the operating system's cache.
+- peak memory: the most that the process had resident, with the pages of the checkpoints that are mapped at the time.
 - at the shapes of SmolLM2-135M every decomposition is exact (smaller side up to 1536), as the loop's."""
 
 

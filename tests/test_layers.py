@@ -13,7 +13,7 @@ ORDER = [
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec", "direction",
     "metrics", "lora", "saved", "sources", "readahead", "partial", "extract", "verify",
     "sharding", "adapter", "diagnostics", "stamp", "project", "engines", "constraint",
-    "args", "guard", "registration", "startup", "plugin", "summary", "compare", "publish", "console",
+    "args", "guard", "registration", "startup", "plugin", "summary", "spectra_chart", "compare", "publish", "console",
     "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.coherence",
     "evaluation.judges", "evaluation.models", "evaluation.asking", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.landscape", "evaluation.landscape_chart",
