@@ -111,9 +111,10 @@ def extract_direction(
     if output is None:
         return _extract(source, settings, recipe, metrics, None, device, progress)
     stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
-    parts = Parts.open(Path(output), source.names, recipe | source.entries | stored | {"torch": torch.__version__})
-    _extract(source, settings, recipe, metrics, parts, device, progress).save(output)
-    parts.remove()
+    identity = recipe | source.entries | stored | {"torch": torch.__version__}
+    with Parts.open(Path(output), source.names, identity) as parts:
+        _extract(source, settings, recipe, metrics, parts, device, progress).save(output)
+        parts.remove()
     return AlignmentDirection.load(Path(output))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,8 @@ from axolotl_asft.files import atomic_write_text, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
 
-SETTINGS = "extraction.json"
+SETTINGS, LOCK = "extraction.json", "lock"
+OURS = re.compile(rf"{SETTINGS}|{LOCK}|\d+\.safetensors|\..*\.tmp")  # the last: what a kill left of a file
 
 
 class Parts(Mapping[str, ModuleDirection]):
@@ -24,36 +26,54 @@ class Parts(Mapping[str, ModuleDirection]):
     """
 
     def __init__(self, folder: Path, names: list[str]) -> None:
+        """Take the folder for this process, until the `with` block or the process ends.
+
+        Raises:
+            AsftError: nothing can be written there, something else is in it, or another process works there.
+        """
         self.folder = folder
         self._paths = {name: folder / f"{number:05d}.safetensors" for number, name in enumerate(names)}
+        strange = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
+        if strange:
+            raise AsftError(
+                f"{folder} is needed for what is finished, and holds {strange[0]}; move it away, or give another "
+                "--output"
+            )
+        writable_folder(folder)
+        self._lock = (folder / LOCK).open("w")
+        if not _locked(self._lock):
+            raise AsftError(f"another extraction is at work in {folder}; wait for it, or give another --output")
 
     @classmethod
     def open(cls, output: Path, names: list[str], settings: dict[str, Any]) -> "Parts":
-        """The work folder of an output: what is in it, if it is of the same settings, else empty.
+        """The work folder of an output: with what is in it, if that is of the same settings, else emptied.
 
         Args:
             settings: JSON of all that the result depends on, but for the weights themselves.
         """
         parts = cls(output.with_name(output.name + ".partial"), names)
-        previous = parts._previous()
-        if previous is not None and previous != settings:
+        previous, found = parts._settings(), list(parts.folder.glob("*.safetensors"))
+        if previous == settings:
+            if found:
+                LOG.warning("going on in %s: %d of %d layers are done", parts.folder, len(found), len(names))
+            return parts
+        if found:
             other = ", ".join(sorted(key for key in previous | settings if previous.get(key) != settings.get(key)))
             LOG.warning("%s is of an extraction with another %s; starting afresh", parts.folder, other)
-        if previous != settings:
-            parts.remove()
-            writable_folder(parts.folder)
-            atomic_write_text(parts.folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
-        elif done := sum(path.exists() for path in parts._paths.values()):
-            LOG.warning("going on in %s: %d of %d layers are done", parts.folder, done, len(names))
+        for path in found:
+            path.unlink()
+        atomic_write_text(parts.folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
         return parts
 
-    def finished(self, name: str, spec: Mapping[str, Any]) -> AlignmentDirection | None:
-        """The layer as it was written, if it was made from the same weights: what `spec` says of the models."""
+    def finished(self, name: str, models: Mapping[str, Any]) -> AlignmentDirection | None:
+        """The layer as it was written, if it was made from the same weights: what the spec says of the models."""
+        if not self._paths[name].exists():
+            return None
         try:
             part = AlignmentDirection.load(self._paths[name])
         except AsftError:
             return None
-        if any(part.spec.get(key) != spec.get(key) for key in ("base", "aligned", "adapter")):
+        if any(part.spec.get(key) != entry for key, entry in models.items()):
             LOG.warning("%s: the weights are not those of %s; making it again", name, self._paths[name])
             return None
         return part
@@ -66,17 +86,18 @@ class Parts(Mapping[str, ModuleDirection]):
         """All of it, once the output is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _previous(self) -> dict[str, Any] | None:
-        """The settings of what is in the folder; None where it holds nothing of ours."""
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def _settings(self) -> dict[str, Any]:
+        """Of what is in the folder; empty where that is not known."""
         try:
             found = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise AsftError(
-                    f"{self.folder} holds no interrupted extraction; it is needed for this one: move it away, or give "
-                    "another --output"
-                ) from None
-            return None
+            return {}
         return found if isinstance(found, dict) else {}
 
     def __getitem__(self, name: str) -> ModuleDirection:
@@ -87,3 +108,16 @@ class Parts(Mapping[str, ModuleDirection]):
 
     def __len__(self) -> int:
         return len(self._paths)
+
+
+def _locked(file: Any) -> bool:
+    """Whether the file is this process's alone, where the system has such locks; its end gives them back."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -160,9 +160,32 @@ def test_a_folder_of_somebody_elses_is_left_alone(pair, tmp_path):
     theirs = Path(f"{output}.partial") / "thesis.txt"
     theirs.parent.mkdir()
     theirs.write_text("mine")
-    with pytest.raises(AsftError, match="holds no interrupted extraction"):
+    with pytest.raises(AsftError, match=r"is needed for what is finished, and holds thesis\.txt"):
         extract_direction(*pair, output=output)
     assert theirs.read_text() == "mine"
+
+
+def test_one_process_at_a_time(wide, tmp_path):
+    output = tmp_path / "d.safetensors"
+    process = started(wide, output)
+    while not parts(output):
+        time.sleep(0.002)
+    with pytest.raises(AsftError, match="another extraction is at work in"):
+        extract_direction(*wide, rank=8, output=output)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_killed_before_it_had_begun(pair, tmp_path):
+    """What kill -9 may leave of a folder with nothing finished in it."""
+    folder = tmp_path / "d.safetensors.partial"
+    folder.mkdir()
+    (folder / ".extraction.json.abc.tmp").write_text("{")
+    (folder / ".00000.safetensors.abc.tmp").write_bytes(b"cut")
+    (folder / "extraction.json").write_text("{")
+    extract_direction(*pair, rank=4, output=tmp_path / "d.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
 
 def test_nothing_is_left_of_a_pair_without_a_difference(pair, tmp_path):
