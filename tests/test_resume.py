@@ -18,6 +18,7 @@ from tiny import child_environment, make_pair
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
+from axolotl_asft.partial import Parts
 
 READY = """
 import sys
@@ -103,8 +104,6 @@ def test_killed_at_random(wide, tmp_path):
 
 def interrupted(pair, output, monkeypatch, after=5, **options):
     """An extraction that stops after some layers, in this process."""
-    from axolotl_asft.partial import Parts
-
     keep, done = Parts.keep, []
 
     def stopping(self, name, part):
@@ -165,16 +164,16 @@ def test_a_folder_of_somebody_elses_is_left_alone(pair, tmp_path):
     assert theirs.read_text() == "mine"
 
 
-def test_one_process_at_a_time(wide, tmp_path):
+def test_one_process_at_a_time(pair, tmp_path):
     output = tmp_path / "d.safetensors"
-    process = started(wide, output)
-    while not parts(output):
-        time.sleep(0.002)
-    with pytest.raises(AsftError, match="another extraction is at work in"):
-        extract_direction(*wide, rank=8, output=output)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+    with Parts.open(output, [], {}):
+        second = started(pair, output)
+        _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert errors == f"asft: another extraction is at work in {output}.partial; wait for it, or give another --output\n"
+    third = started(pair, output)
+    third.communicate(timeout=60)
+    assert third.returncode == 0
 
 
 def test_killed_before_it_had_begun(pair, tmp_path):
