@@ -1,6 +1,5 @@
 """Leading singular directions of one weight difference, with a certificate of what was left out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,28 +103,16 @@ def leading_subspace(
     spectrum = S
     U, S, V = _fix_signs(U[:, :wanted], S[:wanted], V[:, :wanted])
     stored = U.to(dtype)
-    if method != "randomized":
+    if isinstance(d, LowRank) or method == "exact":
         bounds = _exact_bounds(spectrum, U, stored, norm)
-        certified = [float(bound) for bound in bounds]
-
-        def bound_of(k: int) -> float:
-            return certified[k]
     else:
-        assert isinstance(d, Tensor)
-        dense = d
-
-        def bound_of(k: int) -> float:
-            return _certified_bound(dense, U[:, :k], S[:k], V[:, :k], stored[:, :k], norm)
-
+        bounds = _certified_bounds(d, U, S, V, stored, norm, sharp=rank is None and energy is None)
     if rank is not None:
         k = wanted
     elif energy is not None:
         k = _smallest_with_energy(S, norm, energy)
-    elif method != "randomized":
-        k = _smallest_rank(bounds, float(tolerance or 0.0))
     else:
-        k = _smallest_by_bisection(bound_of, wanted, float(tolerance or 0.0))
-    bound = bound_of(k)
+        k = _smallest_rank(bounds, float(tolerance or 0.0))
     kept = S[:k].float()
     return Subspace(
         U=stored[:, :k].contiguous(),
@@ -133,7 +120,7 @@ def leading_subspace(
         V=V[:, :k].to(dtype).contiguous(),
         norm=norm.float(),
         energy=min(1.0, float((kept.double() ** 2).sum() / norm**2)),
-        bound=bound,
+        bound=float(bounds[k]),
         method=method,
     )
 
@@ -232,26 +219,31 @@ def _smallest_with_energy(S: Tensor, norm: Tensor, energy: float) -> int:
     return min(len(S), 1 + int((shares < energy).sum()))
 
 
-def _smallest_by_bisection(bound_of: Callable[[int], float], most: int, tolerance: float) -> int:
-    """The smallest k in 1..most whose bound, which falls with k but for rounding, is within; `most` where none is."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if bound_of(middle) <= tolerance else (middle + 1, high)
-    return low
+def _certified_bounds(d: Tensor, U: Tensor, S: Tensor, V: Tensor, stored: Tensor, norm: Tensor, sharp: bool) -> Tensor:
+    """(k + 1,): for the leading 0, 1, ..., k triplets, bounds that hold however well the method converged.
 
-
-def _certified_bound(d: Tensor, U: Tensor, S: Tensor, V: Tensor, stored: Tensor, norm: Tensor) -> float:
-    """A bound that holds however well or badly the randomised method converged.
-
-    C = d d^T / ||d||_F in the basis [U, rest] is [[diag(c), X], [X^T, Z]]. X is computed (it vanishes for exact
-    singular vectors), ||Z|| is at most the squared Frobenius norm of the rest over ||d||_F.
+    With R = d - U S V^T, of which U^T R or R V vanishes, d d^T = U S^2 U^T + R R^T + (R V S) U^T + its transpose. So
+    leaving out the triplets from j on moves C by at most ||R V S||_F + s_j^2 + ||R||_2^2, over ||d||_F. For ||R||_2^2
+    stands ||R||_F^2; or, if `sharp`, ||R R^T||_F, which is far less where R is spread over many directions, and costs a
+    product of R with itself.
     """
     product = d @ (V * S)
     cross = product - U @ (U.T @ product)
     x = torch.linalg.matrix_norm(cross.double()) / norm
-    z = torch.clamp(norm**2 - (S.double() ** 2).sum(), min=0.0) / norm
+    rest = torch.clamp(norm**2 - (S.double() ** 2).sum(), min=0.0)
+    if sharp:
+        rest = torch.minimum(rest, _gram_norm(d - (U * S) @ V.T))
     c = S.double() ** 2 / norm
-    e = x + z
+    e = x + torch.cat([c, c.new_zeros(1)]) + rest / norm
     g = torch.clamp((1 - c.max()).abs(), min=1.0)
-    return float(2 * g * e + e**2 + _rounding_bounds(U, stored, c)[-1])
+    return 2 * g * e + e**2 + _rounding_bounds(U, stored, c)
+
+
+def _gram_norm(R: Tensor) -> Tensor:
+    """() float64, ||R R^T||_F: at least ||R||_2^2, at most ||R||_F^2. Of the smaller side, and one half of it."""
+    R = R if R.shape[0] <= R.shape[1] else R.T
+    total = torch.zeros((), dtype=torch.float64, device=R.device)
+    for first in range(0, R.shape[0], ROWS_AT_ONCE):
+        rows = R[first : first + ROWS_AT_ONCE]
+        total += 2 * (rows @ R[:first].T).double().square().sum() + (rows @ rows.T).double().square().sum()
+    return total.sqrt()
