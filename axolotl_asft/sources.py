@@ -91,7 +91,9 @@ class CheckpointPair:
 
     def difference(self, name: str, weights: Weights, device: str) -> Tensor:
         difference = _sent(weights["aligned"], device).to(torch.float32, copy=True)
-        difference -= _sent(weights["base"], device)
+        base = _sent(weights["base"], device)
+        for part, base_part in zip(difference.split(ROWS_AT_ONCE), base.split(ROWS_AT_ONCE), strict=True):
+            part -= base_part.float()
         if not torch.isfinite(torch.stack(torch.aminmax(difference))).all():
             raise AsftError(f"{name}: the difference holds NaN or infinity; check both checkpoints' weights")
         return difference

@@ -129,8 +129,12 @@ def frobenius_norm(d: Tensor | LowRank) -> Tensor:
     """() float64, ||d||_F; of a matrix (out, in) without a copy of it in float64."""
     if isinstance(d, LowRank):
         return torch.linalg.matrix_norm(_core(d)[1])
-    squares = [part.double().square().sum() for part in d.split(ROWS_AT_ONCE)]
-    return torch.stack(squares).sum().sqrt()
+    total = torch.zeros((), dtype=torch.float64, device=d.device)
+    for part in d.split(ROWS_AT_ONCE):
+        total += (
+            part.double().square().sum()
+        )  # nothing small is kept between the large blocks: they would not be reused
+    return total.sqrt()
 
 
 def _zero_subspace(d: Tensor | LowRank, dtype: torch.dtype) -> Subspace:

@@ -30,6 +30,7 @@ from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.files import atomic_write_text
 
 RESULT = Path(__file__).parent / "results" / "extract.md"
+RAW = RESULT.with_suffix(".json")  # model -> what was measured, so that one can be measured again
 RANK = 64
 
 
@@ -60,7 +61,7 @@ class Model:
 MODELS = {
     "135M": Model("SmolLM2-135M", 576, 1536, 192, layers=30, written=30, rounds=1),
     "1B": Model("Llama-3.2-1B", 2048, 8192, 512, layers=16, written=16, rounds=1),
-    "7B": Model("Llama-2-7B", 4096, 11008, 4096, layers=32, written=1, rounds=2),
+    "7B": Model("Llama-2-7B", 4096, 11008, 4096, layers=32, written=1, rounds=1),
 }
 
 
@@ -196,7 +197,8 @@ def measure(model: Model, folder: Path) -> dict:
             loops.append((counts[shape] * model.layers, run("full_svd", pair, names=name)))
     dense = run("authors", pair, names=",".join(f"model.layers.0.{part}" for part in shapes))
     found = {
-        "model": model,
+        "title": model.title,
+        "layers": model.layers,
         "pair": reading[0]["bytes"] * whole,
         "peak": max(each["peak"] for each in made),
         "imports": max(each["imports"] for each in made),
@@ -234,7 +236,7 @@ def report(results: list[dict]) -> str:
         for clock, word in (("seconds", "wall"), ("processor", "processor")):
             took = found[clock]
             lines.append(
-                f"| {found['model'].title}, {found['model'].layers} layers | {found['pair'] / 1e9:.1f} GB | {word} | "
+                f"| {found['title']}, {found['layers']} layers | {found['pair'] / 1e9:.1f} GB | {word} | "
                 f"{took['ours']:.0f} s | {took['svd']:.0f} s | {took['svd'] / took['ours']:.1f} | "
                 f"{took['authors']:.0f} s | {took['reading']:.1f} s | {took['ours'] / took['reading']:.0f} |"
             )
@@ -244,7 +246,7 @@ def report(results: list[dict]) -> str:
     ]
     for found in results:
         lines.append(
-            f"| {found['model'].title} | {found['peak'] / 2**20:.0f} MiB | {found['imports'] / 2**20:.0f} MiB | "
+            f"| {found['title']} | {found['peak'] / 2**20:.0f} MiB | {found['imports'] / 2**20:.0f} MiB | "
             f"{found['svd_peak'] / 2**20:.0f} MiB | {found['authors_memory'] / 2**30:.1f} GiB |"
         )
     lines += [
@@ -255,7 +257,7 @@ def report(results: list[dict]) -> str:
         if "one_percent" in found:
             ranks, bounds = found["one_percent"]["ranks"], found["one_percent"]["bounds"]
             lines.append(
-                f"| {found['model'].title} | {found['U'] / 1e6:.0f} MB | {found['UV'] / 1e6:.0f} MB | "
+                f"| {found['title']} | {found['U'] / 1e6:.0f} MB | {found['UV'] / 1e6:.0f} MB | "
                 f"{found['tolerance'] / 1e6:.0f} MB | {min(ranks)} to {max(ranks)}, median "
                 f"{statistics.median(ranks):.0f} | {max(bounds):.2g} |"
             )
@@ -283,15 +285,14 @@ def main() -> None:
     if arguments.child:
         return child(*arguments.child)
     torch.set_num_threads(1)
-    started = time.monotonic()
-    results = []
+    known = json.loads(RAW.read_text()) if RAW.exists() else {}
     for name in arguments.models:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            results.append(measure(MODELS[name], Path(folder)))
-    text = report(results)
-    print(f"{text}\n{time.monotonic() - started:.0f} seconds")
-    if arguments.models == list(MODELS):
-        atomic_write_text(RESULT, text)
+            known[name] = measure(MODELS[name], Path(folder))
+        atomic_write_text(RAW, json.dumps(known, indent=1) + "\n")
+    text = report([known[name] for name in MODELS if name in known])
+    print(text)
+    atomic_write_text(RESULT, text)
     return None
 
 
