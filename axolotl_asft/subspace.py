@@ -203,12 +203,12 @@ def _exact_bounds(spectrum: Tensor, U: Tensor, stored: Tensor, norm: Tensor) -> 
 def _rounding_bounds(U: Tensor, stored: Tensor, c: Tensor) -> Tensor:
     """(k + 1,): how far rounding U to its stored dtype can move the penalty, for the leading 0, 1, ..., k columns.
 
-    With E = stored - U and M the orthogonal factor I - C, the penalty changes by at most
-    2 g e + e^2 with e = c_max (2 ||E|| + ||E||^2) >= ||C - stored C||, g = ||I - C||.
+    With E = stored - U, C moves by E c U^T + U c E^T + E c E^T, so by at most e = 2 ||E c||_F + ||E sqrt c||_F^2, and
+    the penalty by 2 g e + e^2 with g = ||I - C||.
     """
-    error = torch.cumsum(((stored.double() - U.double()) ** 2).sum(dim=0), dim=0).sqrt()
+    squares = ((stored.double() - U.double()) ** 2).sum(dim=0)
+    e = 2 * torch.cumsum(c**2 * squares, dim=0).sqrt() + torch.cumsum(c * squares, dim=0)
     c_max = c[:1].max() if len(c) else torch.zeros((), dtype=torch.float64, device=U.device)
-    e = c_max * (2 * error + error**2)
     g = torch.clamp((1 - c_max).abs(), min=1.0)
     return torch.cat([e.new_zeros(1), 2 * g * e + e**2])
 
