@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # model.layers.0.*, transformer.h.0.*, gpt_neox.layers.0.*, ...: the numbered blocks of a decoder
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.\d+\.")
+# What GPTQ, AWQ, compressed-tensors, bitsandbytes and FP8 keep beside a weight, or in its place.
+PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 # These keep their linear weights as (in, out), in transformers' Conv1D.
 TRANSPOSED_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
@@ -102,12 +106,12 @@ class Checkpoint:
 def _checkpoint(location: str, name: str, folder: Path, files: list[TensorFile]) -> Checkpoint:
     """A checkpoint of these files, with its config.json in `folder`."""
     config = _config(folder)
-    if config.get("quantization_config"):
-        raise AsftError(
-            f"{location} is a quantised checkpoint (config.json has quantization_config); expected full-precision "
-            "weights; give the original model instead"
-        )
     headers = {tensor: (file, *entry) for file in files for tensor, entry in file.entries().items()}
+    if quantised := _quantisation(config, headers):
+        raise AsftError(
+            f"{location} is a quantised checkpoint ({quantised}), whose rounding is larger than the difference between "
+            "a base and its aligned model; give the full-precision model that it was made from"
+        )
     stored = {renamed: tensor for tensor, renamed in model_names(folder, config, headers).items()}
     return Checkpoint(
         location=location,
@@ -118,6 +122,18 @@ def _checkpoint(location: str, name: str, folder: Path, files: list[TensorFile])
         dtypes={renamed: headers[tensor][2] for renamed, tensor in stored.items()},
         transposed=config.get("model_type") in TRANSPOSED_MODEL_TYPES,
     )
+
+
+def _quantisation(config: dict[str, Any], tensors: Iterable[str]) -> str | None:
+    """How a checkpoint is quantised, in a few words; None where it is not."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings is not None:
+        settings = settings if isinstance(settings, dict) else {}
+        method = str(settings.get("quant_method") or "an unknown method")
+        bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else settings.get("bits")
+        return f"{method}, {bits} bit" if bits else method
+    packed = next((name for name in tensors if name.endswith(PACKED)), None)
+    return f"it has {packed}" if packed else None
 
 
 def _open_remote(model: HubFile) -> Checkpoint:
@@ -136,7 +152,11 @@ def _open_remote(model: HubFile) -> Checkpoint:
         elif SINGLE_NAME in there:
             names = [SINGLE_NAME]
         else:
-            raise AsftError(f"{model} holds no {SINGLE_NAME} and no {INDEX_NAME}; expected a safetensors checkpoint")
+            others = [name for name in there if name.endswith((".bin", ".pt", ".gguf"))]
+            instead = f" (it has {others[0]}: download and convert it, see docs/directions.md)" if others else ""
+            raise AsftError(
+                f"{model} holds no {SINGLE_NAME} and no {INDEX_NAME}{instead}; expected a safetensors checkpoint"
+            )
         if missing := [name for name in [*names, "config.json"] if name not in there]:
             raise AsftError(f"{model} lacks {len(missing)} of its files, the first {missing[0]}")
         folder = small_file(replace(model, file="config.json")).parent
@@ -149,6 +169,8 @@ def _existing_folder(location: str | Path) -> Path:
     folder = Path(location).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf":
+        raise _gguf(folder)
     if folder.is_file():
         raise AsftError(f"{folder} is a file; expected the checkpoint folder that holds {SINGLE_NAME}")
     raise AsftError(f"no checkpoint folder at {location}; check the path, or give owner/name of a model on the Hub")
@@ -184,7 +206,17 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds pickled weights (.bin or .pt), which can run code when read; expected {SINGLE_NAME}; "
             "convert it with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
+    for file in sorted(folder.glob("*.gguf")):
+        raise _gguf(file)
     raise AsftError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}; expected a safetensors checkpoint")
+
+
+def _gguf(file: Path) -> AsftError:
+    return AsftError(
+        f"{file} is GGUF; expected safetensors; one of F32, F16 or BF16 converts with AutoModelForCausalLM."
+        f"from_pretrained(FOLDER, gguf_file='{file.name}').save_pretrained(...), a quantised one has lost the "
+        "difference to its rounding: give the model that it was made from"
+    )
 
 
 def _shards(index: Path) -> list[str]:

@@ -26,8 +26,14 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 
 
 @click.command()
-@click.option("--base", required=True, metavar="DIR|ID", help="The base model: a folder in safetensors, or owner/name.")
-@click.option("--aligned", required=True, metavar="DIR|ID", help="The aligned (chat) model, likewise.")
+@click.option("--base", metavar="DIR|ID", help="The base model: a folder in safetensors, or owner/name.")
+@click.option("--aligned", metavar="DIR|ID", help="The aligned (chat) model, likewise.")
+@click.option(
+    "--adapter",
+    metavar="DIR|ID",
+    help="A LoRA adapter (PEFT) that is the difference itself, in place of --base, where it was merged into --aligned, "
+    "or of --aligned, which is then the base with it merged in.",
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Direction file to write.")
 @click.option(
     "--rank",
@@ -107,12 +113,14 @@ def extract(
     """Make a direction file from a base model and its aligned model.
 
     Reads one pair of weights at a time: memory holds the largest pair, not the models. A model on the Hub that is not
-    in its cache is read from there, tensor by tensor, and takes no disk; owner/name@revision pins it.
+    in its cache is read from there, tensor by tensor, and takes no disk; owner/name@revision pins it. Finished layers
+    are kept in OUTPUT.partial/: interrupted, the same command goes on where it stopped.
 
     \b
     Example:
       axolotl asft extract --base meta-llama/Llama-3.1-8B --aligned meta-llama/Llama-3.1-8B-Instruct \\
           --metric fisher -o llama3-8b.asft.safetensors
+      axolotl asft extract --aligned my-merged-model --adapter my-refusal-lora -o mine.asft.safetensors
     """
     if output.suffix != ".safetensors":
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
@@ -123,6 +131,8 @@ def extract(
 
     metrics = []
     if metric_names:
+        if options["aligned"] is None:
+            raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
         from axolotl_asft.evaluation.safety_metrics import safety_metrics
         from axolotl_asft.hub import model_folder
 
@@ -138,9 +148,14 @@ def extract(
                 stage=stage,
             )
     show = sys.stderr.isatty() and not as_json
-    direction = extract_direction(modules=list(modules) or None, metrics=metrics, progress=show, **options)
-    sha256 = direction.save(output)
-    result = summary(direction, output, sha256)
+    try:
+        direction = extract_direction(
+            modules=list(modules) or None, metrics=metrics, progress=show, output=output, **options
+        )
+    except KeyboardInterrupt:
+        click.echo(f"\n{output}.partial holds what is done; the same command goes on there", err=True)
+        raise
+    result = summary(direction, output, direction.sha256)
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -152,20 +167,31 @@ def extract(
 @click.argument("file", metavar="FILE|OWNER/NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
-def inspect(file: str, as_json: bool, modules: bool) -> None:
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw it, too (matplotlib)."
+)
+def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
     """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
 
     \b
     Example:
-      axolotl asft inspect chat.asft.safetensors
+      axolotl asft inspect chat.asft.safetensors --plot chat.png
       axolotl asft inspect owner/name@revision
     """
     from axolotl_asft.direction import AlignmentDirection
     from axolotl_asft.hub import direction_path
     from axolotl_asft.summary import module_table, summary, summary_table
 
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise AsftError(f"--plot is {plot}; expected a name that ends in .png")
     path = direction_path(file)
     direction = AlignmentDirection.load(path)
+    if plot is not None:
+        try:
+            from axolotl_asft.spectra_chart import draw_spectra
+        except ImportError as error:
+            raise AsftError("--plot needs matplotlib; pip install matplotlib") from error
+        draw_spectra(direction, plot)
     result = summary(direction, path, direction.sha256)
     if as_json:
         click.echo(json.dumps(result))

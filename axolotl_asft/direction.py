@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from axolotl_asft.errors import AsftError, one_line
@@ -21,6 +20,10 @@ from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec
 
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
 ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Wide types first, as safetensors itself lays them out, so that every tensor is aligned.
+STORE_ORDER = {"F32": 0, "BF16": 1, "F16": 2}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,12 @@ class AlignmentDirection:
 
         The same direction gives the same bytes.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            tensors |= {key: tensor.contiguous() for key, tensor in _tensors(name, module).items()}
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "spec": json.dumps(self.spec, sort_keys=True, allow_nan=False),
         }
-        atomic_write(path, lambda temporary: _save_deterministic(tensors, temporary, metadata))
+        atomic_write(path, lambda temporary: _write(self.modules, temporary, metadata))
         return file_sha256(path)
 
     @classmethod
@@ -156,21 +156,25 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save_deterministic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Save with a sorted header: safetensors itself writes metadata in the order of a hash map."""
-    unsorted = path.with_name(path.name + ".unsorted")
-    try:
-        save_file(tensors, str(unsorted), metadata=metadata)
-        with unsorted.open("rb") as source, path.open("wb") as target:
-            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-            entries = dict(sorted(header.items()))
-            entries["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-            text += b" " * (-len(text) % 8)
-            target.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(source, target)
-    finally:
-        unsorted.unlink(missing_ok=True)
+def _write(modules: Mapping[str, ModuleDirection], path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors with a sorted header, one module at a time: they may lie on disk, and memory holds one."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name in modules:
+        for key, tensor in _tensors(name, modules[name]).items():
+            entries[key] = {"dtype": STORED_AS[tensor.dtype], "shape": list(tensor.shape)}
+    end = 0
+    for key in sorted(set(entries) - {"__metadata__"}, key=lambda key: (STORE_ORDER[entries[key]["dtype"]], key)):
+        size = math.prod(entries[key]["shape"]) * BYTES[entries[key]["dtype"]]
+        entries[key]["data_offsets"] = [end, end + size]
+        end += size
+    text = json.dumps(dict(sorted(entries.items())), separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in modules:
+            for key, tensor in _tensors(name, modules[name]).items():
+                file.seek(8 + len(text) + entries[key]["data_offsets"][0])
+                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _checked_module(path: Path, file: safe_open, present: set[str], name: str, spec: dict[str, Any]) -> ModuleDirection:

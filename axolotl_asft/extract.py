@@ -1,31 +1,61 @@
-"""Two checkpoints in, one alignment direction out: d = W_aligned - W_base, one pair of tensors at a time."""
+"""Two models in, one alignment direction out: d = W_aligned - W_base, one layer at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from axolotl_asft import __version__, fingerprint
-from axolotl_asft.checkpoint import Checkpoint, dtype_named
-from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection, select_modules
+from axolotl_asft.checkpoint import dtype_named
+from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.metrics import LayerMetric
-from axolotl_asft.subspace import EXACT_UP_TO, OVERSAMPLING, POWER_ITERATIONS, Subspace, leading_subspace
+from axolotl_asft.partial import Parts
+from axolotl_asft.readahead import read_ahead
+from axolotl_asft.sources import Source, open_source
+from axolotl_asft.subspace import EXACT_UP_TO, OVERSAMPLING, POWER_ITERATIONS, LowRank, Subspace, leading_subspace
 
 DEFAULT_RANK = 64
 DEFAULT_TOLERANCE = 0.01
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """How a difference is decomposed."""
+
+    rank: int | Literal["full"] | None
+    tolerance: float
+    energy: float | None
+    max_rank: int | None
+    dtype: torch.dtype
+    keep_v: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer, read, with what the spec says of the models as far as they were read."""
+
+    name: str
+    models: dict[str, dict[str, Any]]
+    squared_norm: float
+    difference: Tensor | LowRank | None
+    finished: AlignmentDirection | None
+
+
 def extract_direction(
-    base: str | Path,
-    aligned: str | Path,
+    base: str | Path | None = None,
+    aligned: str | Path | None = None,
     rank: int | Literal["full"] | None = DEFAULT_RANK,
     *,
+    adapter: str | Path | None = None,
+    output: str | Path | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
     energy: float | None = None,
     max_rank: int | None = None,
@@ -39,8 +69,8 @@ def extract_direction(
 ) -> AlignmentDirection:
     """The leading singular directions of d = W_aligned - W_base for the linear layers of a model.
 
-    Reads one pair of tensors at a time and subtracts in fp32: memory holds the largest pair, its
-    decomposition and the result, however large the model.
+    Reads one pair of tensors ahead of the one that is decomposed, and subtracts in fp32: memory holds two pairs, a
+    decomposition, and the result where there is no `output`.
 
     Args:
         base, aligned: checkpoints in safetensors, single file or sharded: local folders, or on the Hub
@@ -48,6 +78,9 @@ def extract_direction(
         rank: directions kept per layer; "full": all; None: the smallest rank whose recorded bound is within
             `tolerance` (the relative error of the `paper` penalty, as a share of ||dW||^2), or the smallest with a
             share `energy` of ||d||^2 where that is given.
+        adapter: a PEFT LoRA adapter that is the difference itself, in place of `base` or of `aligned`.
+        output: write to this direction file. Finished layers are kept beside it until it is whole, so that the same
+            call, however it was interrupted, goes on where it stopped.
         max_rank: with rank=None, never more directions than this; the recorded bound says what that costs.
         modules: regular expressions of module names; default: every linear weight of the decoder layers.
         dtype: of the stored vectors, "bfloat16", "float16" or "float32".
@@ -61,58 +94,120 @@ def extract_direction(
         AsftError: a checkpoint that cannot be read, a pair that does not fit together, non-finite weights, or
             no difference at all.
     """
-    rule = _rank_rule(rank, tolerance, energy, max_rank)
-    _check_device(device)
-    stored_dtype = dtype_named(dtype)
-    base_checkpoint, aligned_checkpoint = Checkpoint.open(base), Checkpoint.open(aligned)
-    names = _paired_modules(base_checkpoint, aligned_checkpoint, modules)
-    hashes = hashlib.sha256(), hashlib.sha256()
-    directions: dict[str, ModuleDirection] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    blocks: dict[str, str] = {}
-    squared_weight_norm = 0.0
-    with _progress_bar(len(names), progress) as advance:
-        for name in names:
-            base_weight, aligned_weight = base_checkpoint.weight(name), aligned_checkpoint.weight(name)
-            for digest, weight in zip(hashes, (base_weight, aligned_weight), strict=True):
-                _update_hash(digest, name, weight)
-            blocks[name] = fingerprint.encode_block(name, aligned_weight)
-            difference = aligned_weight.to(device, torch.float32) - base_weight.to(device, torch.float32)
-            if not torch.isfinite(difference).all():
-                raise AsftError(f"{name}: the difference holds NaN or infinity; check both checkpoints' weights")
-            squared_weight_norm += float(aligned_weight.float().square().sum(dtype=torch.float64))
-            wanted = None if rank is None else min(difference.shape) if rank == "full" else rank
-            subspace = leading_subspace(
-                difference, wanted, None if energy else tolerance, stored_dtype, seed, energy, max_rank
-            )
-            directions[name] = _module_direction(subspace, difference.shape[1], keep_v)
-            entries[name] = _module_entry(subspace, difference.shape)
-            if held := [metric for metric in metrics if name in metric.inputs]:
-                factors = {metric.name: _metric(metric, name, difference, stored_dtype) for metric in held}
-                directions[name] = replace(directions[name], metrics=factors)
-                entries[name]["metrics"] = {metric.name: _metric_entry(metric, name) for metric in held}
-            advance(name)
-    _check_difference(directions, squared_weight_norm, base_checkpoint, aligned_checkpoint)
-    spec = {
-        "base": _model_entry(base_checkpoint, names, hashes[0].hexdigest()),
-        "aligned": {
-            **_model_entry(aligned_checkpoint, names, hashes[1].hexdigest()),
-            "fingerprint": {"scheme": fingerprint.SCHEME, "blocks": blocks},
-        },
-        "relative_norm": _relative_norm(directions, squared_weight_norm),
-        "rank": rule,
+    recipe = {
+        "rank": _rank_rule(rank, tolerance, energy, max_rank),
         "svd": {
             "exact_up_to": EXACT_UP_TO,
             "oversampling": OVERSAMPLING,
             "power_iterations": POWER_ITERATIONS,
             "seed": seed,
         },
-        "modules": entries,
         **({"metrics": {m.name: {"answers": m.answers, "scale": m.scale} for m in metrics}} if metrics else {}),
         "tool": f"axolotl-asft {__version__}",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return AlignmentDirection(modules=directions, spec=spec)
+    _check_device(device)
+    settings = _Settings(rank, tolerance, energy, max_rank, dtype_named(dtype), keep_v, seed)
+    source = open_source(base, aligned, adapter, modules)
+    if output is None:
+        return _extract(source, settings, recipe, metrics, None, device, progress)
+    stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
+    identity = recipe | source.entries | stored | {"torch": torch.__version__}
+    with Parts.open(Path(output), source.names, identity) as parts:
+        _extract(source, settings, recipe, metrics, parts, device, progress).save(output)
+        parts.remove()
+    return AlignmentDirection.load(Path(output))
+
+
+def _extract(
+    source: Source,
+    settings: _Settings,
+    recipe: dict[str, Any],
+    metrics: Sequence[LayerMetric],
+    parts: Parts | None,
+    device: str,
+    progress: bool,
+) -> AlignmentDirection:
+    """All layers, decomposed one after the other while the next is read; kept in `parts` where there is one."""
+    modules: dict[str, ModuleDirection] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    blocks: dict[str, str] = {}
+    models: dict[str, dict[str, Any]] = {}
+    squared_norms = [0.0, 0.0]  # of d, of the aligned weights
+    with _progress_bar(len(source.names), progress) as advance:
+        for layer in read_ahead(_layers(source, parts, device)):
+            part = layer.finished
+            if part is None:
+                module, entry = _decomposed(layer, settings, metrics)
+                spec = recipe | layer.models | {"modules": {layer.name: entry}, "created": _now()}
+                part = AlignmentDirection({layer.name: module}, spec)
+                if parts is not None:
+                    parts.keep(layer.name, part)
+            models, entries[layer.name] = layer.models, part.spec["modules"][layer.name]
+            blocks |= models["aligned"]["fingerprint"]["blocks"]
+            squared_norms[0] += float(part.modules[layer.name].norm.double()) ** 2
+            squared_norms[1] += layer.squared_norm
+            if parts is None:
+                modules |= part.modules
+            advance(layer.name)
+    relative = (squared_norms[0] / squared_norms[1]) ** 0.5 if squared_norms[1] > 0 else 0.0
+    if parts is not None and not 0 < relative <= 1:
+        parts.remove()  # there is nothing to go on with
+    _check_difference(relative, models)
+    models["aligned"]["fingerprint"]["blocks"] = blocks
+    spec = recipe | models | {"relative_norm": relative, "modules": entries, "created": _now()}
+    return AlignmentDirection(modules if parts is None else parts, spec)
+
+
+def _layers(source: Source, parts: Parts | None, device: str) -> Iterator[_Layer]:
+    """Every layer, in order: read and hashed, and subtracted if it was not finished before."""
+    digests = {side: hashlib.sha256() for side in source.checkpoints}
+    for name in source.names:
+        yield _layer(source, name, digests, parts, device)
+
+
+def _layer(source: Source, name: str, digests: dict[str, "hashlib._Hash"], parts: Parts | None, device: str) -> _Layer:
+    weights = {}
+    models = {key: dict(entry) for key, entry in source.entries.items()}
+    for side, digest in digests.items():
+        stored_name = source.stored_names[side][name]
+        weights[side] = source.checkpoints[side].weight(stored_name)
+        _update_hash(digest, stored_name, weights[side])
+        models[side]["sha256"] = digest.hexdigest()
+    models["aligned"]["fingerprint"] = {"scheme": fingerprint.SCHEME, "blocks": {name: source.block(name, weights)}}
+    finished = parts.finished(name, models) if parts is not None else None
+    difference = source.difference(name, weights, device) if finished is None else None
+    return _Layer(name, models, source.squared_norm(name, weights), difference, finished)
+
+
+def _decomposed(
+    layer: _Layer, settings: _Settings, metrics: Sequence[LayerMetric]
+) -> tuple[ModuleDirection, dict[str, Any]]:
+    """The direction of one layer, and its entry in the spec."""
+    difference, rank = layer.difference, settings.rank
+    assert difference is not None
+    subspace = leading_subspace(
+        difference,
+        min(difference.shape) if rank == "full" else rank,
+        None if settings.energy else settings.tolerance,
+        settings.dtype,
+        settings.seed,
+        settings.energy,
+        settings.max_rank,
+    )
+    held = [metric for metric in metrics if layer.name in metric.inputs]
+    factors = {metric.name: _metric(metric, layer.name, difference, settings.dtype) for metric in held}
+    V = subspace.V.cpu() if settings.keep_v else None
+    module = ModuleDirection(
+        subspace.U.cpu(), subspace.S.cpu(), subspace.norm.cpu(), difference.shape[1], V, metrics=factors
+    )
+    entry = _module_entry(subspace, difference.shape)
+    if held:
+        entry["metrics"] = {metric.name: _metric_entry(metric, layer.name) for metric in held}
+    return module, entry
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _rank_rule(rank: int | str | None, tolerance: float, energy: float | None, max_rank: int | None) -> dict[str, Any]:
@@ -145,44 +240,9 @@ def _check_device(device: str) -> None:
         raise AsftError(f"device is {device!r}, but torch sees no GPU here; use cpu")
 
 
-def _paired_modules(base: Checkpoint, aligned: Checkpoint, patterns: list[str] | None) -> list[str]:
-    """The modules to decompose: matched by whole name, present in both with one shape."""
-    base_shapes, aligned_shapes = base.linear_weights(), aligned.linear_weights()
-    if not aligned_shapes:
-        raise AsftError(
-            f"{aligned.location} has no linear weights in numbered decoder layers; its tensors are called like "
-            f"{next(iter(aligned.shapes), 'nothing')}"
-        )
-    names = sorted(aligned_shapes, key=_natural_order)
-    if patterns:
-        names = select_modules(names, patterns)
-    missing = [name for name in names if name not in base_shapes]
-    if missing:
-        raise AsftError(
-            f"{len(missing)} of {len(names)} layers of {aligned.name} are not in {base.name}, the first {missing[0]}; "
-            "expected a base and an aligned model of one architecture"
-        )
-    for name in names:
-        if base_shapes[name] != aligned_shapes[name]:
-            raise AsftError(
-                f"{name} is {aligned_shapes[name]} in {aligned.name} and {base_shapes[name]} in {base.name}; expected "
-                "a base and an aligned model of one architecture"
-            )
-    return names
-
-
-def _natural_order(name: str) -> tuple[tuple[int, str], ...]:
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
-
-
-def _update_hash(digest: "hashlib._Hash", name: str, weight: torch.Tensor) -> None:
+def _update_hash(digest: "hashlib._Hash", name: str, weight: Tensor) -> None:
     digest.update(f"{name}|{tuple(weight.shape)}|{weight.dtype}|".encode())
     digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _module_direction(subspace: Subspace, in_features: int, keep_v: bool) -> ModuleDirection:
-    V = subspace.V.cpu() if keep_v else None
-    return ModuleDirection(subspace.U.cpu(), subspace.S.cpu(), subspace.norm.cpu(), in_features, V)
 
 
 def _module_entry(subspace: Subspace, shape: torch.Size) -> dict[str, Any]:
@@ -195,9 +255,10 @@ def _module_entry(subspace: Subspace, shape: torch.Size) -> dict[str, Any]:
     }
 
 
-def _metric(metric: LayerMetric, name: str, difference: torch.Tensor, dtype: torch.dtype) -> Metric:
+def _metric(metric: LayerMetric, name: str, difference: Tensor | LowRank, dtype: torch.dtype) -> Metric:
     X, Y = metric.inputs[name].to(dtype), metric.outputs.get(name)
-    product = difference.cpu() @ X.float()
+    on = difference.A.device if isinstance(difference, LowRank) else difference.device
+    product = (difference @ X.float().to(on)).cpu()
     if Y is not None:
         Y = Y.to(dtype)
         product = Y.float().T @ product
@@ -209,32 +270,28 @@ def _metric_entry(metric: LayerMetric, name: str) -> dict[str, Any]:
     return {"inputs": metric.inputs[name].shape[1], **outputs, "energy": metric.energy[name]}
 
 
-def _model_entry(checkpoint: Checkpoint, names: list[str], sha256: str) -> dict[str, Any]:
-    return {
-        "id": checkpoint.name,
-        "revision": checkpoint.revision,
-        "sha256": sha256,
-        "read_as": "safetensors " + ", ".join(sorted({checkpoint.dtypes[f"{name}.weight"] for name in names})),
-    }
+def _digest(metrics: Sequence[LayerMetric]) -> dict[str, str]:
+    """Metric -> sha256 of its factors."""
+    found = {}
+    for metric in metrics:
+        digest = hashlib.sha256()
+        for factors in (metric.inputs, metric.outputs):
+            for name in sorted(factors):
+                _update_hash(digest, name, factors[name])
+        found[metric.name] = digest.hexdigest()
+    return found
 
 
-def _relative_norm(directions: dict[str, ModuleDirection], squared_weight_norm: float) -> float:
-    squared = sum(float(direction.norm.double()) ** 2 for direction in directions.values())
-    return (squared / squared_weight_norm) ** 0.5 if squared_weight_norm > 0 else 0.0
-
-
-def _check_difference(
-    directions: dict[str, ModuleDirection], squared_weight_norm: float, base: Checkpoint, aligned: Checkpoint
-) -> None:
-    relative = _relative_norm(directions, squared_weight_norm)
+def _check_difference(relative: float, models: dict[str, dict[str, Any]]) -> None:
+    base, aligned = models["base"]["id"], models["aligned"]["id"]
     if relative == 0:
         raise AsftError(
-            f"{base.name} and {aligned.name} have the same weights, so there is no alignment direction; give the base "
+            f"{base} and {aligned} have the same weights, so there is no alignment direction; give the base "
             "model that the aligned one was made from"
         )
     if relative > 1:
         raise AsftError(
-            f"{base.name} and {aligned.name} differ by {relative:.0%} of the weights' norm; a base and its aligned "
+            f"{base} and {aligned} differ by {relative:.0%} of the weights' norm; a base and its aligned "
             "model differ by a few percent; check that they belong together"
         )
 
@@ -244,9 +301,10 @@ def _progress_bar(total: int, show: bool) -> Iterator[Callable[[str], None]]:
     if not show:
         yield lambda name: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[module]}")) as bar:
+    with Progress(*columns, TextColumn("{task.fields[module]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("extracting", total=total, module="")
         yield lambda name: bar.update(task, advance=1, module=name)

@@ -133,7 +133,8 @@ def _spectrum(modules: list[dict[str, Any]]) -> str:
 
 def _model(entry: dict[str, Any]) -> str:
     revision = f" at {entry['revision']}" if entry.get("revision") else ""
-    return f"{entry['id']}{revision} (weights sha256 `{str(entry.get('sha256'))[:12]}`)"
+    weights = f"weights sha256 `{entry['sha256'][:12]}`" if entry.get("sha256") else entry.get("read_as")
+    return f"{entry['id']}{revision} ({weights})"
 
 
 def _is_ours(api: Any, repo: str) -> bool:

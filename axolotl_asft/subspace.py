@@ -1,6 +1,5 @@
 """Leading singular directions of one weight difference, with a certificate of what was left out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,27 @@ from torch import Tensor
 EXACT_UP_TO = 1536
 OVERSAMPLING = 16
 POWER_ITERATIONS = 6
+ROWS_AT_ONCE = 256  # of a matrix that is looked at in float64
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """d = B A, never multiplied out.
+
+    Attributes:
+        B: (out, r) fp32.
+        A: (r, in) fp32.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.B.shape[0], self.A.shape[1]))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.B @ (self.A @ other)
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,7 @@ class Subspace:
         norm: () fp32, ||d||_F over all of d.
         energy: share of ||d||_F^2 that the k directions carry, 0 to 1.
         bound: | P(C) - P(U, S) | <= bound * ||dW||_F^2 for the `paper` projector and every update dW.
-        method: "exact" or "randomized".
+        method: "exact", "randomized", or "factored" for a difference that is given as its factors.
     """
 
     U: Tensor
@@ -40,7 +60,7 @@ class Subspace:
 
 
 def leading_subspace(
-    d: Tensor,
+    d: Tensor | LowRank,
     rank: int | None = 64,
     tolerance: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -51,7 +71,7 @@ def leading_subspace(
     """The k leading singular triplets of d, with signs fixed and a certified truncation error.
 
     Args:
-        d: (out, in), the difference aligned minus base, fp32.
+        d: (out, in), the difference aligned minus base, fp32; or its factors.
         rank: k, cut to min(out, in); None: as many as `tolerance` or `energy` asks for.
         tolerance: with `rank=None`, the smallest k whose `bound` is at most this.
         energy: with `rank=None`, the smallest k with this share of ||d||_F^2, 0 to 1.
@@ -60,45 +80,39 @@ def leading_subspace(
         seed: of the randomised method; the global generators are left alone.
 
     A matrix whose smaller side is at most 1536, or of which more than a quarter of the directions is wanted,
-    is decomposed exactly; others by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4).
+    is decomposed exactly; others by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4). Factors
+    are decomposed exactly without being multiplied out.
     """
     smaller = min(d.shape)
-    d = d.float()
-    norm = torch.linalg.matrix_norm(d.double())
+    d = d if isinstance(d, LowRank) else d.float()
+    norm = frobenius_norm(d)
     if [rank, tolerance, energy].count(None) != 2 and rank is None:
         raise ValueError("rank is None; give either tolerance or energy")
     if norm == 0:
         return _zero_subspace(d, dtype)
     wanted = min(smaller, next(limit for limit in (rank, max_rank, smaller) if limit is not None))
-    if smaller <= EXACT_UP_TO or 4 * wanted > smaller:
+    if isinstance(d, LowRank):
+        U, S, V = _factored_svd(d)
+        wanted, method = min(wanted, len(S)), "factored"
+    elif smaller <= EXACT_UP_TO or 4 * wanted > smaller:
         U, S, Vh = torch.linalg.svd(d, full_matrices=False)
-        U, S, V, method = U, S, Vh.T, "exact"
+        V, method = Vh.T, "exact"
     else:
         U, S, V = _randomized_svd(d, wanted, seed)
         method = "randomized"
     spectrum = S
     U, S, V = _fix_signs(U[:, :wanted], S[:wanted], V[:, :wanted])
     stored = U.to(dtype)
-    if method == "exact":
+    if isinstance(d, LowRank) or method == "exact":
         bounds = _exact_bounds(spectrum, U, stored, norm)
-        certified = [float(bound) for bound in bounds]
-
-        def bound_of(k: int) -> float:
-            return certified[k]
     else:
-
-        def bound_of(k: int) -> float:
-            return _certified_bound(d, U[:, :k], S[:k], V[:, :k], stored[:, :k], norm)
-
+        bounds = _certified_bounds(d, U, S, V, stored, norm, sharp=rank is None and energy is None)
     if rank is not None:
         k = wanted
     elif energy is not None:
         k = _smallest_with_energy(S, norm, energy)
-    elif method == "exact":
-        k = _smallest_rank(bounds, float(tolerance or 0.0))
     else:
-        k = _smallest_by_bisection(bound_of, wanted, float(tolerance or 0.0))
-    bound = bound_of(k)
+        k = _smallest_rank(bounds, float(tolerance or 0.0))
     kept = S[:k].float()
     return Subspace(
         U=stored[:, :k].contiguous(),
@@ -106,18 +120,31 @@ def leading_subspace(
         V=V[:, :k].to(dtype).contiguous(),
         norm=norm.float(),
         energy=min(1.0, float((kept.double() ** 2).sum() / norm**2)),
-        bound=bound,
+        bound=float(bounds[k]),
         method=method,
     )
 
 
-def _zero_subspace(d: Tensor, dtype: torch.dtype) -> Subspace:
+def frobenius_norm(d: Tensor | LowRank) -> Tensor:
+    """() float64, ||d||_F; of a matrix (out, in) without a copy of it in float64."""
+    if isinstance(d, LowRank):
+        return torch.linalg.matrix_norm(_core(d)[1])
+    total = torch.zeros((), dtype=torch.float64, device=d.device)
+    for part in d.split(ROWS_AT_ONCE):
+        total += (
+            part.double().square().sum()
+        )  # nothing small is kept between the large blocks: they would not be reused
+    return total.sqrt()
+
+
+def _zero_subspace(d: Tensor | LowRank, dtype: torch.dtype) -> Subspace:
     rows, columns = d.shape
+    like = d.A if isinstance(d, LowRank) else d
     return Subspace(
-        U=d.new_zeros((rows, 0), dtype=dtype),
-        S=d.new_zeros((0,)),
-        V=d.new_zeros((columns, 0), dtype=dtype),
-        norm=d.new_zeros(()),
+        U=like.new_zeros((rows, 0), dtype=dtype),
+        S=like.new_zeros((0,)),
+        V=like.new_zeros((columns, 0), dtype=dtype),
+        norm=like.new_zeros(()),
         energy=1.0,
         bound=0.0,
         method="exact",
@@ -129,6 +156,21 @@ def _randomized_svd(d: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor, 
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return torch.svd_lowrank(d, q=min(wanted + OVERSAMPLING, min(d.shape)), niter=POWER_ITERATIONS)
+
+
+def _core(d: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, R, P with B A = Q R P^T, Q and P of orthonormal columns, R at most r x r; float64."""
+    Q, R_B = torch.linalg.qr(d.B.double())
+    P, R_A = torch.linalg.qr(d.A.double().T)
+    return Q, R_B @ R_A.T, P
+
+
+def _factored_svd(d: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of B A that are not zero, at most r, in O((out + in) r^2)."""
+    Q, R, P = _core(d)
+    U, S, Vh = torch.linalg.svd(R)
+    kept = slice(0, min(R.shape))
+    return (Q @ U[:, kept]).float(), S.float(), (P @ Vh[kept].T).float()
 
 
 def _fix_signs(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,12 +203,12 @@ def _exact_bounds(spectrum: Tensor, U: Tensor, stored: Tensor, norm: Tensor) -> 
 def _rounding_bounds(U: Tensor, stored: Tensor, c: Tensor) -> Tensor:
     """(k + 1,): how far rounding U to its stored dtype can move the penalty, for the leading 0, 1, ..., k columns.
 
-    With E = stored - U and M the orthogonal factor I - C, the penalty changes by at most
-    2 g e + e^2 with e = c_max (2 ||E|| + ||E||^2) >= ||C - stored C||, g = ||I - C||.
+    With E = stored - U, C moves by E c U^T + U c E^T + E c E^T, so by at most e = 2 ||E c||_F + ||E sqrt c||_F^2, and
+    the penalty by 2 g e + e^2 with g = ||I - C||.
     """
-    error = torch.cumsum(((stored.double() - U.double()) ** 2).sum(dim=0), dim=0).sqrt()
+    squares = ((stored.double() - U.double()) ** 2).sum(dim=0)
+    e = 2 * torch.cumsum(c**2 * squares, dim=0).sqrt() + torch.cumsum(c * squares, dim=0)
     c_max = c[:1].max() if len(c) else torch.zeros((), dtype=torch.float64, device=U.device)
-    e = c_max * (2 * error + error**2)
     g = torch.clamp((1 - c_max).abs(), min=1.0)
     return torch.cat([e.new_zeros(1), 2 * g * e + e**2])
 
@@ -181,26 +223,31 @@ def _smallest_with_energy(S: Tensor, norm: Tensor, energy: float) -> int:
     return min(len(S), 1 + int((shares < energy).sum()))
 
 
-def _smallest_by_bisection(bound_of: Callable[[int], float], most: int, tolerance: float) -> int:
-    """The smallest k in 1..most whose bound, which falls with k but for rounding, is within; `most` where none is."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if bound_of(middle) <= tolerance else (middle + 1, high)
-    return low
+def _certified_bounds(d: Tensor, U: Tensor, S: Tensor, V: Tensor, stored: Tensor, norm: Tensor, sharp: bool) -> Tensor:
+    """(k + 1,): for the leading 0, 1, ..., k triplets, bounds that hold however well the method converged.
 
-
-def _certified_bound(d: Tensor, U: Tensor, S: Tensor, V: Tensor, stored: Tensor, norm: Tensor) -> float:
-    """A bound that holds however well or badly the randomised method converged.
-
-    C = d d^T / ||d||_F in the basis [U, rest] is [[diag(c), X], [X^T, Z]]. X is computed (it vanishes for exact
-    singular vectors), ||Z|| is at most the squared Frobenius norm of the rest over ||d||_F.
+    With R = d - U S V^T, of which U^T R or R V vanishes, d d^T = U S^2 U^T + R R^T + (R V S) U^T + its transpose. So
+    leaving out the triplets from j on moves C by at most ||R V S||_F + s_j^2 + ||R||_2^2, over ||d||_F. For ||R||_2^2
+    stands ||R||_F^2; or, if `sharp`, ||R R^T||_F, which is far less where R is spread over many directions, and costs a
+    product of R with itself.
     """
     product = d @ (V * S)
     cross = product - U @ (U.T @ product)
     x = torch.linalg.matrix_norm(cross.double()) / norm
-    z = torch.clamp(norm**2 - (S.double() ** 2).sum(), min=0.0) / norm
+    rest = torch.clamp(norm**2 - (S.double() ** 2).sum(), min=0.0)
+    if sharp:
+        rest = torch.minimum(rest, _gram_norm(d - (U * S) @ V.T))
     c = S.double() ** 2 / norm
-    e = x + z
+    e = x + torch.cat([c, c.new_zeros(1)]) + rest / norm
     g = torch.clamp((1 - c.max()).abs(), min=1.0)
-    return float(2 * g * e + e**2 + _rounding_bounds(U, stored, c)[-1])
+    return 2 * g * e + e**2 + _rounding_bounds(U, stored, c)
+
+
+def _gram_norm(R: Tensor) -> Tensor:
+    """() float64, ||R R^T||_F: at least ||R||_2^2, at most ||R||_F^2. Of the smaller side, and one half of it."""
+    R = R if R.shape[0] <= R.shape[1] else R.T
+    total = torch.zeros((), dtype=torch.float64, device=R.device)
+    for first in range(0, R.shape[0], ROWS_AT_ONCE):
+        rows = R[first : first + ROWS_AT_ONCE]
+        total += 2 * (rows @ R[:first].T).double().square().sum() + (rows @ rows.T).double().square().sum()
+    return total.sqrt()

@@ -93,7 +93,8 @@ def module_table(result: dict[str, Any]) -> str:
 def model_text(entry: dict[str, Any]) -> str:
     """A model of a direction file: its name, revision and hash, and how it was read."""
     revision = f"@{entry['revision']}" if entry.get("revision") else ""
-    return f"{entry['id']}{revision}  (weights sha256 {str(entry.get('sha256'))[:12]}, {entry.get('read_as')})"
+    weights = f"weights sha256 {entry['sha256'][:12]}, " if entry.get("sha256") else ""
+    return f"{entry['id']}{revision}  ({weights}{entry.get('read_as')})"
 
 
 def _metric(name: str, of: dict[str, Any]) -> str:

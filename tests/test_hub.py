@@ -384,7 +384,7 @@ def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
         "org/half", {"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}', "config.json": b"{}"}
     )
     messages = {
-        "org/pickled": "holds no model.safetensors and no model.safetensors.index.json",
+        "org/pickled": "holds no model.safetensors and no model.safetensors.index.json (it has pytorch_model.bin: down",
         "org/broken": "is no safetensors file: its header would be of",
         "org/half": "lacks 1 of its files, the first x.safetensors",
         "org/none": "no repository of that name on the Hub",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from axolotl_asft import subspace
-from axolotl_asft.subspace import leading_subspace
+from axolotl_asft.subspace import LowRank, leading_subspace
 
 SPECTRA = {
     "flat": lambda n: torch.ones(n),
@@ -44,8 +44,9 @@ def method(request, monkeypatch):
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 6])
-def test_the_bound_holds_for_the_worst_update(method, spectrum, dtype, rank):
-    d = with_spectrum(SPECTRA[spectrum](60), 96, 60)
+@pytest.mark.parametrize("shape", [(96, 60), (60, 96)])
+def test_the_bound_holds_for_the_worst_update(method, spectrum, dtype, rank, shape):
+    d = with_spectrum(SPECTRA[spectrum](60), *shape)
     found = leading_subspace(d, rank, dtype=dtype)
     assert found.method == method
     assert worst_error(d, found) <= found.bound * (1 + 1e-3) + 1e-6
@@ -86,6 +87,48 @@ def test_a_tolerance_is_kept_by_either_method(method, tolerance):
     if found.rank < 14:
         assert found.bound <= tolerance
         assert leading_subspace(d, found.rank - 1, dtype=torch.float32).bound > tolerance if found.rank > 1 else True
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+@pytest.mark.parametrize("iterations", [0, 6])
+def test_the_certificate_sees_that_the_rest_is_spread(monkeypatch, shape, iterations):
+    """Noise in all directions, as rounding to bf16 leaves it: no single one of them is as long as all together."""
+    monkeypatch.setattr(subspace, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(subspace, "POWER_ITERATIONS", iterations)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    d = with_spectrum(SPECTRA["steep"](40), *shape) + 0.3 * noise / noise.norm()
+    found = leading_subspace(d, None, tolerance=0.05, max_rank=20, dtype=torch.float32)
+    assert worst_error(d, found) <= found.bound * (1 + 1e-3)
+    if iterations:
+        assert found.rank < 12
+        assert found.bound <= 0.05
+        assert leading_subspace(d, found.rank, dtype=torch.float32).bound > 2 * found.bound
+
+
+def test_factors_are_decomposed_like_their_product():
+    generator = torch.Generator().manual_seed(0)
+    B, A = 0.05 * torch.randn(50, 5, generator=generator), torch.randn(5, 40, generator=generator)
+    for rank, tolerance in ((3, None), (64, None), (None, 0.5)):
+        found = leading_subspace(LowRank(B, A), rank, tolerance, dtype=torch.float32)
+        dense = leading_subspace(B @ A, rank, tolerance, dtype=torch.float32)
+        assert found.method == "factored"
+        k = min(found.rank, 5)
+        assert k == min(dense.rank, 5)
+        torch.testing.assert_close(found.S[:k], dense.S[:k], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found.U[:, :k], dense.U[:, :k], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.V[:, :k], dense.V[:, :k], rtol=0, atol=1e-4)
+        assert worst_error(B @ A, found) <= found.bound * (1 + 1e-3) + 1e-6
+    assert leading_subspace(LowRank(B, A), 64).rank == 5
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 9)])
+def test_factors_of_more_than_the_full_rank(shape):
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    d = LowRank(torch.randn(rows, 6, generator=generator), torch.randn(6, columns, generator=generator))
+    found = leading_subspace(d, 6, dtype=torch.float32)
+    assert found.rank == 2
+    torch.testing.assert_close(found.U * found.S @ found.V.T, d.B @ d.A, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])

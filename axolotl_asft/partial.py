@@ -1,0 +1,123 @@
+"""An extraction that may be interrupted: every finished layer is a file of its own, beside the output."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from axolotl_asft.direction import AlignmentDirection, ModuleDirection
+from axolotl_asft.errors import AsftError
+from axolotl_asft.files import atomic_write_text, writable_folder
+
+LOG = logging.getLogger("axolotl.asft")
+
+SETTINGS, LOCK = "extraction.json", "lock"
+OURS = re.compile(rf"{SETTINGS}|{LOCK}|\d+\.safetensors|\..*\.tmp")  # the last: what a kill left of a file
+
+
+class Parts(Mapping[str, ModuleDirection]):
+    """The finished layers of one extraction, each a direction file in `OUTPUT.partial/`.
+
+    They are written whole or not at all, so that a process may die at any moment. As a mapping it reads a layer from
+    its file each time it is asked for: memory holds the ones in use.
+    """
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        """Take the folder for this process, until the `with` block or the process ends.
+
+        Raises:
+            AsftError: nothing can be written there, something else is in it, or another process works there.
+        """
+        self.folder = folder
+        self._paths = {name: folder / f"{number:05d}.safetensors" for number, name in enumerate(names)}
+        strange = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
+        if strange:
+            raise AsftError(
+                f"{folder} is needed for what is finished, and holds {strange[0]}; move it away, or give another "
+                "--output"
+            )
+        writable_folder(folder)
+        self._lock = (folder / LOCK).open("w")
+        if not _locked(self._lock):
+            raise AsftError(f"another extraction is at work in {folder}; wait for it, or give another --output")
+
+    @classmethod
+    def open(cls, output: Path, names: list[str], settings: dict[str, Any]) -> "Parts":
+        """The work folder of an output: with what is in it, if that is of the same settings, else emptied.
+
+        Args:
+            settings: JSON of all that the result depends on, but for the weights themselves.
+        """
+        parts = cls(output.with_name(output.name + ".partial"), names)
+        previous, found = parts._settings(), list(parts.folder.glob("*.safetensors"))
+        if previous == settings:
+            if found:
+                LOG.warning("going on in %s: %d of %d layers are done", parts.folder, len(found), len(names))
+            return parts
+        if found:
+            other = ", ".join(sorted(key for key in previous | settings if previous.get(key) != settings.get(key)))
+            LOG.warning("%s is of an extraction with another %s; starting afresh", parts.folder, other)
+        for path in found:
+            path.unlink()
+        atomic_write_text(parts.folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        return parts
+
+    def finished(self, name: str, models: Mapping[str, Any]) -> AlignmentDirection | None:
+        """The layer as it was written, if it was made from the same weights: what the spec says of the models."""
+        if not self._paths[name].exists():
+            return None
+        try:
+            part = AlignmentDirection.load(self._paths[name])
+        except AsftError:
+            return None
+        if any(part.spec.get(key) != entry for key, entry in models.items()):
+            LOG.warning("%s: the weights are not those of %s; making it again", name, self._paths[name])
+            return None
+        return part
+
+    def keep(self, name: str, part: AlignmentDirection) -> None:
+        """Write a finished layer."""
+        part.save(self._paths[name])
+
+    def remove(self) -> None:
+        """All of it, once the output is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def _settings(self) -> dict[str, Any]:
+        """Of what is in the folder; empty where that is not known."""
+        try:
+            found = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def __getitem__(self, name: str) -> ModuleDirection:
+        return AlignmentDirection.load(self._paths[name]).modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _locked(file: Any) -> bool:
+    """Whether the file is this process's alone, where the system has such locks; its end gives them back."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,221 @@
+"""An extraction that is killed goes on where it stopped, and ends in the same bytes."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from test_extract import copied, write_wide_checkpoint
+from tiny import child_environment, make_pair
+
+from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft.cli import asft
+from axolotl_asft.errors import AsftError
+from axolotl_asft.partial import Parts
+
+READY = """
+import sys
+from axolotl_asft.extract import extract_direction
+print("ready", flush=True)
+extract_direction(sys.argv[1], sys.argv[2], rank=8, output=sys.argv[3])
+"""
+ROOT = str(Path(__file__).parents[1])
+COMMAND = [sys.executable, "-m", "axolotl_asft", "extract"]
+
+
+def but_for_the_time(file: Path) -> bytes:
+    return re.sub(rb'created\\\\*": \\\\*"[^"]*"', b"", file.read_bytes())
+
+
+def parts(output: Path) -> dict[str, int]:
+    """Finished layers by file, with the time that they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in Path(f"{output}.partial").glob("0*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """12 layers of 400 x 400: a while of work each."""
+    folder = tmp_path_factory.mktemp("wide")
+    return [write_wide_checkpoint(folder / name, 12, seed, 400) for seed, name in enumerate(("base", "aligned"))]
+
+
+def started(pair, output) -> subprocess.Popen:
+    arguments = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--rank", "8", "-o", str(output)]
+    return subprocess.Popen(
+        [*COMMAND, *arguments], env=child_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_killed_in_every_way(wide, tmp_path):
+    whole, output = tmp_path / "whole.safetensors", tmp_path / "d.safetensors"
+    extract_direction(*wide, rank=8).save(whole)
+    seen: dict[str, int] = {}
+    for way, after in ((signal.SIGKILL, 2), (signal.SIGTERM, 4), (signal.SIGINT, 6)):
+        process = started(wide, output)
+        while len(parts(output)) < after:
+            time.sleep(0.002)
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(way)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (1 if way == signal.SIGINT else -way)
+        assert not output.exists()
+        assert ("the same command goes on there" in errors) == (way == signal.SIGINT)
+        if seen:
+            assert f"going on in {output}.partial: {len(seen)} of 12 layers are done" in errors
+        kept = parts(output)
+        assert seen.items() <= kept.items(), "what was finished is not made again"
+        seen = kept
+    assert len(seen) < 12
+    _, errors = started(wide, output).communicate(timeout=60)
+    assert but_for_the_time(output) == but_for_the_time(whole)
+    assert not Path(f"{output}.partial").exists()
+    assert f"{len(seen)} of 12 layers are done" in errors
+
+
+@pytest.mark.slow
+def test_killed_at_random(wide, tmp_path):
+    """Whatever it was doing: reading, decomposing, writing, renaming, removing the work folder."""
+    whole, output = tmp_path / "whole.safetensors", tmp_path / "d.safetensors"
+    extract_direction(*wide, rank=8).save(whole)
+    generator = random.Random(0)
+    kills, environment = 0, child_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS="1")
+    while not output.exists():
+        command = [sys.executable, "-c", READY, *map(str, wide), str(output)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(generator.uniform(0, 0.3))
+        process.kill()
+        process.communicate(timeout=60)
+        kills += process.returncode == -signal.SIGKILL
+        assert kills < 20
+        for path in Path(f"{output}.partial").glob("0*.safetensors"):
+            AlignmentDirection.load(path)
+    assert kills >= 2
+    assert but_for_the_time(output) == but_for_the_time(whole)
+
+
+def interrupted(pair, output, monkeypatch, after=5, **options):
+    """An extraction that stops after some layers, in this process."""
+    keep, done = Parts.keep, []
+
+    def stopping(self, name, part):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        keep(self, name, part)
+        done.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "keep", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            extract_direction(*pair, output=output, **options)
+    assert len(parts(output)) == after
+
+
+def test_other_settings_start_afresh(pair, tmp_path, monkeypatch, caplog):
+    output = tmp_path / "d.safetensors"
+    interrupted(pair, output, monkeypatch, rank=4)
+    direction = extract_direction(*pair, rank=5, output=output)
+    assert caplog.messages == [f"{output}.partial is of an extraction with another rank; starting afresh"]
+    extract_direction(*pair, rank=5).save(tmp_path / "whole.safetensors")
+    assert but_for_the_time(output) == but_for_the_time(tmp_path / "whole.safetensors")
+    assert direction.sha256
+
+
+@pytest.mark.parametrize("changed", ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_other_weights_are_seen(pair, tmp_path, monkeypatch, caplog, changed):
+    """Under the same name, with the same header: what was made from the old ones is not used."""
+    aligned = copied(pair[1], tmp_path / "aligned")
+    output = tmp_path / "d.safetensors"
+    interrupted((pair[0], aligned), output, monkeypatch, rank=4, after=10)
+    tensors = load_file(aligned / "model.safetensors")
+    tensors[changed] += 0.001
+    save_file(tensors, aligned / "model.safetensors")
+    extract_direction(pair[0], aligned, rank=4, output=output)
+    assert any("the weights are not those of" in message for message in caplog.messages) == ("layers.0" in changed)
+    extract_direction(pair[0], aligned, rank=4).save(tmp_path / "whole.safetensors")
+    assert but_for_the_time(output) == but_for_the_time(tmp_path / "whole.safetensors")
+
+
+def test_a_damaged_part_is_made_again(pair, tmp_path, monkeypatch):
+    output = tmp_path / "d.safetensors"
+    interrupted(pair, output, monkeypatch, rank=4)
+    first = Path(f"{output}.partial") / "00000.safetensors"
+    first.write_bytes(first.read_bytes()[:-7])
+    extract_direction(*pair, rank=4, output=output)
+    extract_direction(*pair, rank=4).save(tmp_path / "whole.safetensors")
+    assert but_for_the_time(output) == but_for_the_time(tmp_path / "whole.safetensors")
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(pair, tmp_path):
+    output = tmp_path / "d.safetensors"
+    theirs = Path(f"{output}.partial") / "thesis.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    with pytest.raises(AsftError, match=r"is needed for what is finished, and holds thesis\.txt"):
+        extract_direction(*pair, output=output)
+    assert theirs.read_text() == "mine"
+
+
+def test_one_process_at_a_time(pair, tmp_path):
+    output = tmp_path / "d.safetensors"
+    with Parts.open(output, [], {}):
+        second = started(pair, output)
+        _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert errors == f"asft: another extraction is at work in {output}.partial; wait for it, or give another --output\n"
+    third = started(pair, output)
+    third.communicate(timeout=60)
+    assert third.returncode == 0
+
+
+def test_killed_before_it_had_begun(pair, tmp_path):
+    """What kill -9 may leave of a folder with nothing finished in it."""
+    folder = tmp_path / "d.safetensors.partial"
+    folder.mkdir()
+    (folder / ".extraction.json.abc.tmp").write_text("{")
+    (folder / ".00000.safetensors.abc.tmp").write_bytes(b"cut")
+    (folder / "extraction.json").write_text("{")
+    extract_direction(*pair, rank=4, output=tmp_path / "d.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_nothing_is_left_of_a_pair_without_a_difference(pair, tmp_path):
+    with pytest.raises(AsftError, match="have the same weights"):
+        extract_direction(pair[1], pair[1], output=tmp_path / "d.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_and_right_vectors_survive(tmp_path, monkeypatch):
+    import torch
+
+    from axolotl_asft.metrics import LayerMetric
+
+    pair = make_pair(tmp_path)
+    name = "model.layers.0.mlp.up_proj"
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(64, 3, generator=generator)}
+    metric = LayerMetric("activations", inputs, {}, {name: 0.9}, 5)
+    options = {"rank": 4, "keep_v": True, "metrics": [metric]}
+    output = tmp_path / "d.safetensors"
+    interrupted(pair, output, monkeypatch, after=6, **options)
+    extract_direction(*pair, output=output, **options)
+    extract_direction(*pair, **options).save(tmp_path / "whole.safetensors")
+    assert but_for_the_time(output) == but_for_the_time(tmp_path / "whole.safetensors")
+    assert AlignmentDirection.load(output).modules[name].metrics["activations"].inputs.shape == (64, 3)
+
+
+def test_the_command_after_an_interruption(pair, tmp_path, monkeypatch):
+    output = tmp_path / "d.safetensors"
+    interrupted(pair, output, monkeypatch, rank=4)
+    arguments = ["extract", "--base", str(pair[0]), "--aligned", str(pair[1]), "-o", str(output), "--rank", "4"]
+    done = CliRunner().invoke(asft, [*arguments, "--json"])
+    assert json.loads(done.stdout)["sha256"] == AlignmentDirection.load(output).sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
