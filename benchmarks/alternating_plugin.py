@@ -19,18 +19,9 @@ class AlternatingPlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         constraint = trainer.log.__self__
         lambda_reg, penalty = constraint.lambda_reg, constraint.penalty
-        add_gradient, measure = penalty.add_gradient, penalty.measure
-        spent = {"penalty": 0.0, "log line": 0.0}
+        add_gradient = penalty.add_gradient
+        spent = {"penalty": 0.0}
         record = []
-
-        def timed(name, function):
-            def call(*args, **kwargs):
-                started = clock()
-                result = function(*args, **kwargs)
-                spent[name] = clock() - started
-                return result
-
-            return call
 
         def no_waiting(*args, **kwargs):
             """On a GPU: an error where the penalty waits for the device."""
@@ -40,13 +31,18 @@ class AlternatingPlugin(BasePlugin):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        penalty.add_gradient = timed("penalty", no_waiting if torch.cuda.is_available() else add_gradient)
-        penalty.measure = timed("log line", measure)
+        def timed(*args, **kwargs):
+            started = clock()
+            result = (no_waiting if torch.cuda.is_available() else add_gradient)(*args, **kwargs)
+            spent["penalty"] = clock() - started
+            return result
+
+        penalty.add_gradient = timed
 
         class Alternate(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 constraint.lambda_reg = lambda_reg if state.global_step % 2 == 0 else 0.0
-                spent.update({"penalty": 0.0, "log line": 0.0})
+                spent["penalty"] = 0.0
                 reset_peak()
                 self.started = clock()
 

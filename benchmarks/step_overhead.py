@@ -83,7 +83,7 @@ def step(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 "what": f"{asked.model}, r = {r}, accumulation {accumulation}, {metric}",
                 "step": without, "constrained step": statistics.median(line["seconds"] for line in on),
                 "penalty": penalty, "share": penalty / without,
-                "log line": max(line["log line"] for line in record), "steps": len(record),
+                "steps": len(record),
                 "extra peak": max(line["peak"] for line in on) - max(line["peak"] for line in off) if on_gpu else None,
             })  # fmt: skip
     return lines

@@ -44,7 +44,7 @@ def _mb(count: float) -> str:
 
 def _steps(lines: list[Line]) -> list[str]:
     rows = [
-        (line["what"], _ms(line["step"]), _ms(line["penalty"]), f"{line['share']:.2%}", _ms(line["log line"]),
+        (line["what"], _ms(line["step"]), _ms(line["penalty"]), f"{line['share']:.2%}",
          "" if line["extra peak"] is None else _mb(line["extra peak"]))
         for line in lines
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def _steps(lines: list[Line]) -> list[str]:
         "in an unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is slower, and the "
         "share smaller). On a GPU: NF4, one micro-batch of 2048 tokens, gradient checkpointing."
     )
-    head = ("model", "step without", "penalty", "share of the step", "a log line", "extra peak memory")
+    head = ("model", "step without", "penalty", "share of the step", "extra peak memory")
     return [note, _table(head, rows)]
 
 
