@@ -127,3 +127,13 @@ def test_troubleshooting_names_messages_that_exist():
 def test_every_page_is_linked_from_the_readme():
     readme = PAGES[0].read_text(encoding="utf-8")
     assert not [page.name for page in PAGES[1:] if page.name not in readme]
+
+
+def test_the_readme_s_costs_are_the_measured_ones():
+    """Row by row as the benchmark wrote them."""
+    readme = PAGES[0].read_text(encoding="utf-8")
+    section = readme[readme.index("## What it costs") :].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    measured = (ROOT / "benchmarks" / "results" / "step_overhead.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 6
+    assert not [row for row in rows if row not in measured]

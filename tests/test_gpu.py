@@ -60,3 +60,20 @@ def test_fsdp2_through_axolotl_equals_one_process(pair, dataset, direction_file,
         adapters.append(load_file(str(tmp_path / name / "out" / "adapter_model.safetensors")))
     for name, weight in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], weight, rtol=1e-2, atol=1e-4)
+
+
+def test_the_penalty_waits_for_nothing_and_takes_little():
+    """Four decoder layers of a 7B Llama: no synchronisation, and under 32 MB beside what stays."""
+    from benchmarks.shapes import SHAPES, random_penalty
+
+    penalty = random_penalty(SHAPES["7B"], layers=4, r=16, k=64, device="cuda")
+    penalty.add_gradient()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        penalty.add_gradient()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < 32e6
