@@ -1,7 +1,6 @@
 """The penalty over the LoRA layers of a PEFT model, matched to directions by whole name."""
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,8 +75,6 @@ class AlignmentPenalty:
         _check_choice("metric", self.metric, ("weights", *METRICS))
         if self.rank is not None and self.rank < 0:
             raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for the default")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise AsftError(f"damping is {self.damping}; expected a finite number, 0 or more")
         if self.rank is None and self.metric != "weights":
             self.rank = 0
         found = {layer.name: layer for layer in trainable_lora_layers(self.model)}

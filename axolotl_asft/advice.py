@@ -11,12 +11,7 @@ from axolotl_asft.hub import hub_file, is_commit
 from axolotl_asft.penalty import projector_eigenvalues
 
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
-MEASURED_LAMBDAS = {
-    "weights": (0.3, 10.0),
-    "activations": (3.0, 30.0),
-    "fisher": (0.3, 300.0),
-    "decoupled": (1e2, 1e4),  # of whatever metric
-}
+MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.3, 300.0)}
 FAR = 10
 NORMALISE_THE_UPDATE = ("muon", "dion")
 MEASURES = {
@@ -36,12 +31,7 @@ def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list
         lines.append("rank 0: no direction is free, every change counts")
     else:
         lines.append(f"projector {block.projector}, rank {k}: {_freedom(block.projector, k)}")
-    if block.lambda_reg > 0 and block.decoupled:
-        lines.append(
-            f"lambda_reg {block.lambda_reg:g}, decoupled: after every optimizer step, a step of its own with weight "
-            f"{block.lambda_reg:g} x learning rate"
-        )
-    elif block.lambda_reg > 0:
+    if block.lambda_reg > 0:
         lines.append(f"lambda_reg {block.lambda_reg:g}: loss = task loss + {block.lambda_reg:g} x penalty")
     else:
         lines.append("lambda_reg 0: the penalty is logged and not trained on")
@@ -50,8 +40,6 @@ def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list
             f"max_drift {block.max_drift:g}: after every step each layer is brought back to {block.max_drift:g} times "
             "what alignment moved it"
         )
-    if penalty.damping and metric != "weights":
-        lines.append(f"damping {penalty.damping:g}: no direction is free of cost, whatever the metric says")
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
     steps = cfg.gradient_accumulation_steps
@@ -97,7 +85,7 @@ def on_settings(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[st
 
 def _on_strength(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
     found = []
-    low, high = MEASURED_LAMBDAS["decoupled" if block.decoupled else str(penalty.metric)]
+    low, high = MEASURED_LAMBDAS[str(penalty.metric)]
     strength = block.lambda_reg
     if strength == 0 and block.max_drift is None:
         found.append("lambda_reg is 0 and max_drift is not set: nothing is constrained, numbers are logged alone")

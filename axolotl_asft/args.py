@@ -36,17 +36,6 @@ class AsftArgs(BaseModel):
         description="penalise the change of the weights, of the layers' outputs on safety prompts, or of the aligned "
         "model's own refusals; null: fisher where the direction file holds it, else weights",
     )
-    decoupled: bool = Field(
-        default=False,
-        description="after each optimizer step, solve for the penalty's own step with weight learning rate times "
-        "lambda_reg, in place of adding its gradient to the task's",
-    )
-    damping: float | None = Field(
-        default=None,
-        ge=0,
-        allow_inf_nan=False,
-        description="what a metric gives to every direction, in shares of its mean; null: 0.01 if decoupled, else 0",
-    )
     max_drift: float | None = Field(
         default=None,
         gt=0,

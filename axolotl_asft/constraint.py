@@ -17,7 +17,6 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
-from axolotl_asft.options import budget_refused, refuse_decoupled, with_damping
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
 
 LOG = logging.getLogger("axolotl.asft")
@@ -35,26 +34,17 @@ class Constraint:
         penalty: the `AlignmentPenalty` over the trainer's model.
         lambda_reg: its weight. At 0 the training is left alone and the numbers are logged.
         max_drift: the budget that every layer is brought back to after each optimizer step; None: no budget.
-        decoupled: whether the penalty acts by a proximal step after each optimizer step, in place of its gradient.
         history: what the main process writes beside the adapter at each log line.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        penalty: AlignmentPenalty,
-        lambda_reg: float,
-        max_drift: float | None,
-        decoupled: bool = False,
-    ):
+    def __init__(self, trainer: Trainer, penalty: AlignmentPenalty, lambda_reg: float, max_drift: float | None):
         self.trainer = trainer
         self.penalty = penalty
         self.lambda_reg = lambda_reg
         self.max_drift = max_drift
-        self.decoupled = decoupled
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
         self.history.header["constraint"] = self.settings()
-        self._steps = self._steps_followed = self._first_step = 0
+        self._steps = self._shortened = self._first_step = 0
         self._peak: Tensor | None = None
         self._final_stamp: dict[str, Any] | None = None
         self._training_step = trainer.training_step
@@ -73,7 +63,7 @@ class Constraint:
         loss = self._training_step(*args, **kwargs)
         if self.trainer.accelerator.sync_gradients:
             self._steps += 1
-            if self.lambda_reg > 0 and not self.decoupled:
+            if self.lambda_reg > 0:
                 self._refuse_spent_gradients()
                 self._note(self.penalty.add_gradient(self._scaled_lambda()))
         return loss
@@ -117,8 +107,6 @@ class Constraint:
             "rank": self.penalty.rank,
             "metric": self.penalty.metric,
             "max_drift": self.max_drift,
-            "decoupled": self.decoupled,
-            "damping": self.penalty.damping,
             "lora_scaling": self.penalty.lora_scaling,
             "modules": self.penalty.modules,
             "on_uncovered": self.penalty.on_uncovered,
@@ -156,7 +144,7 @@ class Constraint:
 
     def begin(self) -> None:
         """Training starts."""
-        self._steps, self._steps_followed, self._peak, self._final_stamp = 0, 0, None, None
+        self._steps, self._shortened, self._peak, self._final_stamp = 0, 0, None, None
         state, arguments = self.trainer.state, self.trainer.args
         self._first_step = state.global_step
         if self.trainer.is_world_process_zero():
@@ -172,19 +160,16 @@ class Constraint:
                 "gradient; this trainer is not supported"
             )
 
-    def follow_step(self) -> None:
-        """An optimizer step was taken: the decoupled penalty's own, and back to the budget where it went past."""
-        if self.decoupled and self.lambda_reg > 0:
-            rates = self._learning_rates()
-            self._note(self.penalty.proximal_step(lambda parameter: self.lambda_reg * rates[id(parameter)]))
+    def keep_budget(self) -> None:
+        """An optimizer step was taken: back to the budget where it went past."""
         if self.max_drift is not None:
             self.penalty.shorten(self.max_drift)
-        self._steps_followed += 1
+            self._shortened += 1
 
     def end(self) -> None:
         """Training ended: remember the numbers while every process and its weights are still there."""
         steps = self.trainer.state.global_step - self._first_step
-        constrained = min(self._steps, self._steps_followed)
+        constrained = self._steps if self.max_drift is None else min(self._steps, self._shortened)
         if constrained != steps:
             raise AsftError(f"{steps} steps were trained, {constrained} of them constrained; do not use this adapter")
         self._final_stamp = self.stamp()
@@ -192,21 +177,6 @@ class Constraint:
     def _note(self, value: Tensor) -> None:
         value = self.lambda_reg * value
         self._peak = value if self._peak is None else torch.maximum(self._peak, value)
-
-    def _learning_rates(self) -> dict[int, Any]:
-        """The learning rate that each parameter was just stepped with, by its id."""
-        assert self.trainer.optimizer is not None
-        groups = self.trainer.optimizer.param_groups
-        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-        for layer in self.penalty.layers:
-            for factor in (layer.A, layer.B):
-                if factor.requires_grad and id(factor) not in rates:
-                    raise AsftError(
-                        f"the optimizer does not hold {layer.name}, so that its learning rate is not known; set "
-                        "decoupled: false"
-                    )
-                rates.setdefault(id(factor), 0.0)
-        return rates
 
     def _scaled_lambda(self) -> Tensor | float:
         """lambda_reg, in fp16 times the loss scale, by which the gradients are still multiplied here."""
@@ -239,7 +209,7 @@ class _EveryStepConstrained(TrainerCallback):
         self._constraint.check_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self._constraint.follow_step()
+        self._constraint.keep_budget()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._constraint.end()
@@ -250,7 +220,6 @@ def attach(
     direction: AlignmentDirection,
     lambda_reg: float | None = None,
     max_drift: float | None = None,
-    decoupled: bool = False,
     **options: Any,
 ) -> Constraint:
     """Train with L = L_task + lambda_reg P from the first step to the last (AsFT, arXiv 2506.08473).
@@ -261,10 +230,7 @@ def attach(
         lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is. Default: 1, and 0
             where max_drift is given.
         max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
-        decoupled: after each optimizer step, a proximal step with weight learning rate times lambda_reg in place of the
-            penalty's gradient in the optimizer's: as AdamW decouples weight decay, but exact for any weight.
-        options: as for `AlignmentPenalty`: projector, rank, metric, damping (None: 0.01 where decoupled, else 0),
-            lora_scaling, modules, on_uncovered, verify_model.
+        options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
     alone.
@@ -284,19 +250,16 @@ def attach(
     refuse_unsupported(trainer)
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
-    penalty = AlignmentPenalty(trainer.model, direction, **with_damping(options, decoupled))
-    if decoupled:
-        refuse_decoupled(penalty)
+    penalty = AlignmentPenalty(trainer.model, direction, **options)
     if max_drift is not None and (taken := [layer.name for layer in penalty.layers if layer.was_taken_out]):
         raise AsftError(budget_refused(taken[0]))
-    constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift, decoupled)
+    constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift)
     LOG.info(
-        "AsFT: %d layers constrained, training on %s, lambda_reg %g%s, max_drift %s, projector %s, metric %s, "
+        "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, projector %s, metric %s, "
         "direction of %s (sha256 %s)",
         len(penalty.layers),
         engine(trainer),
         lambda_reg,
-        " (decoupled)" if decoupled else "",
         max_drift,
         penalty.projector,
         penalty.metric,
@@ -304,6 +267,14 @@ def attach(
         (direction.sha256 or "unsaved")[:12],
     )
     return constraint
+
+
+def budget_refused(layer: str) -> str:
+    """The line for a budget over a layer whose initialisation took a part out of the weight."""
+    return (
+        f"max_drift cannot shorten the update of {layer}: its initialisation took a part out of the weight; use "
+        "lambda_reg, or plain LoRA initialisation"
+    )
 
 
 def _device() -> str:

@@ -10,13 +10,13 @@ from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
+from axolotl_asft.constraint import budget_refused
 from axolotl_asft.cost import Cost, estimate
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, takes_out, trainable_lora_layers
-from axolotl_asft.options import budget_refused, refuse_decoupled, with_damping
 from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, validated_config
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
@@ -207,17 +207,14 @@ def _match(
     check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel, layers: list[FoundLayer]
 ) -> AlignmentPenalty | None:
     """The run's own matching of layers and directions, by whole name and shape."""
-    options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift", "decoupled"})
-    # there are no weights to look at
-    options = with_damping(options, block.decoupled) | {"verify_model": False}
+    options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift"})
+    options |= {"verify_model": False}  # there are no weights to look at
     penalty = _try(check, lambda: AlignmentPenalty(model, direction, **options))
     if penalty is None:  # was it for the uncovered ones?
         try:
             penalty = AlignmentPenalty(model, direction, **{**options, "on_uncovered": "ignore"})
         except AsftError:
             return None
-    if block.decoupled and (matched := penalty):
-        _try(check, lambda: refuse_decoupled(matched))
     check.constrained = [layer.name for layer in penalty.layers]
     for layer in layers:
         if layer.name not in direction.modules:

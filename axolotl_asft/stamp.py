@@ -61,7 +61,6 @@ def add_to_model_card(path: Path, section: str, mark: str, tag: str) -> bool:
 def _section(stamp: dict[str, Any]) -> str:
     measured = ""
     budget = "" if stamp["max_drift"] is None else f"`max_drift`: {stamp['max_drift']:g}, "
-    decoupled = " (decoupled)" if stamp["decoupled"] else ""
     if stamp["update_norm"] is not None:
         measured = (
             f"- drift at the end: {stamp['drift']:.4f} (share of the update outside the alignment direction), "
@@ -72,7 +71,7 @@ def _section(stamp: dict[str, Any]) -> str:
         "Trained with [axolotl-asft](https://pypi.org/project/axolotl-asft/) (AsFT, arXiv 2506.08473): the weight "
         "update was penalised for leaving the alignment direction of the base model.\n\n"
         f"- direction: `{stamp['direction']}`, sha256 `{stamp['direction_sha256']}`\n"
-        f"- `lambda_reg`: {stamp['lambda_reg']:g}{decoupled}, {budget}`projector`: {stamp['projector']}, `metric`: "
+        f"- `lambda_reg`: {stamp['lambda_reg']:g}, {budget}`projector`: {stamp['projector']}, `metric`: "
         f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{measured}\n"
         "The constraint makes harmful drift less likely; it proves nothing. Evaluate the model before you rely on it.\n"
     )

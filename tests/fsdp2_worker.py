@@ -98,8 +98,6 @@ def main(aligned, direction_file, r, lambda_reg):
     answer["weights"] = largest_difference(trained(model), trained(reference))
     answer["shortened"] = [float(p.shorten(0.05)) for p in (whole_penalty, penalty)]
     answer["weights within the budget"] = largest_difference(trained(model), trained(reference))
-    answer["proximal"] = [float(p.proximal_step(lambda _: 0.5)) for p in (whole_penalty, penalty)]
-    answer["weights after the proximal step"] = largest_difference(trained(model), trained(reference))
 
     model.zero_grad()
     (lambda_reg * penalty()).backward()  # the differentiable form, through the gathering

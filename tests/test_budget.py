@@ -98,7 +98,7 @@ def test_bad_budgets(pair, rows, direction, tmp_path, budget):
 def test_a_step_that_no_budget_followed_is_noticed(pair, rows, direction, tmp_path):
     trainer = make_trainer(pair, rows, tmp_path)
     constraint = attach(trainer, direction, 0.0, max_drift=0.5)
-    constraint.follow_step = lambda: None
+    constraint.keep_budget = lambda: None
     with pytest.raises(AsftError, match="3 steps were trained, 0 of them constrained"):
         trainer.train()
 

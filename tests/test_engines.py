@@ -130,8 +130,6 @@ def test_fsdp2_shards(pair, direction_file, rank):
     assert answer["shortened"][0] == pytest.approx(answer["shortened"][1], rel=1e-4)
     assert answer["shortened"][0] < 0.9
     assert answer["weights within the budget"] < 1e-4
-    assert answer["proximal"][0] == pytest.approx(answer["proximal"][1], rel=1e-4)
-    assert answer["weights after the proximal step"] < 1e-4
     assert answer["autograd"] < 1e-4
     assert answer["drift"][0] == pytest.approx(answer["drift"][1], rel=1e-6)
     assert 1 < max(answer["groups"]) < sum(answer["groups"]), answer["groups"]
