@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -41,8 +40,6 @@ class AlignmentPenalty:
             others, since the way back to the base model lies among them and the metric itself says what is free.
         metric: "weights", "activations" or "fisher"; but for the first the direction file has to hold it. None:
             "fisher" where it does, else "weights".
-        damping: under another metric than "weights", K + damping mean(K) I stands in place of K = X X^T and of
-            K = Y Y^T, with the mean of all eigenvalues, so that no direction is free of cost.
         lora_scaling: False leaves PEFT's scaling out of dW, as the authors' code does.
         modules: regular expressions of the layers to constrain; default: every LoRA layer.
         on_uncovered: "error", "warn" or "ignore" where a trainable weight is not covered by the penalty.
@@ -58,7 +55,6 @@ class AlignmentPenalty:
     projector: str = "paper"
     rank: int | None = None
     metric: str | None = None
-    damping: float = 0.0
     lora_scaling: bool = True
     modules: list[str] | None = None
     on_uncovered: str = "error"
@@ -92,7 +88,7 @@ class AlignmentPenalty:
         for name in covered:
             _check_shape(found[name], self.direction.modules[name])
         self.layers = [found[name] for name in covered]
-        self.groups = grouped((self._constrained(layer) for layer in self.layers), self.damping)
+        self.groups = grouped(self._constrained(layer) for layer in self.layers)
         if all(group.X is not None and not group.X.any() for group in self.groups):
             raise AsftError(
                 f"the direction's metric {self.metric} is empty in every layer, so that it would hold nothing; make it "
@@ -112,21 +108,6 @@ class AlignmentPenalty:
         a time. Gradients keep the dtype of their parameters. Nothing waits for the device.
         """
         return _sum_on_first_device(group.add_gradient(self.lora_scaling, weight) for group in self.groups)
-
-    def proximal_step(self, weight_of: Callable[[Tensor], float]) -> Tensor:
-        """Take every B, and then every A, to the minimum of ||. - B||^2 / 2 + weight P; returns P as it was.
-
-        The decoupled form of the penalty, for after an optimizer step, with weight = learning rate times lambda_reg. It
-        solves for the step instead of following the gradient, so that a large weight holds firmly and disturbs neither
-        the optimizer's state nor the clipping (`axolotl_asft.proximal`).
-
-        Args:
-            weight_of: the weight of a parameter A or B.
-        """
-        return _sum_on_first_device(
-            group.proximal_step(self.lora_scaling, (weight_of(group.found[0].A), weight_of(group.found[0].B)))
-            for group in self.groups
-        )
 
     @torch.no_grad()
     def measure(self) -> list[LayerDrift]:

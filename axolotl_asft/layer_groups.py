@@ -8,15 +8,12 @@ from torch import Tensor
 
 from axolotl_asft.lora import FoundLayer
 from axolotl_asft.penalty import (
-    Rest,
     lora_penalty,
     lora_penalty_gradient,
     orthogonal_part,
     relative_drift,
-    seen_gram,
     squared_norm,
 )
-from axolotl_asft.proximal import Curvature, proximal_step
 from axolotl_asft.sharding import add_to_gradients, overwrite, whole
 
 # What one group's products may take beside the directions, in bytes: the layers of a large model are taken in turns.
@@ -57,14 +54,10 @@ class ConstrainedLayer:
         return self.found.scaling
 
     def bytes_at_work(self) -> int:
-        """What the penalty of this layer takes for a moment: its factors in fp32, and A- and B-shaped results.
-
-        And the r x r systems of the proximal step, in fp64.
-        """
+        """What the penalty of this layer takes for a moment: its factors in fp32, and A- and B-shaped results."""
         (r, columns), out = self.found.A.shape, self.found.B.shape[0]
         m, n = (0 if factor is None else factor.shape[1] for factor in (self.X, self.Y))
-        k = self.U.shape[1]
-        return 4 * (out * (k + n + 4 * r) + columns * (m + 3 * r)) + 16 * max(k, m, n) * r * r
+        return 4 * (out * (self.U.shape[1] + n + 4 * r) + columns * (m + 3 * r))
 
 
 @dataclass(frozen=True)
@@ -97,12 +90,10 @@ class LayerGroup:
         found: the layers.
         U, c, sizes, X, Y: (g, out, k), (g, k), (g,), (g, in, m) and (g, out, n) or None: their directions and metric,
             stacked. Where layers keep different numbers of columns, the missing ones are zero, which adds nothing.
-        rest: (g,) of the inputs and of the outputs: what the metric gives to every direction, damping times its mean
-            eigenvalue; None without damping.
         bytes_at_work: what the penalty of all of them takes for a moment, estimated.
     """
 
-    def __init__(self, layers: list[ConstrainedLayer], device: torch.device, damping: float = 0.0):
+    def __init__(self, layers: list[ConstrainedLayer], device: torch.device):
         self.found = [layer.found for layer in layers]
         self.bytes_at_work = len(layers) * max(layer.bytes_at_work() for layer in layers)
         self.U = _stacked([layer.U for layer in layers], device)
@@ -112,10 +103,6 @@ class LayerGroup:
             None if any(factor is None for factor in factors) else _stacked(factors, device)
             for factors in ([layer.X for layer in layers], [layer.Y for layer in layers])
         )
-        self.rest: Rest | None = None
-        if damping and self.X is not None:
-            self.rest = damping * _mean_eigenvalue(self.X), damping * _mean_eigenvalue(self.Y, like=self.X)
-        self._curvatures: tuple[Curvature, Curvature] | None = None
         self.initial: tuple[Tensor, Tensor] | None = None
         if all(layer.initial is not None for layer in layers):
             A0, B0 = zip(*(layer.initial for layer in layers if layer.initial is not None), strict=True)
@@ -144,41 +131,20 @@ class LayerGroup:
     def penalty(self, scaled: bool) -> Tensor:
         """P of these layers, with gradients; without PEFT's scaling where not `scaled`."""
         A, B = self.update()  # moves the direction to where the factors are
-        return lora_penalty(A, B, self.U, self.c, self.scaling if scaled else 1.0, self.X, self.Y, self.rest).sum()
+        return lora_penalty(A, B, self.U, self.c, self.scaling if scaled else 1.0, self.X, self.Y).sum()
 
     @torch.no_grad()
     def add_gradient(self, scaled: bool, weight: Tensor | float) -> Tensor:
         """Add weight dP/dA and weight dP/dB to the gradients of every A and B; returns P."""
         A, B = self.update()
         scaling = self.scaling if scaled else 1.0
-        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X, self.Y, self.rest)
+        value, grad_A, grad_B = lora_penalty_gradient(A, B, self.U, self.c, scaling, self.X, self.Y)
         if self.initial is not None:
             r = grad_B.shape[-1] // 2
             # A stands in both halves of [A; A - A0], B in the first half of [B - B0, B0]
             grad_A, grad_B = grad_A[:, :r] + grad_A[:, r:], grad_B[..., :r]
         for parameters, gradients in (([f.A for f in self.found], grad_A), ([f.B for f in self.found], grad_B)):
             add_to_gradients(parameters, weight * gradients)
-        return value.sum()
-
-    @torch.no_grad()
-    def proximal_step(self, scaled: bool, weights: tuple[Tensor | float, Tensor | float]) -> Tensor:
-        """Take B, and then A, to where ||. - B||^2 / 2 + weight P is least, with its own weight; returns P as it was.
-
-        Args:
-            weights: of A and of B.
-        """
-        A, B = (factor.float() for factor in self.update())
-        if self._curvatures is None or self._curvatures[0].S.device != A.device:
-            self._curvatures = self._curvature_of_A(), self._curvature_of_B()
-        of_A, of_B = self._curvatures
-        scaling = self.scaling if scaled else 1.0
-        squared = scaling[:, None, None] ** 2 if isinstance(scaling, Tensor) else scaling**2
-        B, value = proximal_step(B, squared * self._gram_of_A(A), of_B, weights[1])
-        off = orthogonal_part(B, self.U.float(), self.c)
-        gram_B = seen_gram(off if self.Y is None else self.Y.float().mT @ off, off, self.rest and self.rest[1])
-        A = proximal_step(A.mT, squared * gram_B, of_A, weights[0])[0].mT
-        overwrite([found.A for found in self.found], A)
-        overwrite([found.B for found in self.found], B)
         return value.sum()
 
     def squared_norms(self) -> Tensor:
@@ -207,38 +173,16 @@ class LayerGroup:
     def _orthogonal(self, A: Tensor, B: Tensor) -> Tensor:
         """(g,): ||Y^T (I - C) B A X||_F^2 in fp32, without the scaling."""
         Z = orthogonal_part(B, self.U.float(), self.c)
-        of_Z = seen_gram(Z if self.Y is None else self.Y.float().mT @ Z, Z, self.rest and self.rest[1])
-        return (of_Z * self._gram_of_A(A)).sum(dim=(-2, -1))
-
-    def _gram_of_A(self, A: Tensor) -> Tensor:
-        """(g, r, r): A X X^T A^T, and the rest."""
-        seen = A if self.X is None else A @ self.X.float()
-        return seen_gram(seen.mT, A.mT, self.rest and self.rest[0])
-
-    def _curvature_of_A(self) -> Curvature:
-        """X X^T and the rest, or the identity."""
-        if self.X is not None:
-            return Curvature.of(self.X, self.rest and self.rest[0])
-        nothing = self.U.new_zeros(len(self.found), self.found[0].shape[1], 0)
-        return Curvature(nothing, None, self.c.new_zeros(len(self.found), 0), self.c.new_ones(len(self.found)))
-
-    def _curvature_of_B(self) -> Curvature:
-        """Y Y^T and the rest, or (I - C)^2."""
-        if self.Y is not None:
-            assert self.U.shape[2] == 0  # `attach` refuses a decoupled penalty with free directions under a metric
-            return Curvature.of(self.Y, self.rest and self.rest[1])
-        return Curvature(self.U, None, (1 - self.c) ** 2, self.c.new_ones(len(self.found)))
+        return squared_norm(Z if self.Y is None else self.Y.float().mT @ Z, A if self.X is None else A @ self.X.float())
 
     def _move(self, device: torch.device) -> None:
         self.U, self.c, self.sizes = self.U.to(device), self.c.to(device), self.sizes.to(device)
         self.X, self.Y = (None if factor is None else factor.to(device) for factor in (self.X, self.Y))
-        if self.rest is not None:
-            self.rest = self.rest[0].to(device), self.rest[1].to(device)
         if self.initial is not None:
             self.initial = self.initial[0].to(device), self.initial[1].to(device)
 
 
-def grouped(layers: Iterable[ConstrainedLayer], damping: float = 0.0) -> list[LayerGroup]:
+def grouped(layers: Iterable[ConstrainedLayer]) -> list[LayerGroup]:
     """The layers in groups of one shape, device and scaling, none larger than `TEMPORARY_BYTES` at work allows."""
     kinds: dict[tuple, list[ConstrainedLayer]] = {}
     for layer in layers:
@@ -250,7 +194,7 @@ def grouped(layers: Iterable[ConstrainedLayer], damping: float = 0.0) -> list[La
     for kind, alike in kinds.items():
         # a meta device has nothing on it yet: the directions follow A when it is first used
         device = torch.device("cpu") if kind[4].type == "meta" else kind[4]
-        groups += [LayerGroup(chunk, device, damping) for chunk in _chunks(alike)]
+        groups += [LayerGroup(chunk, device) for chunk in _chunks(alike)]
     return groups
 
 
@@ -261,14 +205,6 @@ def _chunks(alike: list[ConstrainedLayer]) -> Iterator[list[ConstrainedLayer]]:
         count = max(1, TEMPORARY_BYTES // alike[0].bytes_at_work())
         yield alike[:count]
         alike = alike[count:]
-
-
-def _mean_eigenvalue(S: Tensor | None, like: Tensor | None = None) -> Tensor:
-    """(g,): tr(S S^T) / size, and 0 for no S."""
-    if S is None:
-        assert like is not None
-        return like.new_zeros(len(like), dtype=torch.float32)
-    return S.float().square().sum(dim=(1, 2)) / S.shape[1]
 
 
 def _stacked(matrices: list[Tensor | None], device: torch.device) -> Tensor:

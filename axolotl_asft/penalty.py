@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 PROJECTORS = ("paper", "normalized", "subspace")
-Rest = tuple[Tensor, Tensor]
 
 
 def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor | float) -> Tensor:
@@ -71,7 +70,6 @@ def lora_penalty(
     scaling: float | Tensor = 1.0,
     X: Tensor | None = None,
     Y: Tensor | None = None,
-    rest: Rest | None = None,
 ) -> Tensor:
     """||(I - C) scaling B A||_F^2 with C = U diag(c) U^T: the AsFT penalty of one layer (arXiv 2506.08473).
 
@@ -91,13 +89,11 @@ def lora_penalty(
         scaling: PEFT's factor in dW = scaling B A; a number, or (...) of them.
         X: (..., in, m), the metric on the side of the inputs; adds O(in m r) to the cost. None: the identity.
         Y: (..., out, n), the metric on the side of the outputs; adds O(out n r). None: the identity.
-        rest: (...) of the inputs and of the outputs: X X^T + rest I and Y Y^T + rest I stand in place of X X^T and
-            Y Y^T, where there are X and Y. None: zero.
 
     Returns:
         (...), a scalar for one layer; differentiable once with respect to A and B.
     """
-    return _LoraPenalty.apply(A, B, U, c, scaling, X, Y, rest)
+    return _LoraPenalty.apply(A, B, U, c, scaling, X, Y)
 
 
 def lora_penalty_gradient(
@@ -108,7 +104,6 @@ def lora_penalty_gradient(
     scaling: float | Tensor = 1.0,
     X: Tensor | None = None,
     Y: Tensor | None = None,
-    rest: Rest | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value of `lora_penalty` and its gradients in closed form, without autograd.
 
@@ -116,41 +111,26 @@ def lora_penalty_gradient(
         dP/dA = 2 scaling^2 Z^T Z A' X^T            (..., r, in)
         dP/dB = 2 scaling^2 (I - C) Y Z A' A'^T     (..., out, r)
 
-    and where there is a rest, rest_Y B^T (I - C)^2 B on top of Z^T Z, rest_X A on top of A' X^T, and so on.
-
     Cost and arguments as for `lora_penalty`; the results are in fp32, in fp64 where A is.
     """
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         work = torch.float64 if A.dtype == torch.float64 else torch.float32
         a, b, u, eigenvalues = (tensor.to(work) for tensor in (A, B, U, c))
         x, y = (None if factor is None else factor.to(work) for factor in (X, Y))
+        a = a if x is None else a @ x
         z = orthogonal_part(b, u, eigenvalues)
-        a_seen, z_seen = (a if x is None else a @ x), (z if y is None else y.mT @ z)
-        gram_a, gram_z = seen_gram(a_seen.mT, a.mT, rest and rest[0]), seen_gram(z_seen, z, rest and rest[1])
+        z = z if y is None else y.mT @ z
         # r x r; the factor goes on the small matrices
         factor = scaling**2
+        gram_z, gram_a = z.mT @ z, a @ a.mT
         value = factor * _inner(gram_z, gram_a)
         twice = 2 * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
-        back_a = a_seen if x is None else a_seen @ x.mT
-        back_z = z if y is None else y @ z_seen
-        if rest is not None:
-            back_a = back_a + rest[0][..., None, None] * a
-            back_z = back_z + rest[1][..., None, None] * z
+        grad_a = (twice * gram_z) @ a
+        grad_a = grad_a if x is None else grad_a @ x.mT
+        z = z if y is None else y @ z
         # C is symmetric: the gradient with respect to B is (I - C)^T = (I - C) applied once more
-        return value, (twice * gram_z) @ back_a, orthogonal_part(back_z, u, eigenvalues) @ (twice * gram_a)
-
-
-def seen_gram(seen: Tensor, whole: Tensor, rest: Tensor | None) -> Tensor:
-    """seen^T seen + rest whole^T whole: the Gram matrix in the metric that `seen` has gone through.
-
-    Args:
-        seen: (..., n, r), whole: (..., size, r), rest: (...) or None.
-
-    Returns:
-        (..., r, r)
-    """
-    gram = seen.mT @ seen
-    return gram if rest is None else gram + rest[..., None, None] * (whole.mT @ whole)
+        grad_b = orthogonal_part(z, u, eigenvalues) @ (twice * gram_a)
+        return value, grad_a, grad_b
 
 
 def _inner(P: Tensor, Q: Tensor) -> Tensor:
@@ -161,8 +141,8 @@ class _LoraPenalty(torch.autograd.Function):
     """Computes the gradients in the forward pass, so that only tensors of the size of A and B are kept."""
 
     @staticmethod
-    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float | Tensor, X, Y, rest) -> Tensor:
-        value, grad_a, grad_b = lora_penalty_gradient(A, B, U, c, scaling, X, Y, rest)
+    def forward(ctx, A: Tensor, B: Tensor, U: Tensor, c: Tensor, scaling: float | Tensor, X, Y) -> Tensor:
+        value, grad_a, grad_b = lora_penalty_gradient(A, B, U, c, scaling, X, Y)
         ctx.save_for_backward(grad_a, grad_b)
         ctx.dtypes = (A.dtype, B.dtype)
         return value
@@ -173,7 +153,7 @@ class _LoraPenalty(torch.autograd.Function):
         grad_a, grad_b = ctx.saved_tensors
         dtype_a, dtype_b = ctx.dtypes
         weight = grad_output[..., None, None]
-        return (weight * grad_a).to(dtype_a), (weight * grad_b).to(dtype_b), *[None] * 6
+        return (weight * grad_a).to(dtype_a), (weight * grad_b).to(dtype_b), *[None] * 5
 
 
 def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:

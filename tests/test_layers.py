@@ -10,7 +10,7 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "redaction", "yaml_config", "evaluation.refusals",
-    "penalty", "proximal", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
+    "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
     "direction", "metrics", "lora", "saved", "sources", "readahead", "partial", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "history", "stamp", "project", "engines", "constraint",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
@@ -58,7 +58,7 @@ def test_only_the_plugin_and_the_reader_of_configs_import_axolotl(module):
     assert ("axolotl" in names) == (module in ("plugin", "run_config"))
 
 
-@pytest.mark.parametrize("module", ["penalty", "proximal", "subspace", "moments"])
+@pytest.mark.parametrize("module", ["penalty", "subspace", "moments"])
 def test_the_maths_knows_torch_alone(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module}.py")}
     assert names <= {"torch", "math", "dataclasses", "collections"}
