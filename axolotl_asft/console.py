@@ -85,6 +85,7 @@ def quieten_libraries() -> None:
     for library in ("torchao", "bitsandbytes", "lm_eval", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+    warnings.filterwarnings("ignore", module="bitsandbytes")  # of kernels for the CPU that it would download
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -8,6 +8,7 @@ import time
 import weakref
 
 import pytest
+from tiny import interruptible
 
 from axolotl_asft.readahead import read_ahead
 
@@ -90,7 +91,9 @@ def test_ctrl_c_while_reading():
         "def items():\n    yield 1\n    print('reading', flush=True)\n    time.sleep(60)\n    yield 2\n"
         "for item in read_ahead(items()): pass\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible
+    )
     assert process.stdout.readline() == b"reading\n"
     time.sleep(0.1)
     process.send_signal(2)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_extract import copied, write_wide_checkpoint
-from tiny import child_environment, make_pair
+from tiny import child_environment, interruptible, make_pair
 
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.cli import asft
@@ -50,7 +50,7 @@ def started(pair, output) -> subprocess.Popen:
     arguments = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--rank", "8", "-o", str(output)]
     return subprocess.Popen(
         [*COMMAND, *arguments], env=child_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
     )  # fmt: skip
 
 

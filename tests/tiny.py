@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,11 @@ def write_config(folder: Path, model: Path, dataset: Path, asft: dict | None = N
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
     return path
+
+
+def interruptible() -> None:
+    """For a child that is to get a Ctrl-C: a shell that runs the tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def child_environment(**changes: str) -> dict[str, str]:
