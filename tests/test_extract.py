@@ -239,8 +239,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         pair = [write_wide_checkpoint(tmp_path / str(layers) / str(seed), layers, seed) for seed in (0, 1)]
         for output in ([], [str(tmp_path / f"{layers}.safetensors")]):
             command = [sys.executable, "-c", PEAK, *map(str, pair), *output]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks[layers, bool(output)] = int(done.stdout)
+            # pages of mapped files count too, and go when the kernel likes; what is kept is kept every time
+            tries = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+            peaks[layers, bool(output)] = min(int(done.stdout) for done in tries)
     # 21 more layers are 168 MB more of checkpoints, 21 pairs
     assert peaks[24, False] - peaks[3, False] < 24e6, peaks
     assert peaks[24, True] - peaks[3, True] < 24e6, peaks
