@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,8 +133,9 @@ def _extract(
     blocks: dict[str, str] = {}
     models: dict[str, dict[str, Any]] = {}
     squared_norms = [0.0, 0.0]  # of d, of the aligned weights
-    with _progress_bar(len(source.names), progress) as advance:
-        for layer in read_ahead(_layers(source, parts, device)):
+    ahead = closing(read_ahead(_layers(source, parts, device)))
+    with _progress_bar(len(source.names), progress) as advance, ahead as layers:
+        for layer in layers:
             part = layer.finished
             if part is None:
                 module, entry = _decomposed(layer, settings, metrics)

@@ -2,18 +2,20 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
+GRACE = 3.0  # seconds
 
 
-def read_ahead(items: Iterable[T]) -> Iterator[T]:
+def read_ahead(items: Iterable[T]) -> Generator[T, None, None]:
     """The items, in order; one is made ahead in a thread, never more.
 
     What goes wrong while an item is made is raised where that item would have come. The thread ends with the
-    iteration, also where that is left early, and does not keep the process alive: Ctrl-C works at once.
+    iteration; where that is left early, close it (`contextlib.closing`), which waits a moment for the item under way:
+    a process that ends while a thread is inside torch is aborted. A thread that hangs keeps it alive no longer.
     """
     source = iter(items)
     wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -26,7 +28,8 @@ def read_ahead(items: Iterable[T]) -> Iterator[T]:
             except BaseException as error:  # it is raised again in the thread that asked
                 made.put((_END, error))
 
-    threading.Thread(target=work, name="read-ahead", daemon=True).start()
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
     wanted.put(True)
     try:
         while True:
@@ -40,3 +43,4 @@ def read_ahead(items: Iterable[T]) -> Iterator[T]:
             del item  # else two are held while the next one is waited for
     finally:
         wanted.put(False)
+        thread.join(timeout=GRACE)
