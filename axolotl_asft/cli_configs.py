@@ -6,8 +6,7 @@ from pathlib import Path
 import click
 
 from axolotl_asft.console import OneLineErrors, quietly
-from axolotl_asft.errors import AsftError
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, refuse_to_replace
 
 
 @click.command()
@@ -131,8 +130,8 @@ def schema(output: Path | None, force: bool) -> None:
     Example:
       axolotl asft schema -o asft.schema.json
     """
-    if output is not None and output.exists() and not force:
-        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    if output is not None:
+        refuse_to_replace(output, force)
     from axolotl_asft.schema import config_schema
 
     text = json.dumps(config_schema(), indent=2) + "\n"

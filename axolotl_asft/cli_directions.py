@@ -9,6 +9,7 @@ import click
 
 from axolotl_asft.console import stages
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import refuse_to_replace
 
 
 def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str | None:
@@ -124,8 +125,7 @@ def extract(
     """
     if output.suffix != ".safetensors":
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
-    if output.exists() and not force:
-        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    refuse_to_replace(output, force)
     from axolotl_asft.extract import extract_direction
     from axolotl_asft.summary import summary, summary_table
 

@@ -57,3 +57,13 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def refuse_to_replace(output: Path, force: bool) -> None:
+    """Stop before any work where a command's output is there already.
+
+    Raises:
+        AsftError: it is, and nobody said --force.
+    """
+    if output.exists() and not force:
+        raise AsftError(f"{output} exists; give another --output, or --force to replace it")

@@ -41,18 +41,6 @@ class ConstrainedLayer:
     Y: Tensor | None = None
     initial: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def name(self) -> str:
-        return self.found.name
-
-    @property
-    def adapter(self) -> str:
-        return self.found.adapter
-
-    @property
-    def scaling(self) -> float:
-        return self.found.scaling
-
     def bytes_at_work(self) -> int:
         """What the penalty of this layer takes for a moment: its factors in fp32, and A- and B-shaped results."""
         (r, columns), out = self.found.A.shape, self.found.B.shape[0]
@@ -188,7 +176,7 @@ def grouped(layers: Iterable[ConstrainedLayer]) -> list[LayerGroup]:
     for layer in layers:
         A, B = layer.found.A, layer.found.B
         kind = (A.shape, B.shape, A.dtype, B.dtype, A.device, B.device, A.requires_grad, B.requires_grad)
-        given = (layer.X is None, layer.Y is None, layer.initial is None, layer.scaling)
+        given = (layer.X is None, layer.Y is None, layer.initial is None, layer.found.scaling)
         kinds.setdefault((*kind, *given), []).append(layer)
     groups = []
     for kind, alike in kinds.items():

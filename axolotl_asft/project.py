@@ -14,7 +14,7 @@ from torch import Tensor
 from axolotl_asft import __version__
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import writable_folder
+from axolotl_asft.files import refuse_to_replace, writable_folder
 from axolotl_asft.penalty import PROJECTORS, orthogonal_part, projector_eigenvalues, squared_norm
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter, SavedLayer
 from axolotl_asft.stamp import add_to_config, add_to_model_card
@@ -131,8 +131,7 @@ def project_adapter(
     """
     _check(threshold, layers, attenuate, projector, rank, on_uncovered)
     output = Path(output)
-    if output.exists() and not force:
-        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    refuse_to_replace(output, force)
     replaceable = output.is_dir() and (output.joinpath(ADAPTER_CONFIG).is_file() or not any(output.iterdir()))
     if output.exists() and not replaceable:
         raise AsftError(f"{output} holds no adapter, so that it is not replaced; give another --output")

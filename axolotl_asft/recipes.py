@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl_asft.args import parse_block
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, refuse_to_replace
 from axolotl_asft.yaml_config import read_config, read_text
 
 
@@ -80,8 +80,7 @@ def copy_recipe(
     Raises:
         AsftError: no such recipe, a file that is there already, or a hash that is none.
     """
-    if output.exists() and not force:
-        raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+    refuse_to_replace(output, force)
     if output.suffix not in (".yml", ".yaml"):
         raise AsftError(f"--output is {output}; expected a name that ends in .yml")
     if sha256 is not None and direction is None:

@@ -27,16 +27,13 @@ def add_to_gradients(parameters: Sequence[Tensor], gradients: Tensor) -> None:
         parameters: n of one shape and dtype.
         gradients: (n, ...), the whole gradients, the same on every rank. No communication.
     """
-    gradients = gradients.to(parameters[0].dtype)
-    pairs = [(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True)
-             if parameter.requires_grad]  # fmt: skip
     plain = []
-    for parameter, gradient in pairs:
-        if isinstance(parameter, DTensor):
-            pieces = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            gradient = pieces.to(parameter.device)
+    for parameter, gradient in zip(parameters, gradients.to(parameters[0].dtype), strict=True):
+        if not parameter.requires_grad:
+            continue
+        gradient = _placed(gradient, parameter)
         if parameter.grad is None:
-            parameter.grad = gradient.to(parameter.device).clone(memory_format=torch.contiguous_format)
+            parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
         elif isinstance(parameter, DTensor):
             parameter.grad.add_(gradient)
         else:
@@ -57,11 +54,18 @@ def overwrite(parameters: Sequence[Tensor], values: Tensor) -> None:
     for parameter, value in zip(parameters, values.to(parameters[0].dtype), strict=True):
         if not parameter.requires_grad:
             continue
+        value = _placed(value, parameter)
         if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(value.to(parameter.device))
+            parameter.copy_(value)
         else:
-            plain.append((parameter, value.to(parameter.device)))
+            plain.append((parameter, value))
     if plain:  # in one launch
         targets, sources = map(list, zip(*plain, strict=True))
         torch._foreach_copy_(targets, sources)
+
+
+def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as the parameter is kept: in its pieces, on its device. No communication."""
+    if isinstance(parameter, DTensor):
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor.to(parameter.device)
