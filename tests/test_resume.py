@@ -39,6 +39,19 @@ def parts(output: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(f"{output}.partial").glob("0*.safetensors")}
 
 
+def environment() -> dict[str, str]:
+    """One thread: more of them add in another order, which the last bit of a factor shows."""
+    return child_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS="1")
+
+
+def started(pair, output) -> subprocess.Popen:
+    arguments = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--rank", "8", "-o", str(output)]
+    return subprocess.Popen(
+        [*COMMAND, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=interruptible,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """12 layers of 400 x 400: a while of work each."""
@@ -46,17 +59,16 @@ def wide(tmp_path_factory):
     return [write_wide_checkpoint(folder / name, 12, seed, 400) for seed, name in enumerate(("base", "aligned"))]
 
 
-def started(pair, output) -> subprocess.Popen:
-    arguments = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--rank", "8", "-o", str(output)]
-    return subprocess.Popen(
-        [*COMMAND, *arguments], env=child_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def whole(wide, tmp_path_factory):
+    """Their direction by the command, uninterrupted."""
+    output = tmp_path_factory.mktemp("whole") / "d.safetensors"
+    started(wide, output).communicate(timeout=60)
+    return output
 
 
-def test_killed_in_every_way(wide, tmp_path):
-    whole, output = tmp_path / "whole.safetensors", tmp_path / "d.safetensors"
-    extract_direction(*wide, rank=8).save(whole)
+def test_killed_in_every_way(wide, whole, tmp_path):
+    output = tmp_path / "d.safetensors"
     seen: dict[str, int] = {}
     for way, after in ((signal.SIGKILL, 2), (signal.SIGTERM, 4), (signal.SIGINT, 6)):
         process = started(wide, output)
@@ -81,15 +93,14 @@ def test_killed_in_every_way(wide, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random(wide, tmp_path):
+def test_killed_at_random(wide, whole, tmp_path):
     """Whatever it was doing: reading, decomposing, writing, renaming, removing the work folder."""
-    whole, output = tmp_path / "whole.safetensors", tmp_path / "d.safetensors"
-    extract_direction(*wide, rank=8).save(whole)
+    output = tmp_path / "d.safetensors"
     generator = random.Random(0)
-    kills, environment = 0, child_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS="1")
+    kills = 0
     while not output.exists():
         command = [sys.executable, "-c", READY, *map(str, wide), str(output)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(generator.uniform(0, 0.3))
         process.kill()
