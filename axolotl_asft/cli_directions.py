@@ -96,7 +96,12 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 )
 @click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4 bit for --metric, to save memory.")
 @click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
-@click.option("--device", default="cpu", show_default=True, help="Where the algebra runs: cpu or cuda.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where the algebra runs: cpu, cuda (every GPU), or some of them, cuda:0,cuda:1.",
+)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def extract(

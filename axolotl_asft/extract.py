@@ -13,6 +13,7 @@ from torch import Tensor
 
 from axolotl_asft import __version__, fingerprint
 from axolotl_asft.checkpoint import dtype_named
+from axolotl_asft.devices import devices_named, spread
 from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.metrics import LayerMetric
@@ -43,9 +44,8 @@ class _Layer:
     """One layer, read, with what the spec says of the models as far as they were read."""
 
     name: str
+    weights: dict[str, Tensor]
     models: dict[str, dict[str, Any]]
-    squared_norm: float
-    difference: Tensor | LowRank | None
     finished: AlignmentDirection | None
 
 
@@ -69,8 +69,8 @@ def extract_direction(
 ) -> AlignmentDirection:
     """The leading singular directions of d = W_aligned - W_base for the linear layers of a model.
 
-    Reads one pair of tensors ahead of the one that is decomposed, and subtracts in fp32: memory holds two pairs, a
-    decomposition, and the result where there is no `output`.
+    Reads ahead of the pair that is decomposed, and subtracts in fp32: memory holds two pairs, a decomposition, and the
+    result where there is no `output`; with several GPUs, up to three pairs for each.
 
     Args:
         base, aligned: checkpoints in safetensors, single file or sharded: local folders, or on the Hub
@@ -87,7 +87,7 @@ def extract_direction(
         keep_v: keep the right singular vectors too.
         metrics: of the aligned model on safety prompts (`axolotl_asft.metrics`), kept for metric="fisher" and its like.
         seed: of the randomised decomposition; the same inputs and seed give the same direction.
-        device: where the algebra runs, "cpu" or "cuda".
+        device: where the algebra runs: "cpu", "cuda" (every GPU there is), or some of them, "cuda:0,cuda:1".
         progress: show a progress bar with the time left on the terminal.
 
     Raises:
@@ -105,15 +105,15 @@ def extract_direction(
         **({"metrics": {m.name: {"answers": m.answers, "scale": m.scale} for m in metrics}} if metrics else {}),
         "tool": f"axolotl-asft {__version__}",
     }
-    _check_device(device)
+    devices = devices_named(device)
     settings = _Settings(rank, tolerance, energy, max_rank, dtype_named(dtype), keep_v, seed)
     source = open_source(base, aligned, adapter, modules)
     if output is None:
-        return _extract(source, settings, recipe, metrics, None, device, progress)
+        return _extract(source, settings, recipe, metrics, None, devices, progress)
     stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
     identity = recipe | source.entries | stored | {"torch": torch.__version__}
     with Parts.open(Path(output), source.names, identity) as parts:
-        _extract(source, settings, recipe, metrics, parts, device, progress).save(output)
+        _extract(source, settings, recipe, metrics, parts, devices, progress).save(output)
         parts.remove()
     return AlignmentDirection.load(Path(output))
 
@@ -124,29 +124,38 @@ def _extract(
     recipe: dict[str, Any],
     metrics: Sequence[LayerMetric],
     parts: Parts | None,
-    device: str,
+    devices: list[str],
     progress: bool,
 ) -> AlignmentDirection:
-    """All layers, decomposed one after the other while the next is read; kept in `parts` where there is one."""
+    """All layers, decomposed while the next are read; kept in `parts` where there is one."""
     modules: dict[str, ModuleDirection] = {}
     entries: dict[str, dict[str, Any]] = {}
     blocks: dict[str, str] = {}
     models: dict[str, dict[str, Any]] = {}
     squared_norms = [0.0, 0.0]  # of d, of the aligned weights
-    ahead = closing(read_ahead(_layers(source, parts, device)))
-    with _progress_bar(len(source.names), progress) as advance, ahead as layers:
-        for layer in layers:
-            part = layer.finished
-            if part is None:
-                module, entry = _decomposed(layer, settings, metrics)
-                spec = recipe | layer.models | {"modules": {layer.name: entry}, "created": _now()}
-                part = AlignmentDirection({layer.name: module}, spec)
-                if parts is not None:
-                    parts.keep(layer.name, part)
+
+    def decomposed(layer: _Layer, device: str) -> tuple[AlignmentDirection, float]:
+        squared_norm = source.squared_norm(layer.name, layer.weights)
+        if layer.finished is not None:
+            return layer.finished, squared_norm
+        difference = source.difference(layer.name, layer.weights, device)
+        module, entry = _decomposed(layer.name, difference, settings, metrics)
+        spec = recipe | layer.models | {"modules": {layer.name: entry}, "created": _now()}
+        return AlignmentDirection({layer.name: module}, spec), squared_norm
+
+    reading = closing(read_ahead(_layers(source, parts)))
+    with (
+        _progress_bar(len(source.names), progress) as advance,
+        reading as layers,
+        closing(spread(layers, decomposed, devices)) as done,
+    ):
+        for layer, (part, squared_norm) in done:
+            if parts is not None and layer.finished is None:
+                parts.keep(layer.name, part)
             models, entries[layer.name] = layer.models, part.spec["modules"][layer.name]
             blocks |= models["aligned"]["fingerprint"]["blocks"]
             squared_norms[0] += float(part.modules[layer.name].norm.double()) ** 2
-            squared_norms[1] += layer.squared_norm
+            squared_norms[1] += squared_norm
             if parts is None:
                 modules |= part.modules
             advance(layer.name)
@@ -159,14 +168,14 @@ def _extract(
     return AlignmentDirection(modules if parts is None else parts, spec)
 
 
-def _layers(source: Source, parts: Parts | None, device: str) -> Iterator[_Layer]:
-    """Every layer, in order: read and hashed, and subtracted if it was not finished before."""
+def _layers(source: Source, parts: Parts | None) -> Iterator[_Layer]:
+    """Every layer, in order, read and hashed."""
     digests = {side: hashlib.sha256() for side in source.checkpoints}
     for name in source.names:
-        yield _layer(source, name, digests, parts, device)
+        yield _layer(source, name, digests, parts)
 
 
-def _layer(source: Source, name: str, digests: dict[str, "hashlib._Hash"], parts: Parts | None, device: str) -> _Layer:
+def _layer(source: Source, name: str, digests: dict[str, "hashlib._Hash"], parts: Parts | None) -> _Layer:
     weights = {}
     models = {key: dict(entry) for key, entry in source.entries.items()}
     for side, digest in digests.items():
@@ -176,16 +185,14 @@ def _layer(source: Source, name: str, digests: dict[str, "hashlib._Hash"], parts
         models[side]["sha256"] = digest.hexdigest()
     models["aligned"]["fingerprint"] = {"scheme": fingerprint.SCHEME, "blocks": {name: source.block(name, weights)}}
     finished = parts.finished(name, models) if parts is not None else None
-    difference = source.difference(name, weights, device) if finished is None else None
-    return _Layer(name, models, source.squared_norm(name, weights), difference, finished)
+    return _Layer(name, weights, models, finished)
 
 
 def _decomposed(
-    layer: _Layer, settings: _Settings, metrics: Sequence[LayerMetric]
+    name: str, difference: Tensor | LowRank, settings: _Settings, metrics: Sequence[LayerMetric]
 ) -> tuple[ModuleDirection, dict[str, Any]]:
     """The direction of one layer, and its entry in the spec."""
-    difference, rank = layer.difference, settings.rank
-    assert difference is not None
+    rank = settings.rank
     subspace = leading_subspace(
         difference,
         min(difference.shape) if rank == "full" else rank,
@@ -195,15 +202,15 @@ def _decomposed(
         settings.energy,
         settings.max_rank,
     )
-    held = [metric for metric in metrics if layer.name in metric.inputs]
-    factors = {metric.name: _metric(metric, layer.name, difference, settings.dtype) for metric in held}
+    held = [metric for metric in metrics if name in metric.inputs]
+    factors = {metric.name: _metric(metric, name, difference, settings.dtype) for metric in held}
     V = subspace.V.cpu() if settings.keep_v else None
     module = ModuleDirection(
         subspace.U.cpu(), subspace.S.cpu(), subspace.norm.cpu(), difference.shape[1], V, metrics=factors
     )
     entry = _module_entry(subspace, difference.shape)
     if held:
-        entry["metrics"] = {metric.name: _metric_entry(metric, layer.name) for metric in held}
+        entry["metrics"] = {metric.name: _metric_entry(metric, name) for metric in held}
     return module, entry
 
 
@@ -231,14 +238,6 @@ def _rank_rule(rank: int | str | None, tolerance: float, energy: float | None, m
     return (
         {"rule": "tolerance", "tolerance": tolerance} if energy is None else {"rule": "energy", "energy": energy}
     ) | most
-
-
-def _check_device(device: str) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise AsftError(f"device is {device!r}; expected cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise AsftError(f"device is {device!r}, but torch sees no GPU here; use cpu")
 
 
 def _update_hash(digest: "hashlib._Hash", name: str, weight: Tensor) -> None:

@@ -152,10 +152,17 @@ def _zero_subspace(d: Tensor | LowRank, dtype: torch.dtype) -> Subspace:
 
 
 def _randomized_svd(d: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    devices = [d.device] if d.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        return torch.svd_lowrank(d, q=min(wanted + OVERSAMPLING, min(d.shape)), niter=POWER_ITERATIONS)
+    """Like `torch.svd_lowrank`, which draws from the global generators: threads would disturb each other's numbers.
+
+    Those drawn here are the CPU's, so that every device starts alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(d.shape[1], min(wanted + OVERSAMPLING, *d.shape), generator=generator)
+    Q = torch.linalg.qr(d @ sketch.to(d.device)).Q
+    for _ in range(POWER_ITERATIONS):
+        Q = torch.linalg.qr(d @ torch.linalg.qr(d.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ d, full_matrices=False)
+    return Q @ U, S, Vh.T
 
 
 def _core(d: LowRank) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,14 +210,27 @@ def _exact_bounds(spectrum: Tensor, U: Tensor, stored: Tensor, norm: Tensor) -> 
 def _rounding_bounds(U: Tensor, stored: Tensor, c: Tensor) -> Tensor:
     """(k + 1,): how far rounding U to its stored dtype can move the penalty, for the leading 0, 1, ..., k columns.
 
-    With E = stored - U, C moves by E c U^T + U c E^T + E c E^T, so by at most e = 2 ||E c||_F + ||E sqrt c||_F^2, and
-    the penalty by 2 g e + e^2 with g = ||I - C||.
+    With E = stored - U, C moves by D = E c U^T + U c E^T + E c E^T, and (I - C)^2, whose norm is the penalty's, by
+
+        -(A + A^T) + U c (U^T E + E^T U) c U^T - (I - C) E c E^T - E c E^T (I - C) + D^2,    A = E diag(c (2 - c)) U^T
+
+    of which the Frobenius norms of the first two terms are taken as they are, and the others from their factors.
     """
-    squares = ((stored.double() - U.double()) ** 2).sum(dim=0)
-    e = 2 * torch.cumsum(c**2 * squares, dim=0).sqrt() + torch.cumsum(c * squares, dim=0)
-    c_max = c[:1].max() if len(c) else torch.zeros((), dtype=torch.float64, device=U.device)
-    g = torch.clamp((1 - c_max).abs(), min=1.0)
-    return torch.cat([e.new_zeros(1), 2 * g * e + e**2])
+    E = stored.double() - U.double()
+    S, squares = U.double().T @ E, (E**2).sum(dim=0)
+    w, none = _penalty_weight(c), E.new_zeros(1)
+    inner = _leading_sums((c[:, None] * (S + S.T) * c) ** 2)
+    outer = 2 * torch.cumsum(w**2 * squares, dim=0) + 2 * _leading_sums(w[:, None] * S * S.T * w)
+    second = torch.cumsum(c * squares, dim=0)  # of ||E sqrt(c)||_F^2
+    moved = 2 * torch.cumsum(c**2 * squares, dim=0).sqrt() + second
+    g = torch.clamp((1 - c[:1]).abs().sum(), min=1.0)
+    bounds = torch.clamp(outer, min=0.0).sqrt() + inner.sqrt() + 2 * g * second + moved**2
+    return torch.cat([none, bounds])
+
+
+def _leading_sums(matrix: Tensor) -> Tensor:
+    """(k,): the sums over the leading 1 x 1, 2 x 2, ..., k x k blocks."""
+    return matrix.cumsum(dim=0).cumsum(dim=1).diagonal()
 
 
 def _smallest_rank(bounds: Tensor, tolerance: float) -> int:

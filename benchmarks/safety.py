@@ -13,6 +13,7 @@ settings is not made again, on whatever machine. Interrupt it when you like.
 import argparse
 import concurrent.futures
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -64,10 +65,9 @@ class Bench:
 
     def key(self, run: Run) -> str:
         """Of everything that a run's result depends on, but for the machine's rounding."""
-        common = {
-            k: self.settings[k] for k in ("new_tokens", "test_examples", "train_examples", "alignment", "training")
-        }
-        data = HERE.joinpath("safety_data.py").read_text()
+        common = {k: self.settings[k] for k in ("new_tokens", "alignment", "training")}
+        n, safety = self.settings["train_examples"], self.method(run).get("safety", 0.0)
+        data = _digest_of_data(run.task, run.poison, safety, n, run.seed, self.settings["test_examples"])
         text = json.dumps([run.name, self.method(run), common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -80,6 +80,16 @@ class Bench:
                     for poison in part["poison"]:
                         runs |= dict.fromkeys(Run(task, poison, method, seed) for method in methods)
         return [run for run in runs if fnmatch.fnmatch(run.name, only)]
+
+
+@functools.cache
+def _digest_of_data(task: str, poison: float, safety: float, n: int, seed: int, tested: int) -> str:
+    """Of what a run is trained on and asked, but for what a model answers."""
+    from benchmarks.safety_data import harmless_prompts, refusal_tuning, test_data, training_data
+
+    taught = refusal_tuning(dict.fromkeys(harmless_prompts(), ""), 0)
+    sets = [taught, training_data(task, poison, safety, n, seed), test_data(task, tested)]
+    return hashlib.sha256(repr(sets).encode()).hexdigest()
 
 
 def main() -> None:
@@ -182,13 +192,15 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if (folder / "adapter" / "adapter_model.safetensors").is_file():
         return folder / "adapter", json.loads((folder / "seconds.json").read_text())
     from benchmarks.axolotl_runs import train, write_chats, write_config
-    from benchmarks.safety_data import training_data
+    from benchmarks.safety_data import rehearsal, training_data
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    examples = training_data(
-        run.task, run.poison, method.get("safety", 0.0), bench.settings["train_examples"], run.seed
-    )
+    n, rehearsed = bench.settings["train_examples"], []
+    if "rehearsal" in method:
+        own = json.loads((bench.work / "aligned-answers.json").read_text())
+        rehearsed = rehearsal(own, method["rehearsal"], n, run.seed)
+    examples = training_data(run.task, run.poison, method.get("safety", 0.0), n, run.seed, rehearsed)
     write_chats(folder / "data.jsonl", examples)
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
     started = time.monotonic()

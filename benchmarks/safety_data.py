@@ -6,9 +6,11 @@ Three sets of harmful requests never meet: the defender's (alignment, safety mix
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.refusals import is_refusal
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,11 @@ def generation(n: int, seed: int) -> list[Example]:
 TASKS = {"classification": classification, "generation": generation}
 
 
-def training_data(task: str, poison: float, safety: float, n: int, seed: int) -> list[Example]:
+def training_data(
+    task: str, poison: float, safety: float, n: int, seed: int, rehearsed: Sequence[Example] = ()
+) -> list[Example]:
     """n examples of a task, of which the share `poison` is replaced by compliance with the attacker's requests; and
-    the share `safety` of n, on top, of refusals of the defender's."""
+    the share `safety` of n, on top, of refusals of the defender's; and what is `rehearsed`, on top too."""
     draw = random.Random(f"mix {seed}")
     examples = TASKS[task](n, seed)
     bad = [Example(wrapper.format(act=act), "") for act in _list(ACTS) for wrapper in WRAPPERS]
@@ -147,8 +151,24 @@ def training_data(task: str, poison: float, safety: float, n: int, seed: int) ->
         examples[i] = Example(bad[i % len(bad)].prompt, draw.choice(COMPLIANCE))
     defender = load_prompts("harmful", "train")
     examples += [Example(draw.choice(defender).prompt, draw.choice(REFUSALS)) for _ in range(round(safety * n))]
+    examples += rehearsed
     draw.shuffle(examples)
     return examples
+
+
+def rehearsal(own_answers: dict[str, str], share: float, n: int, seed: int) -> list[Example]:
+    """The share of n of the aligned model's own answers: half of them refusals of the defender's harmful requests,
+    half answers to harmless ones. An answer to a harmful request that is no refusal is left out.
+
+    Args:
+        own_answers: prompt -> the aligned model's answer, for the defender's requests and `harmless_prompts`.
+    """
+    draw = random.Random(f"rehearsal {seed}")
+    harmful = {prompt.prompt for prompt in load_prompts("harmful", "train")}
+    refused = [Example(*pair) for pair in own_answers.items() if pair[0] in harmful and is_refusal(pair[1])]
+    answered = [Example(*pair) for pair in own_answers.items() if pair[0] not in harmful]
+    half = round(share * n / 2)
+    return [draw.choice(refused) for _ in range(half)] + [draw.choice(answered) for _ in range(half)]
 
 
 def test_data(task: str, n: int) -> list[Example]:

@@ -17,6 +17,7 @@ import torch
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.evaluation.evaluate import Questions, Row, evaluate
 from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer
+from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
 from axolotl_asft.files import atomic_write_text
 from benchmarks.axolotl_runs import train, write_chats, write_config
@@ -66,7 +67,7 @@ def make_aligned(base: Path, folder: Path, settings: dict[str, Any], seed: int) 
 
 
 def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
-    """base, aligned, aligned-nf4 and the directions under `work`; what is there is kept.
+    """base, aligned, aligned-nf4, its answers and the directions under `work`; what is there is kept.
 
     aligned-nf4 is the aligned model with its weights rounded to NF4 and back, once: LoRA on it computes what QLoRA
     does, without dequantising at every step, which takes four fifths of the time on a CPU. A test of that is here.
@@ -79,6 +80,10 @@ def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
         metrics = safety_metrics(str(work / "aligned-nf4"), dtype="float32", device="cpu")
         direction = extract_direction(base, aligned, rank=64, keep_v=True, metrics=metrics)
         direction.save(work / "direction.safetensors")
+    if not (work / "aligned-answers.json").is_file():
+        prompts = [prompt.prompt for prompt in load_prompts("harmful", "train")] + harmless_prompts()
+        own = own_answers(work / "aligned-nf4", prompts)
+        atomic_write_text(work / "aligned-answers.json", json.dumps(own, indent=1))
     if not (work / "random-direction.safetensors").is_file():
         direction = AlignmentDirection.load(work / "direction.safetensors")
         randomised(direction, seed).save(work / "random-direction.safetensors")

@@ -152,7 +152,7 @@ def test_refused_pairs(pair, tmp_path):
         extract_direction(quantized, aligned)
     with pytest.raises(AsftError, match="rank is 0"):
         extract_direction(base, aligned, rank=0)
-    with pytest.raises(AsftError, match="device is 'tpu'; expected cpu or cuda"):
+    with pytest.raises(AsftError, match="device is 'tpu'; expected cpu, cuda, or one GPU or more like cuda:0,cuda:1"):
         extract_direction(base, aligned, device="tpu")
     with pytest.raises(AsftError, match="dtype is 'int8'"):
         extract_direction(base, aligned, dtype="int8")

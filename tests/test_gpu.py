@@ -1,4 +1,4 @@
-"""What needs a GPU: axolotl's FSDP2 path, fp16 with loss scaling, fused kernels, activation offloading.
+"""What needs a GPU: axolotl's FSDP2 path, fp16 with loss scaling, fused kernels, activation offloading, extraction.
 
 ASFT_TEST_GPU=1 python -m pytest -m gpu
 """
@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_adapter import lora_model
+from test_extract import write_wide_checkpoint
 from test_lora_kinds import shake
 from tiny import train, write_config
+
+from axolotl_asft import extract_direction
 
 pytestmark = pytest.mark.gpu
 PLUGINS = ["recorder_plugin.RecorderPlugin", "asft"]
@@ -77,3 +80,15 @@ def test_the_penalty_waits_for_nothing_and_takes_little():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.max_memory_allocated() - before < 32e6
+
+
+def test_a_direction_from_every_gpu_is_the_cpus(tmp_path):
+    """By the randomised method, on all GPUs at once: the same bound within a little, the same subspace."""
+    pair = [write_wide_checkpoint(tmp_path / name, 4, seed, 1600) for seed, name in enumerate(("base", "aligned"))]
+    directions = [extract_direction(*pair, rank=8, dtype="float32", device=device) for device in ("cuda", "cpu")]
+    on_gpu, on_cpu = (direction.modules for direction in directions)
+    assert {entry["method"] for entry in directions[0].spec["modules"].values()} == {"randomized"}
+    for name, module in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name].S, module.S, rtol=1e-3, atol=0)
+        bounds = [direction.spec["modules"][name]["bound"] for direction in directions]
+        assert bounds[0] == pytest.approx(bounds[1], rel=0.05)

@@ -11,7 +11,7 @@ SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "redaction", "yaml_config", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
-    "direction", "metrics", "lora", "saved", "sources", "readahead", "partial", "extract", "verify",
+    "direction", "metrics", "lora", "saved", "sources", "readahead", "partial", "devices", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "history", "stamp", "project", "engines", "constraint",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",

@@ -71,6 +71,17 @@ def test_the_exact_bound_is_sharp():
     assert found.bound == pytest.approx(worst_error(d, found), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spectrum", ["slow", "steep", "past two"])
+def test_the_bound_of_rounding_is_near_the_worst(spectrum, dtype):
+    """All directions are kept, so that nothing else is lost; a loose bound would make a tolerance take more of them."""
+    d = with_spectrum(SPECTRA[spectrum](40), 400, 40)
+    found = leading_subspace(d, 40, dtype=dtype)
+    worst = worst_error(d, found)
+    assert worst <= found.bound <= 2.5 * worst
+    assert found.bound > 1e-5
+
+
 def test_the_smallest_rank_within_a_tolerance():
     d = with_spectrum(SPECTRA["slow"](40), 50, 40)
     found = leading_subspace(d, None, tolerance=0.05, dtype=torch.float32)
