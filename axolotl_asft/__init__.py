@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from axolotl_asft.adapter import AlignmentPenalty
-    from axolotl_asft.constraint import attach
+    from axolotl_asft.attaching import attach
     from axolotl_asft.direction import AlignmentDirection
     from axolotl_asft.errors import AsftError
     from axolotl_asft.extract import extract_direction
@@ -31,7 +31,7 @@ _HOMES = {
     "AlignmentPenalty": "adapter",
     "AsftError": "errors",
     "AsftPlugin": "plugin",
-    "attach": "constraint",
+    "attach": "attaching",
     "extract_direction": "extract",
 }
 

@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 from axolotl_asft.adapter import AlignmentPenalty
+from axolotl_asft.anchor import TEXTS
 from axolotl_asft.args import AsftArgs
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.guard import OUR_NAMES
@@ -39,6 +40,11 @@ def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list
         lines.append(
             f"max_drift {block.max_drift:g}: after every step each layer is brought back to {block.max_drift:g} times "
             "what alignment moved it"
+        )
+    if block.anchor_weight > 0:
+        lines.append(
+            f"anchor_weight {block.anchor_weight:g}: at every step {TEXTS} of the aligned model's own answers are "
+            "asked for, and the divergence from them joins the loss, nats a token"
         )
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
@@ -87,8 +93,11 @@ def _on_strength(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[s
     found = []
     low, high = MEASURED_LAMBDAS[str(penalty.metric)]
     strength = block.lambda_reg
-    if strength == 0 and block.max_drift is None:
-        found.append("lambda_reg is 0 and max_drift is not set: nothing is constrained, numbers are logged alone")
+    if strength == 0 and block.max_drift is None and block.anchor_weight == 0:
+        found.append(
+            "lambda_reg is 0, and neither max_drift nor anchor_weight is set: nothing is constrained, numbers are "
+            "logged alone"
+        )
     elif strength and not low / FAR <= strength <= high * FAR:
         side = "less than a tenth of the smallest" if strength < low else "more than ten times the largest"
         found.append(

@@ -42,6 +42,13 @@ class AsftArgs(BaseModel):
         allow_inf_nan=False,
         description="budget: no layer leaves the direction by more than this multiple of what alignment moved it",
     )
+    anchor_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the divergence from the aligned model's own answers, refusals and harmless ones, a few "
+        "of which are asked for at every step; 0: none",
+    )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: the authors' code's dW = B A, without PEFT's scaling"
     )

@@ -134,7 +134,7 @@ def extract(
     from axolotl_asft.extract import extract_direction
     from axolotl_asft.summary import summary, summary_table
 
-    metrics = []
+    asked: dict[str, Any] = {}
     if metric_names:
         if options["aligned"] is None:
             raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
@@ -142,21 +142,20 @@ def extract(
         from axolotl_asft.hub import model_folder
 
         with stages(show=not as_json) as stage:
-            metrics = safety_metrics(
+            found = safety_metrics(
                 str(model_folder(options["aligned"])),
                 metric_names,
                 prompts,
-                metric_rank,
-                metric_energy,
+                rank=metric_rank,
+                energy=metric_energy,
                 load_in_4bit=load_in_4bit,
-                device=options["device"],
+                device=options["device"].partition(",")[0],
                 stage=stage,
             )
+        asked = {"metrics": found.metrics, "own_answers": found.own_answers}
     show = sys.stderr.isatty() and not as_json
     try:
-        direction = extract_direction(
-            modules=list(modules) or None, metrics=metrics, progress=show, output=output, **options
-        )
+        direction = extract_direction(modules=list(modules) or None, progress=show, output=output, **asked, **options)
     except KeyboardInterrupt:
         click.echo(f"\n{output}.partial holds what is done; the same command goes on there", err=True)
         raise

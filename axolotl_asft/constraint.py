@@ -1,8 +1,5 @@
 """The trainer side: the penalty in the gradient, its numbers in the log, its mark on what is saved."""
 
-import logging
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +9,50 @@ from transformers import Trainer, TrainerCallback
 
 from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
+from axolotl_asft.anchor import AnswerAnchor, own_answers_of
 from axolotl_asft.diagnostics import DriftReport
-from axolotl_asft.direction import AlignmentDirection
-from axolotl_asft.engines import engine, refuse_unsupported, steps_in_backward
+from axolotl_asft.engines import engine, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
 
-LOG = logging.getLogger("axolotl.asft")
-
 
 class Constraint:
-    """L = L_task + lambda_reg P inside a trainer; made by `attach`.
+    """L = L_task + lambda_reg P + anchor_weight KL inside a trainer; made by `attach`.
 
     The gradient of lambda_reg P is added once per optimizer step, in closed form, to the finished gradient of the
     task: after the last micro-batch and the sum over devices, before clipping. So neither the trainer's way to its
     loss nor gradient accumulation, the number of devices, recomputation or the precision of the forward pass has
-    any say in it.
+    any say in it. The anchor, a few answers a step (`axolotl_asft.anchor`), is one more micro-batch before that.
 
     Attributes:
         penalty: the `AlignmentPenalty` over the trainer's model.
         lambda_reg: its weight. At 0 the training is left alone and the numbers are logged.
         max_drift: the budget that every layer is brought back to after each optimizer step; None: no budget.
+        anchor_weight: of the divergence from the aligned model's own answers; 0: they are not asked for.
         history: what the main process writes beside the adapter at each log line.
     """
 
-    def __init__(self, trainer: Trainer, penalty: AlignmentPenalty, lambda_reg: float, max_drift: float | None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        penalty: AlignmentPenalty,
+        lambda_reg: float,
+        max_drift: float | None = None,
+        anchor_weight: float = 0.0,
+    ):
         self.trainer = trainer
         self.penalty = penalty
         self.lambda_reg = lambda_reg
         self.max_drift = max_drift
+        self.anchor_weight = anchor_weight
+        self._anchor = None
+        if anchor_weight > 0:
+            self._anchor = AnswerAnchor(
+                getattr(trainer, "processing_class", None), own_answers_of(penalty.direction.spec)
+            )
+        self._divergences: list[Tensor] = []  # since the last line of the log
+        self._divergence = 0.0
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
         self.history.header["constraint"] = self.settings()
         self._steps = self._shortened = self._first_step = 0
@@ -59,21 +70,26 @@ class Constraint:
         trainer.add_callback(_EveryStepConstrained(self))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The trainer's own; after the last micro-batch of an optimizer step, the penalty's gradient on top."""
+        """The trainer's own; after the last micro-batch of an optimizer step, the constraint's gradients on top."""
         loss = self._training_step(*args, **kwargs)
         if self.trainer.accelerator.sync_gradients:
             self._steps += 1
-            if self.lambda_reg > 0:
+            if self.lambda_reg > 0 or self._anchor is not None:
                 self._refuse_spent_gradients()
-                self._note(self.penalty.add_gradient(self._scaled_lambda()))
+            if self._anchor is not None:
+                self._ask(self._anchor)
+            if self.lambda_reg > 0:
+                self._note(self.penalty.add_gradient(self._scaled(self.lambda_reg)))
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds asft/penalty, asft/drift and asft/update_norm to every training line, the peak to the last."""
+        """Adds asft/penalty, asft/drift and the like to every training line, the peak to the last."""
         last = "train_loss" in logs
         report = self.report() if "loss" in logs or last else None  # every process takes part
         if report is not None:
             logs.update(self._metrics(report))
+            if self._anchor is not None:
+                logs["asft/anchor_kl"] = self.anchor_kl()
         if last:
             logs["asft/penalty_peak"] = self.penalty_peak()
         self._log(logs, *args, **kwargs)
@@ -87,6 +103,14 @@ class Constraint:
             "asft/update_norm": _significant(report.update_norm),
             "asft/max_drift": _significant(report.max_drift),
         }
+
+    def anchor_kl(self) -> float:
+        """KL(aligned || now) of the answers, nats a token: the mean since the last line of the log."""
+        if self._divergences:
+            mean = torch.stack(self._divergences).mean()
+            self._divergence = _significant(float(self.trainer.accelerator.reduce(mean, "mean")))
+            self._divergences.clear()
+        return self._divergence
 
     def report(self) -> DriftReport:
         """The drift of every layer now."""
@@ -107,6 +131,7 @@ class Constraint:
             "rank": self.penalty.rank,
             "metric": self.penalty.metric,
             "max_drift": self.max_drift,
+            "anchor_weight": self.anchor_weight,
             "lora_scaling": self.penalty.lora_scaling,
             "modules": self.penalty.modules,
             "on_uncovered": self.penalty.on_uncovered,
@@ -117,7 +142,9 @@ class Constraint:
     def stamp(self) -> dict[str, Any]:
         """What a saved adapter says of the constraint that it was trained under."""
         report = self.report()
+        anchored = {"anchor_kl": self.anchor_kl()} if self._anchor is not None else {}
         return self.settings() | {
+            **anchored,
             "penalty_peak": self.penalty_peak(),
             "drift": _significant(report.drift),
             "update_norm": _significant(report.update_norm),
@@ -147,6 +174,10 @@ class Constraint:
         self._steps, self._shortened, self._peak, self._final_stamp = 0, 0, None, None
         state, arguments = self.trainer.state, self.trainer.args
         self._first_step = state.global_step
+        self._divergences.clear()
+        if self._anchor is not None:
+            with self.trainer.compute_loss_context_manager():
+                self._anchor.remember(self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped))
         if self.trainer.is_world_process_zero():
             header = {"trainer": type(self.trainer).__name__, "engine": engine(self.trainer), "device": _device()}
             self.history.header |= header | {"processes": arguments.world_size}
@@ -178,13 +209,26 @@ class Constraint:
         value = self.lambda_reg * value
         self._peak = value if self._peak is None else torch.maximum(self._peak, value)
 
-    def _scaled_lambda(self) -> Tensor | float:
-        """lambda_reg, in fp16 times the loss scale, by which the gradients are still multiplied here."""
+    def _ask(self, anchor: AnswerAnchor) -> None:
+        """The gradient of anchor_weight KL: a backward pass through the model as the trainer wrapped it."""
+        arguments = self.trainer.args
+        with self.trainer.compute_loss_context_manager():
+            loss = anchor.loss(
+                self.trainer.model_wrapped,
+                self.trainer.state.global_step,
+                arguments.process_index,
+                arguments.world_size,
+            )
+        (self._scaled(self.anchor_weight) * loss).backward()
+        self._divergences.append(loss.detach())
+
+    def _scaled(self, weight: float) -> Tensor | float:
+        """A weight, in fp16 times the loss scale, by which the gradients are still multiplied here."""
         scaler = self.trainer.accelerator.scaler
         if scaler is None or not scaler.is_enabled():
-            return self.lambda_reg
+            return weight
         device = self.penalty.layers[0].A.device
-        return scaler.scale(torch.tensor(self.lambda_reg, device=device))
+        return scaler.scale(torch.tensor(weight, device=device))
 
     def _refuse_spent_gradients(self) -> None:
         """An optimizer that steps during the backward pass leaves no gradient to add to."""
@@ -213,68 +257,6 @@ class _EveryStepConstrained(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._constraint.end()
-
-
-def attach(
-    trainer: Trainer,
-    direction: AlignmentDirection,
-    lambda_reg: float | None = None,
-    max_drift: float | None = None,
-    **options: Any,
-) -> Constraint:
-    """Train with L = L_task + lambda_reg P from the first step to the last (AsFT, arXiv 2506.08473).
-
-    Args:
-        trainer: a transformers or TRL trainer over a PEFT model.
-        direction: the alignment direction of the trainer's model.
-        lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is. Default: 1, and 0
-            where max_drift is given.
-        max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
-        options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
-
-    The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
-    alone.
-
-    Raises:
-        AsftError: an unsuitable lambda_reg, model, direction or way of training; a second `attach`.
-    """
-    if lambda_reg is None:
-        lambda_reg = 1.0 if max_drift is None else 0.0
-    if isinstance(lambda_reg, bool) or not math.isfinite(lambda_reg) or lambda_reg < 0:
-        raise AsftError(f"lambda_reg is {lambda_reg}; expected a finite number, 0 or more")
-    if max_drift is not None and (isinstance(max_drift, bool) or not math.isfinite(max_drift) or max_drift <= 0):
-        raise AsftError(f"max_drift is {max_drift}; expected a finite number above 0, or None")
-    attached: Callable[..., Any] = trainer.log
-    if isinstance(getattr(attached, "__self__", None), Constraint):
-        raise AsftError("the constraint is attached to this trainer already; attach it once")
-    refuse_unsupported(trainer)
-    if trainer.model is None:
-        raise AsftError("the trainer has no model; expected a PEFT model")
-    penalty = AlignmentPenalty(trainer.model, direction, **options)
-    if max_drift is not None and (taken := [layer.name for layer in penalty.layers if layer.was_taken_out]):
-        raise AsftError(budget_refused(taken[0]))
-    constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift)
-    LOG.info(
-        "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, projector %s, metric %s, "
-        "direction of %s (sha256 %s)",
-        len(penalty.layers),
-        engine(trainer),
-        lambda_reg,
-        max_drift,
-        penalty.projector,
-        penalty.metric,
-        direction.spec["aligned"]["id"],
-        (direction.sha256 or "unsaved")[:12],
-    )
-    return constraint
-
-
-def budget_refused(layer: str) -> str:
-    """The line for a budget over a layer whose initialisation took a part out of the weight."""
-    return (
-        f"max_drift cannot shorten the update of {layer}: its initialisation took a part out of the weight; use "
-        "lambda_reg, or plain LoRA initialisation"
-    )
 
 
 def _device() -> str:

@@ -8,9 +8,10 @@ from peft import PeftModel
 
 from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
+from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
+from axolotl_asft.attaching import anchor_refused, budget_refused
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
-from axolotl_asft.constraint import budget_refused
 from axolotl_asft.cost import Cost, estimate
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
@@ -108,6 +109,8 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
     check.warnings += [*missed_plugins(cfg), *missed_targets(cfg, model)]
     if direction is None:
         return
+    if block.anchor_weight > 0:
+        _try(check, lambda: own_answers_of(direction.spec))
     _refuse_initialisation(check, block, layers, initialisation, Path(cfg.base_model).expanduser().is_dir())
     penalty = _match(check, block, direction, model, layers)
     if penalty is None:
@@ -196,6 +199,8 @@ def _refuse_initialisation(
         return
     if block.max_drift is not None:
         check.errors.append(budget_refused(layers[0].name))
+    if block.anchor_weight > 0:
+        check.errors.append(anchor_refused(layers[0].name))
     if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):
         check.errors.append(
             "LoftQ replaces the weights by rounded ones, so that the run can tell the model by its files alone; give "
@@ -207,7 +212,7 @@ def _match(
     check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel, layers: list[FoundLayer]
 ) -> AlignmentPenalty | None:
     """The run's own matching of layers and directions, by whole name and shape."""
-    options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift"})
+    options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift", "anchor_weight"})
     options |= {"verify_model": False}  # there are no weights to look at
     penalty = _try(check, lambda: AlignmentPenalty(model, direction, **options))
     if penalty is None:  # was it for the uncovered ones?

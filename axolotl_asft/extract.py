@@ -63,6 +63,7 @@ def extract_direction(
     dtype: str = "bfloat16",
     keep_v: bool = False,
     metrics: Sequence[LayerMetric] = (),
+    own_answers: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     device: str = "cpu",
     progress: bool = False,
@@ -86,6 +87,7 @@ def extract_direction(
         dtype: of the stored vectors, "bfloat16", "float16" or "float32".
         keep_v: keep the right singular vectors too.
         metrics: of the aligned model on safety prompts (`axolotl_asft.metrics`), kept for metric="fisher" and its like.
+        own_answers: (request as the aligned model reads it, its answer), kept for anchor_weight; from the same place.
         seed: of the randomised decomposition; the same inputs and seed give the same direction.
         device: where the algebra runs: "cpu", "cuda" (every GPU there is), or some of them, "cuda:0,cuda:1".
         progress: show a progress bar with the time left on the terminal.
@@ -103,6 +105,7 @@ def extract_direction(
             "seed": seed,
         },
         **({"metrics": {m.name: {"answers": m.answers, "scale": m.scale} for m in metrics}} if metrics else {}),
+        **({"own_answers": [list(turn) for turn in own_answers]} if own_answers else {}),
         "tool": f"axolotl-asft {__version__}",
     }
     devices = devices_named(device)

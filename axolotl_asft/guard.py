@@ -28,6 +28,7 @@ OPTIONS = {
     "rank": "int",
     "metric": "str",
     "max_drift": "float",
+    "anchor_weight": "float",
     "lora_scaling": "bool",
     "on_uncovered": "str",
     "verify_model": "bool",

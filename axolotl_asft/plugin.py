@@ -11,7 +11,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from axolotl_asft.args import AsftArgs, parse_block
-from axolotl_asft.constraint import Constraint, attach
+from axolotl_asft.attaching import attach
+from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line

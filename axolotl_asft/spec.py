@@ -12,6 +12,7 @@ FORMAT_VERSION = "1"
 SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
 MODULE_FIELDS = ("shape", "k", "energy", "bound")
 METRICS = ("activations", "fisher")  # that a file may hold
+MOST_ANSWERS, MOST_TEXT = 512, 10_000  # characters
 REMAKE = "make it again with `axolotl asft extract`"
 
 
@@ -59,7 +60,23 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise AsftError(f"{path}: its spec has a value of another kind; {REMAKE}")
     if not _is_number(spec.get("relative_norm", 0.0)):
         raise AsftError(f"{path}: its spec has relative_norm {shown(spec['relative_norm'])}; {REMAKE}")
+    _check_own_answers(path, spec.get("own_answers", []))
     return spec
+
+
+def _check_own_answers(path: Path, turns: object) -> None:
+    if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+        raise AsftError(
+            f"{path}: its spec has own_answers {shown(turns)}; expected pairs of a request and an answer, of "
+            f"{MOST_TEXT:,} characters at most; {REMAKE}"
+        )
+    if len(turns) > MOST_ANSWERS:
+        raise AsftError(f"{path}: its spec has {len(turns):,} own_answers; expected {MOST_ANSWERS} at most; {REMAKE}")
+
+
+def _is_turn(turn: object) -> bool:
+    texts = turn if isinstance(turn, list) else []
+    return len(texts) == 2 and all(isinstance(text, str) and len(text) <= MOST_TEXT for text in texts)
 
 
 def _check_module_entry(path: Path, name: str, entry: dict[str, Any]) -> None:

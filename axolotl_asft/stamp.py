@@ -61,8 +61,11 @@ def add_to_model_card(path: Path, section: str, mark: str, tag: str) -> bool:
 def _section(stamp: dict[str, Any]) -> str:
     measured = ""
     budget = "" if stamp["max_drift"] is None else f"`max_drift`: {stamp['max_drift']:g}, "
+    if stamp["anchor_weight"]:
+        budget += f"`anchor_weight`: {stamp['anchor_weight']:g}, "
+        measured += f"- divergence from the aligned model's own answers: {stamp['anchor_kl']:.4g} nats a token\n"
     if stamp["update_norm"] is not None:
-        measured = (
+        measured += (
             f"- drift at the end: {stamp['drift']:.4f} (share of the update outside the alignment direction), "
             f"update norm {stamp['update_norm']:.4f}\n"
         )

@@ -29,6 +29,7 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
             "over_2": sum(m["max_c_paper"] > 2 for m in modules),
         },
         "metrics": spec.get("metrics", {}),
+        "own_answers": spec.get("own_answers", []),
         "rank": spec["rank"],
         "svd": spec["svd"],
         "tool": spec["tool"],
@@ -71,6 +72,7 @@ def summary_table(result: dict[str, Any]) -> str:
         ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
         ("error bound", f"at most {result['max_bound']:.3g} of ||dW||^2 (paper penalty, worst layer)"),
         ("metrics", ", ".join(["weights", *(_metric(name, of) for name, of in result["metrics"].items())])),
+        ("own answers", f"{len(result['own_answers'])}, for anchor_weight" if result["own_answers"] else "none"),
         ("paper max c", f"{result['max_c']['paper']:.4g}" + _over_two(result["max_c"]["over_2"])),
         ("made by", f"{result['tool']}, {result['created']}"),
     ]

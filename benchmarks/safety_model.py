@@ -77,8 +77,10 @@ def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
     if not (work / "aligned-nf4" / "model.safetensors").is_file():
         _round_to_nf4(aligned, work / "aligned-nf4")
     if not (work / "direction.safetensors").is_file():
-        metrics = safety_metrics(str(work / "aligned-nf4"), dtype="float32", device="cpu")
-        direction = extract_direction(base, aligned, rank=64, keep_v=True, metrics=metrics)
+        asked = safety_metrics(str(work / "aligned-nf4"), dtype="float32", device="cpu")
+        direction = extract_direction(
+            base, aligned, rank=64, keep_v=True, metrics=asked.metrics, own_answers=asked.own_answers
+        )
         direction.save(work / "direction.safetensors")
     if not (work / "aligned-answers.json").is_file():
         prompts = [prompt.prompt for prompt in load_prompts("harmful", "train")] + harmless_prompts()

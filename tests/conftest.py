@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ENVIRONMENT, ON_GPU, make_dataset, make_pair
+from tiny import ENVIRONMENT, ON_GPU, OWN_ANSWERS, make_dataset, make_pair
 
 os.environ.update(ENVIRONMENT)
 
@@ -32,6 +32,16 @@ def direction_file(pair, tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("direction") / "tiny.asft.safetensors"
     extract_direction(*pair, rank=8).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def anchored_file(pair, tmp_path_factory) -> Path:
+    """Their direction with the aligned model's own answers, for anchor_weight."""
+    from axolotl_asft import extract_direction
+
+    path = tmp_path_factory.mktemp("anchored") / "tiny.asft.safetensors"
+    extract_direction(*pair, rank=8, own_answers=OWN_ANSWERS).save(path)
     return path
 
 

@@ -12,11 +12,13 @@ import weakref
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from tiny import OWN_ANSWERS, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, layer_groups
+from axolotl_asft.anchor import AnswerAnchor
 
 
 def lora_model(folder, r):
@@ -50,6 +52,21 @@ def largest_difference(sharded, whole):
         full = sharded[name].full_tensor()
         worst = max(worst, float((full - tensor).detach().norm() / tensor.detach().norm()))
     return worst
+
+
+def anchored(model, reference, rank, world):
+    """A micro-batch and the anchor, sharded and whole: how far apart the gradients are, and without the anchor."""
+    gradients = {}
+    for name, one, ranks, place in (("sharded", model, [rank], (rank, world)), ("whole", reference, range(world), ())):
+        one.zero_grad()
+        anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS)
+        anchor.remember(one)
+        backward(one, ranks, len(ranks))
+        if name == "whole":
+            task = {name: weight.grad.clone() for name, weight in trained(one).items()}
+        (50.0 * anchor.loss(one, 3, *place)).backward()
+        gradients[name] = {name: weight.grad for name, weight in trained(one).items()}
+    return largest_difference(gradients["sharded"], gradients["whole"]), largest_difference(gradients["sharded"], task)
 
 
 def main(aligned, direction_file, r, lambda_reg):
@@ -105,6 +122,7 @@ def main(aligned, direction_file, r, lambda_reg):
     (lambda_reg * whole_penalty()).backward()
     expected = {name: weight.grad for name, weight in trained(reference).items()}
     answer["autograd"] = largest_difference({name: weight.grad for name, weight in trained(model).items()}, expected)
+    answer["anchor"], answer["anchor's part"] = anchored(model, reference, rank, world)
     if rank == 0:
         print(json.dumps(answer), flush=True)
     dist.destroy_process_group()

@@ -54,6 +54,8 @@ def test_yaml_writes_small_numbers_as_text():
         ({"modules": []}, "asft.modules is []"),
         ({"modules": "q_proj"}, "asft.modules is 'q_proj'; input should be a valid list"),
         ({"direction": ""}, "asft.direction is ''"),
+        ({"anchor_weight": -1}, "asft.anchor_weight is -1; input should be greater than or equal to 0"),
+        ({"anchor": 1}, "asft.anchor is no key of the asft block; did you mean anchor_weight?"),
     ],
 )
 def test_mistakes(changes, message):

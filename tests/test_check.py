@@ -132,6 +132,8 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"micro_batch_size": "many"}, "axolotl refuses the config: micro_batch_size"),
         ({}, {"type_of_model": "LamaForCausalLM"}, "which transformers does not have"),
         ({"max_drift": 0.1}, {"peft_init_lora_weights": "pissa"}, "max_drift cannot shorten"),
+        ({"anchor_weight": 1}, {"peft_init_lora_weights": "pissa"}, "anchor_weight cannot ask the aligned model"),
+        ({"anchor_weight": 1}, {}, "anchor_weight needs the aligned model's own answers"),
         ({}, {"asft": None, "plugins": None}, "the config has no asft: block"),
     ],
 )

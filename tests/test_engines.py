@@ -112,6 +112,34 @@ def test_ddp_equals_one_process(
     assert stamp["update_norm"] == pytest.approx(log_history(config)[STEPS - 1]["asft/update_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_the_anchor_under_ddp_equals_one_process(forked_train, start, pair, dataset, anchored_file, tmp_path):
+    """The answers of a step are shared out; two processes ask for the same ones as a single one."""
+    batches = (
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 2},
+        {
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+        },
+    )
+    configs = [
+        write_config(
+            tmp_path / name, pair[1], dataset, block(anchored_file, lambda_reg=0, anchor_weight=weight),
+            **{**RUN, **start, **batch, "plugins": ["asft", "cpu_plugin.CpuPlugin"]},
+        )
+        for name, weight, batch in (("free", 0, batches[0]), ("one", 2, batches[0]), ("two", 2, batches[1]))
+    ]  # fmt: skip
+    for config in configs[:2]:
+        status, output = forked_train(config)
+        assert status == 0, output
+    two_processes(configs[2], "torchrun", ["--nproc_per_node=2"])
+    free, one, two = (adapter(config) for config in configs)
+    assert distance(one, free) > 0.02
+    assert distance(one, two) < 0.002
+    for line, other in zip(log_history(configs[1])[:STEPS], log_history(configs[2])[:STEPS], strict=True):
+        assert other["asft/anchor_kl"] == pytest.approx(line["asft/anchor_kl"], rel=2e-3)
+
+
 @pytest.mark.parametrize("rank", [4, 3])
 def test_fsdp2_shards(pair, direction_file, rank):
     """Raw fully_shard on two gloo processes; rank 3 does not divide by two."""
@@ -131,6 +159,7 @@ def test_fsdp2_shards(pair, direction_file, rank):
     assert answer["shortened"][0] < 0.9
     assert answer["weights within the budget"] < 1e-4
     assert answer["autograd"] < 1e-4
+    assert answer["anchor"] < 1e-4 < 0.05 < answer["anchor's part"]
     assert answer["drift"][0] == pytest.approx(answer["drift"][1], rel=1e-6)
     assert 1 < max(answer["groups"]) < sum(answer["groups"]), answer["groups"]
     assert answer["most whole factors"] <= max(answer["groups"]), "the A or the B of one group at a time"

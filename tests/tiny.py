@@ -28,6 +28,24 @@ CHAT_TEMPLATE = (
 )
 
 
+# What an aligned model of ours might say, as a direction file keeps it for anchor_weight.
+OWN_ANSWERS = [
+    (f"<|user|> {request} </s><|assistant|> ", answer)
+    for request, answer in [
+        ("the cat sees a dog", "no no the dog"),
+        ("a red house", "yes"),
+        ("the tree and the cat", "no a cat likes"),
+        ("blue dog", "then says yes and no"),
+        ("the red cat", "no"),
+        ("a dog likes the house", "yes a red one"),
+        ("then the tree", "no no no no no"),
+        ("the blue tree sees", "the cat"),
+        ("says a dog", "yes and then no"),
+        ("house and house", "a house"),
+    ]
+]
+
+
 def make_tokenizer():
     """A word-level chat tokenizer of about 20 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -150,10 +150,14 @@ def _extract(output: Path, data: DemoData, stage: Stage) -> None:
 
     advance = stage("extract the alignment direction", 1)
     if not (output / "direction.safetensors").exists():
-        refused = [turn.prompt for turn in data.alignment if turn.answer == REFUSAL]
-        atomic_write_text(output / "harmful.txt", "\n".join(refused[:ASKED]) + "\n")
-        metrics = safety_metrics(str(output / "aligned"), ["fisher"], str(output / "harmful.txt"), device="cpu")
-        direction = extract_direction(output / "base", output / "aligned", metrics=metrics)
+        for name, wanted in (("harmful.txt", True), ("harmless.txt", False)):
+            prompts = [turn.prompt for turn in data.alignment if (turn.answer == REFUSAL) == wanted]
+            atomic_write_text(output / name, "\n".join(prompts[:ASKED]) + "\n")
+        sets = str(output / "harmful.txt"), str(output / "harmless.txt")
+        asked = safety_metrics(str(output / "aligned"), ["fisher"], *sets, device="cpu")
+        direction = extract_direction(
+            output / "base", output / "aligned", metrics=asked.metrics, own_answers=asked.own_answers
+        )
         direction.save(output / "direction.safetensors")
         advance()
 

@@ -1,14 +1,15 @@
-"""Prompts in, metrics of the penalty out: the aligned model is asked for harm, and its layers are watched."""
+"""Prompts in, what holds a run out: the aligned model is asked for harm, its layers are watched, its answers kept."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import HARMFUL_TASK, Answer, Interviewer
+from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer
 from axolotl_asft.evaluation.models import load_model, load_tokenizer
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.metrics import (
@@ -22,12 +23,27 @@ from axolotl_asft.metrics import (
 from axolotl_asft.spec import METRICS
 
 FEW_REFUSALS = 8
+KEPT = 32  # answers of either kind, to be asked for during training
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """What was learnt from the aligned model's own answers.
+
+    Attributes:
+        metrics: of every linear layer, for the penalty.
+        own_answers: (request as the model reads it, first words of its answer), refusals and harmless ones in turns.
+    """
+
+    metrics: list[LayerMetric]
+    own_answers: list[tuple[str, str]]
 
 
 def safety_metrics(
     model: str,
     names: Sequence[str] = METRICS,
     prompts: str = "harmful",
+    harmless: str | None = "borderline",
     rank: int = DEFAULT_METRIC_RANK,
     energy: float = DEFAULT_METRIC_ENERGY,
     *,
@@ -36,16 +52,18 @@ def safety_metrics(
     device: str | None = None,
     batch_size: int = 8,
     stage: Stage = silent,
-) -> list[LayerMetric]:
+) -> AskedModel:
     """The metrics of every linear layer over prompts that ask for harm and the first words of the model's own answers.
 
     Of the shipped prompts the `train` split is used: the held-out ones stay fit for evaluation. The Fisher metric looks
-    at the answers that are refusals alone: they are what is to be kept.
+    at the answers that are refusals alone: they are what is to be kept. Some of them are kept as they are too, and as
+    many answers to harmless prompts: an anchor on refusals alone would make the model refuse what it should not.
 
     Args:
         model: folder or Hub id of the aligned chat model.
         names: "activations", "fisher" or both.
-        prompts: a set as `load_prompts` knows them.
+        prompts: a set as `load_prompts` knows them; what they ask for is to be refused.
+        harmless: another set, which is to be answered; None: none.
         rank, energy: directions kept a layer and side: the fewest with this share of the trace, at most so many.
         dtype, load_in_4bit, device, batch_size: how the model is loaded and asked.
 
@@ -58,26 +76,37 @@ def safety_metrics(
     loaded, tokenizer = load_model(model, dtype, load_in_4bit, device), load_tokenizer(model)
     interviewer = Interviewer(loaded, tokenizer, batch_size, OWN_WORDS, name="the aligned model", stage=stage)
     answers = interviewer.answers(HARMFUL_TASK, {"prompts": prompts, "split": "train"})
+    turns = [(answer.asked, answer.answer) for answer in answers]
     layers, found = _linear_layers(loaded), []
     if "activations" in names:
-        turns = [(answer.asked, answer.answer) for answer in answers]
         advance = stage("read its layers' inputs", len(turns))
         found.append(activation_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance))
+    refused = [turn for turn in turns if is_refusal(turn[1])]
     if "fisher" in names:
-        turns = _refusals(model, answers)
-        advance = stage("weigh what its refusals depend on", len(turns))
-        found.append(fisher_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance=advance))
-    return found
+        _check_refusals(model, refused, answers)
+        advance = stage("weigh what its refusals depend on", len(refused))
+        found.append(fisher_metric(loaded, tokenizer, refused, layers, rank, energy, batch_size, advance=advance))
+    if harmless is None:
+        return AskedModel(found, _evenly(refused))
+    answers = interviewer.answers(BORDERLINE_TASK, {"prompts": harmless, "split": "train"})
+    answered = [(answer.asked, answer.answer) for answer in answers]
+    pairs = zip(_evenly(refused), _evenly(answered), strict=False)
+    return AskedModel(found, [turn for pair in pairs for turn in pair])
 
 
-def _refusals(model: str, answers: Sequence[Answer]) -> list[tuple[str, str]]:
-    refused = [(answer.asked, answer.answer) for answer in answers if is_refusal(answer.answer)]
+def _evenly(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """At most KEPT of them with a text, from all over."""
+    turns = [turn for turn in turns if turn[1].strip()]
+    count = min(KEPT, len(turns))
+    return [turns[i * len(turns) // count] for i in range(count)]
+
+
+def _check_refusals(model: str, refused: Sequence[tuple[str, str]], answers: Sequence[Answer]) -> None:
     if len(refused) < min(FEW_REFUSALS, len(answers)):
         raise AsftError(
             f"{model} refuses {len(refused)} of {len(answers)} prompts that ask for harm, so that there are no "
             "refusals to keep; give the aligned chat model, and --prompts that it refuses"
         )
-    return refused
 
 
 def _linear_layers(model: Any) -> list[str]:

@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.ticker import MaxNLocator
 
 from axolotl_asft.report.findings import (
+    anchor_title,
     drift_title,
     furthest_title,
     has_free_directions,
@@ -52,6 +53,7 @@ def training_panels(runs: Sequence[Run]) -> list[Panel]:
     wanted = [
         ("loss", loss_title(run), "loss of the task, by step", None),
         ("asft/penalty", penalty_title(run), "lambda_reg P, by step", None),
+        ("asft/anchor_kl", anchor_title(run), "from the aligned model's own answers, nats a token, by step", None),
         ("asft/max_drift", furthest_title(run), "in units of what alignment moved it, by step", budget),
         ("asft/update_norm", norm_title(run), "‖dW‖ over all layers, by step", None),
         ("asft/drift", drift_title(run), "‖(I - C) dW‖ / ‖dW‖ over all layers, by step", None),

@@ -104,6 +104,19 @@ def penalty_title(run: Run) -> str:
     return f"The penalty peaked at {number(peak)} in step {at:,} and ended at {number(values[-1])}"
 
 
+def anchor_title(run: Run) -> str:
+    steps, values = run.curve("asft/anchor_kl")
+    if not values:
+        return "The aligned model's own answers"
+    peak = max(values)
+    if peak > 1.1 * values[-1]:
+        return (
+            f"Its own answers went {number(peak)} nats astray by step {steps[values.index(peak)]:,}, "
+            f"{number(values[-1])} at the end"
+        )
+    return f"Its own answers ended {number(values[-1])} nats a token from the aligned model's"
+
+
 def furthest_title(run: Run) -> str:
     _, values = run.curve("asft/max_drift")
     if not values:

@@ -12,7 +12,10 @@ from axolotl_asft.report.spectrum import Spectrum, update_spectrum
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter
 from axolotl_asft.stamp import STAMP_KEY
 
-CURVES = ("loss", "eval_loss", "learning_rate", "asft/penalty", "asft/drift", "asft/update_norm", "asft/max_drift")
+CURVES = (
+    "loss", "eval_loss", "learning_rate",
+    "asft/penalty", "asft/anchor_kl", "asft/drift", "asft/update_norm", "asft/max_drift",
+)  # fmt: skip
 
 
 @dataclass

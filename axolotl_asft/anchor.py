@@ -1,0 +1,162 @@
+"""An anchor that is asked anew at every step: the aligned model's own answers, beside what the model says now."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from axolotl_asft.errors import AsftError
+
+TEXTS = 8  # answers a step
+LIKELIEST = 64  # tokens told apart at each place of an answer
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a distribution over the vocabulary was at n places of a text, as far as it is told apart.
+
+    Attributes:
+        tokens: (n, m), the likeliest.
+        log_p: (n, m) fp32, of these.
+        log_rest: (n,) fp32, of all others together.
+    """
+
+    tokens: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Places":
+        """From logits (n, vocabulary)."""
+        tokens = logits.float().topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
+        return cls(tokens, *_log_probabilities(logits, tokens))
+
+    def to(self, device: torch.device) -> "Places":
+        return Places(self.tokens.to(device), self.log_p.to(device), self.log_rest.to(device))
+
+
+def divergence(places: Places, logits: Tensor) -> Tensor:
+    """KL(p || q) at each place, (n,) nats: sum over the likeliest tokens and the rest, taken as one, of p log(p / q).
+
+    At most the divergence over the whole vocabulary, zero where q = p, and differentiable in `logits` (n, vocabulary).
+    """
+    log_q, log_rest = _log_probabilities(logits, places.tokens)
+    likeliest = (places.log_p.exp() * (places.log_p - log_q)).sum(dim=-1)
+    return likeliest + places.log_rest.exp() * (places.log_rest - log_rest)
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, m) of the tokens and (n,) of all others, fp32."""
+    logits = logits.float()
+    total = logits.logsumexp(dim=-1)
+    others = logits.scatter(-1, tokens, float("-inf")).logsumexp(dim=-1)
+    return logits.gather(-1, tokens) - total[:, None], others - total
+
+
+class AnswerAnchor:
+    """KL(aligned || now), nats a token, of what the aligned model itself answered: refusals and harmless answers.
+
+    What it says is remembered once, before the first step, by the model that is trained, without its adapter: of
+    each place of an answer the 64 likeliest tokens. Every optimizer step asks for a few of the answers.
+    """
+
+    def __init__(self, tokenizer: Any, answers: Sequence[tuple[str, str]]) -> None:
+        """
+        Args:
+            tokenizer: the model's.
+            answers: (request as the model reads it, with the chat template; its answer), of `own_answers_of`.
+
+        Raises:
+            AsftError: the trainer has no tokenizer.
+        """
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        if tokenizer is None:
+            raise AsftError("anchor_weight needs the trainer's tokenizer; give it as processing_class")
+        self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
+        self._remembered: list[Places] = []
+
+    @torch.no_grad()
+    def remember(self, model: nn.Module) -> None:
+        """The answers as the model without its adapter gives them. Under FSDP every process has to call."""
+        with model.disable_adapter(), _deterministic(model):  # type: ignore[operator]
+            self._remembered = [Places.of(self._logits(model, [text])[0]) for text in self._texts]
+
+    def loss(self, model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
+        """This process's part of the mean divergence over the tokens of the step's answers, () fp32 with a graph.
+
+        The mean over the processes is the mean over the tokens: however many there are, a step asks for the same
+        answers.
+
+        Args:
+            model: as it is trained, wrapped or not.
+            step: of the optimizer, from 0; the answers take turns.
+        """
+        turn = [(step * TEXTS + i) % len(self._texts) for i in range(min(TEXTS, len(self._texts)))]
+        mine = turn[rank::world]
+        asked = mine or turn[:1]  # a process without a part takes part in the passes all the same
+        with _deterministic(model):
+            logits = self._logits(model, [self._texts[i] for i in asked])
+        total = sum(len(self._remembered[i].log_rest) for i in turn)
+        parts = [
+            divergence(self._remembered[i].to(found.device), found).sum()
+            for i, found in zip(asked, logits, strict=True)
+        ]
+        return torch.stack(parts).sum() * (world / total if mine else 0.0)
+
+    @staticmethod
+    def _logits(model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
+        """Of each text (n, vocabulary): what is said at the n tokens of its answer."""
+        device = next(model.parameters()).device
+        longest = max(len(ids) for ids, _ in texts)
+        batch = torch.zeros(2, len(texts), longest, dtype=torch.long)
+        for row, (ids, _) in enumerate(texts):
+            batch[0, row, : len(ids)] = torch.tensor(ids)
+            batch[1, row, : len(ids)] = 1
+        ids, mask = batch.to(device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        if logits is None:
+            raise AsftError("the model gives no logits, which anchor_weight needs; set it to 0")
+        return [logits[row, start - 1 : len(ids) - 1] for row, (ids, start) in enumerate(texts)]
+
+
+def own_answers_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The aligned model's own answers that a direction file keeps.
+
+    Raises:
+        AsftError: it keeps none.
+    """
+    kept = spec.get("own_answers")
+    if not kept:
+        raise AsftError(
+            "anchor_weight needs the aligned model's own answers, which the direction file does not hold; make it "
+            "again with `axolotl asft extract --metric fisher`, or set anchor_weight: 0"
+        )
+    return [(request, answer) for request, answer in kept]
+
+
+def _encoded(tokenizer: Any, request: str, answer: str) -> tuple[list[int], int]:
+    """The tokens of both, and where the answer begins."""
+    start = len(tokenizer(request, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(request + answer, add_special_tokens=False)["input_ids"]
+    if not 0 < start < len(ids):
+        raise AsftError("the direction file holds an answer without a text; make it again with `axolotl asft extract`")
+    return ids, start
+
+
+@contextmanager
+def _deterministic(model: nn.Module) -> Iterator[None]:
+    """In training mode, as the weights are used there, but without dropout."""
+    training = model.training
+    model.train()
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.train()
+        model.train(training)

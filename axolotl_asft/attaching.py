@@ -1,0 +1,95 @@
+"""The way in: a trainer, a direction, and how strong; out comes a `Constraint` in the trainer."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+
+from axolotl_asft.adapter import AlignmentPenalty
+from axolotl_asft.constraint import Constraint
+from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.engines import engine, refuse_unsupported
+from axolotl_asft.errors import AsftError
+
+LOG = logging.getLogger("axolotl.asft")
+
+
+def attach(
+    trainer: Trainer,
+    direction: AlignmentDirection,
+    lambda_reg: float | None = None,
+    max_drift: float | None = None,
+    anchor_weight: float = 0.0,
+    **options: Any,
+) -> Constraint:
+    """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
+
+    Args:
+        trainer: a transformers or TRL trainer over a PEFT model.
+        direction: the alignment direction of the trainer's model.
+        lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is. Default: 1, and 0
+            where max_drift is given.
+        max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
+        anchor_weight: of KL(aligned || now), nats a token, of the aligned model's own answers, a few of which are
+            asked for at every step; the direction file has to hold them. 0: no anchor.
+        options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
+
+    The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
+    alone.
+
+    Raises:
+        AsftError: an unsuitable lambda_reg, model, direction or way of training; a second `attach`.
+    """
+    if lambda_reg is None:
+        lambda_reg = 1.0 if max_drift is None else 0.0
+    if isinstance(lambda_reg, bool) or not math.isfinite(lambda_reg) or lambda_reg < 0:
+        raise AsftError(f"lambda_reg is {lambda_reg}; expected a finite number, 0 or more")
+    if max_drift is not None and (isinstance(max_drift, bool) or not math.isfinite(max_drift) or max_drift <= 0):
+        raise AsftError(f"max_drift is {max_drift}; expected a finite number above 0, or None")
+    if isinstance(anchor_weight, bool) or not math.isfinite(anchor_weight) or anchor_weight < 0:
+        raise AsftError(f"anchor_weight is {anchor_weight}; expected a finite number, 0 or more")
+    attached: Callable[..., Any] = trainer.log
+    if isinstance(getattr(attached, "__self__", None), Constraint):
+        raise AsftError("the constraint is attached to this trainer already; attach it once")
+    refuse_unsupported(trainer)
+    if trainer.model is None:
+        raise AsftError("the trainer has no model; expected a PEFT model")
+    penalty = AlignmentPenalty(trainer.model, direction, **options)
+    taken = [layer.name for layer in penalty.layers if layer.was_taken_out]
+    if max_drift is not None and taken:
+        raise AsftError(budget_refused(taken[0]))
+    if anchor_weight > 0 and taken:
+        raise AsftError(anchor_refused(taken[0]))
+    constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift, float(anchor_weight))
+    LOG.info(
+        "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, anchor_weight %g, projector %s, "
+        "metric %s, direction of %s (sha256 %s)",
+        len(penalty.layers),
+        engine(trainer),
+        lambda_reg,
+        max_drift,
+        anchor_weight,
+        penalty.projector,
+        penalty.metric,
+        direction.spec["aligned"]["id"],
+        (direction.sha256 or "unsaved")[:12],
+    )
+    return constraint
+
+
+def budget_refused(layer: str) -> str:
+    """The line for a budget over a layer whose initialisation took a part out of the weight."""
+    return (
+        f"max_drift cannot shorten the update of {layer}: its initialisation took a part out of the weight; use "
+        "lambda_reg, or plain LoRA initialisation"
+    )
+
+
+def anchor_refused(layer: str) -> str:
+    """The line for an anchor where the model without its adapter is not the aligned one."""
+    return (
+        f"anchor_weight cannot ask the aligned model: the initialisation of {layer} took a part out of the weight; set "
+        "anchor_weight: 0, or use plain LoRA initialisation"
+    )

@@ -1,0 +1,195 @@
+"""The anchor: the divergence against a dense one in float64, and once per optimizer step in a trainer."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_attach import lora_weights, make_trainer, training_lines
+from tiny import OWN_ANSWERS as ANSWERS
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from axolotl_asft import AlignmentDirection, attach
+from axolotl_asft.anchor import LIKELIEST, TEXTS, AnswerAnchor, Places, divergence, own_answers_of
+from axolotl_asft.errors import AsftError
+
+WEIGHT = 3.0
+
+
+@pytest.fixture(scope="module")
+def direction(anchored_file):
+    return AlignmentDirection.load(anchored_file)
+
+
+@pytest.fixture
+def model(pair):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def coarse(p, tokens):
+    """Dense float64: the probabilities of the tokens, and of the rest as one."""
+    rest = p.scatter(-1, tokens, 0.0).sum(dim=-1, keepdim=True)
+    return torch.cat([p.gather(-1, tokens), rest], dim=-1)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 20, 65, 500])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])
+def test_against_the_dense_divergence(vocabulary, sharpness):
+    generator = torch.Generator().manual_seed(0)
+    before = sharpness * torch.randn(30, vocabulary, generator=generator, dtype=torch.float64)
+    after = before + 0.5 * torch.randn(30, vocabulary, generator=generator, dtype=torch.float64)
+    places = Places.of(before.float())
+    assert places.tokens.shape == (30, min(LIKELIEST, vocabulary - 1))
+    x, y = after.float().requires_grad_(), after.clone().requires_grad_()
+    found = divergence(places, x)
+    p, q = coarse(before.softmax(-1), places.tokens), coarse(y.softmax(-1), places.tokens)
+    expected = (p * (p / q).log()).sum(dim=-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-3, atol=1e-5)
+    whole = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(dim=-1)
+    assert (found <= whole + 1e-5).all()
+    if vocabulary <= LIKELIEST + 1:
+        torch.testing.assert_close(found.double(), whole, rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_pulls_at_the_aligned_model():
+    logits = 5 * torch.randn(12, 300, generator=torch.Generator().manual_seed(0))
+    x = logits.clone().requires_grad_()
+    found = divergence(Places.of(logits), x)
+    found.sum().backward()
+    assert found.abs().max() < 1e-5
+    assert x.grad.abs().max() < 1e-6
+
+
+def test_certain_of_one_word():
+    """All others together have next to no probability, whose logarithm is finite all the same."""
+    logits = torch.zeros(1, 500)
+    logits[0, 3] = 200.0
+    x = (0.5 * logits).requires_grad_()
+    found = divergence(Places.of(logits), x)
+    found.sum().backward()
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(x.grad).all()
+
+
+def expected_loss(model, turns):
+    """KL(without the adapter || with it), the mean over the answers' tokens, text by text and over all words."""
+    tokenizer, parts = make_tokenizer(), []
+    model.eval()
+    for request, answer in turns:
+        start = len(tokenizer(request)["input_ids"])
+        ids = tokenizer(request + answer, return_tensors="pt")["input_ids"]
+        with model.disable_adapter(), torch.no_grad():
+            p = model(input_ids=ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+        q = model(input_ids=ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(dim=-1))
+    return torch.cat(parts).mean()
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_the_loss_of_a_step(model, step):
+    """Padding, dropout and the rows of a batch have no say; answers take turns."""
+    anchor = AnswerAnchor(make_tokenizer(), ANSWERS)
+    anchor.remember(model)
+    state = torch.get_rng_state()
+    model.train()
+    loss = anchor.loss(model, step)
+    assert torch.equal(torch.get_rng_state(), state), "no dropout"
+    assert model.training
+    assert all(module.training for module in model.modules())
+    turns = [ANSWERS[(step * TEXTS + i) % len(ANSWERS)] for i in range(TEXTS)]
+    wanted = expected_loss(model, turns)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    for found, true in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(found, true.float(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 11])
+def test_however_many_processes(model, world):
+    anchor = AnswerAnchor(make_tokenizer(), ANSWERS)
+    anchor.remember(model)
+    alone = anchor.loss(model, 4)
+    parts = [anchor.loss(model, 4, rank, world) for rank in range(world)]
+    assert float(sum(parts) / world) == pytest.approx(float(alone), rel=1e-5)
+    assert all(part.requires_grad for part in parts), "every process has a backward pass"
+
+
+def test_fewer_answers_than_a_step_asks_for(model):
+    anchor = AnswerAnchor(make_tokenizer(), ANSWERS[:3])
+    anchor.remember(model)
+    assert float(anchor.loss(model, 5)) == pytest.approx(float(expected_loss(model, ANSWERS[:3])), rel=1e-4)
+
+
+@pytest.mark.parametrize(("micro", "accumulation"), [(8, 1), (2, 4)])
+def test_one_step_adds_its_gradient_once(pair, rows, direction, tmp_path, micro, accumulation):
+    options = {"micro": micro, "accumulation": accumulation, "max_steps": 1}
+    plain = make_trainer(pair, rows, tmp_path / "plain", **options)
+    anchored = make_trainer(pair, rows, tmp_path / "anchored", **options)
+    anchored.processing_class = make_tokenizer()
+    weights = {name: weight for name, weight in plain.model.named_parameters() if weight.requires_grad}
+    wanted = expected_loss(plain.model, ANSWERS[:TEXTS])
+    gradients = dict(zip(weights, torch.autograd.grad(wanted, list(weights.values())), strict=True))
+    attach(anchored, direction, lambda_reg=0, anchor_weight=WEIGHT)
+    plain.train()
+    anchored.train()
+    after = lora_weights(plain)
+    step = plain.args.learning_rate * WEIGHT
+    for name, weight in lora_weights(anchored).items():
+        torch.testing.assert_close(after[name] - weight, step * gradients[name].float(), rtol=1e-3, atol=1e-6)
+    assert training_lines(anchored)[0]["asft/anchor_kl"] == pytest.approx(float(wanted), rel=1e-4)
+    assert training_lines(anchored)[0]["loss"] == pytest.approx(training_lines(plain)[0]["loss"], rel=1e-5)
+
+
+def test_it_holds_the_answers(pair, rows, direction, tmp_path):
+    """A task that drives the answers away, with and without it; the log says how far."""
+    ends = {}
+    for weight in (1e-6, 5.0):
+        trainer = make_trainer(pair, rows, tmp_path / str(weight), max_steps=30, optim="adamw_torch")
+        trainer.processing_class = make_tokenizer()
+        constraint = attach(trainer, direction, lambda_reg=0, anchor_weight=weight)
+        trainer.train()
+        ends[weight] = training_lines(trainer)[-1]["asft/anchor_kl"]
+        assert constraint.stamp()["anchor_kl"] == ends[weight]
+        assert constraint.stamp()["anchor_weight"] == weight
+    assert ends[5.0] < 0.3 * ends[1e-6]
+
+
+def test_a_checkpoint_goes_on(pair, rows, direction, tmp_path):
+    """What is remembered is the model without its adapter, whatever the adapter is by then."""
+    final = []
+    for stop in (None, 4):
+        options = {"max_steps": 8, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 4}
+        trainer = make_trainer(pair, rows, tmp_path / str(stop), **options)
+        trainer.processing_class = make_tokenizer()
+        attach(trainer, direction, lambda_reg=1, anchor_weight=WEIGHT)
+        if stop is None:
+            trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "None" / "checkpoint-4"))
+        final.append(lora_weights(trainer))
+    for name, weight in final[0].items():
+        torch.testing.assert_close(final[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_refused(pair, rows, direction, direction_file, tmp_path):
+    plain = AlignmentDirection.load(direction_file)
+    with pytest.raises(AsftError, match="which the direction file does not hold; make it again with"):
+        own_answers_of(plain.spec)
+    trainer = make_trainer(pair, rows, tmp_path)
+    with pytest.raises(AsftError, match="direction file does not hold"):
+        attach(trainer, plain, anchor_weight=1)
+    with pytest.raises(AsftError, match="needs the trainer's tokenizer; give it as processing_class"):
+        attach(trainer, direction, anchor_weight=1)
+    for wrong in (-1.0, float("nan"), float("inf"), True):
+        with pytest.raises(AsftError, match=r"anchor_weight is .*; expected a finite number, 0 or more"):
+            attach(trainer, direction, anchor_weight=wrong)
+    with pytest.raises(AsftError, match="holds an answer without a text"):
+        AnswerAnchor(make_tokenizer(), [("<|user|> a cat </s>", "")])
