@@ -14,6 +14,7 @@ from axolotl_asft.penalty import projector_eigenvalues
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
 MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.3, 300.0)}
 FAR = 10
+LETTERS_A_TOKEN = 4  # roughly, of English
 NORMALISE_THE_UPDATE = ("muon", "dion")
 MEASURES = {
     "weights": "how far the weights move, ||(I - C) dW||",
@@ -42,9 +43,13 @@ def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list
             "what alignment moved it"
         )
     if block.anchor_weight > 0:
+        turns = penalty.direction.spec.get("own_answers", [])
+        letters = sum(len(request) + len(answer) for request, answer in turns) / max(1, len(turns))
+        most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
             f"anchor_weight {block.anchor_weight:g}: at every step {TEXTS} of the aligned model's own answers are "
-            "asked for, and the divergence from them joins the loss, nats a token"
+            "asked for, and the divergence from them joins the loss, nats a token; about "
+            f"{TEXTS * letters / LETTERS_A_TOKEN:.0f} tokens more a step, where the task has up to {most:,}"
         )
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")

@@ -148,15 +148,15 @@ def _encoded(tokenizer: Any, request: str, answer: str) -> tuple[list[int], int]
 
 @contextmanager
 def _deterministic(model: nn.Module) -> Iterator[None]:
-    """In training mode, as the weights are used there, but without dropout."""
+    """In training mode, as the weights are used there, but without dropout, and NEFTune's noise in the embeddings."""
     training = model.training
     model.train()
-    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    for module in dropouts:
+    noisy = [module for module in model.modules() if isinstance(module, nn.Dropout | nn.Embedding)]
+    for module in noisy:
         module.eval()
     try:
         yield
     finally:
-        for module in dropouts:
+        for module in noisy:
             module.train()
         model.train(training)

@@ -193,3 +193,13 @@ def test_refused(pair, rows, direction, direction_file, tmp_path):
             attach(trainer, direction, anchor_weight=wrong)
     with pytest.raises(AsftError, match="holds an answer without a text"):
         AnswerAnchor(make_tokenizer(), [("<|user|> a cat </s>", "")])
+
+
+def test_refused_initialisations(pair, rows, direction, tmp_path):
+    """Where a part was taken out of the weight, the model without its adapter is not the aligned one."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa")
+    trainer.model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config)
+    trainer.processing_class = make_tokenizer()
+    with pytest.raises(AsftError, match="anchor_weight cannot ask the aligned model: the initialisation of model"):
+        attach(trainer, direction, anchor_weight=1)

@@ -176,6 +176,15 @@ def test_layers_without_a_direction(checked, pair, tmp_path):
     assert not warned(checked({"on_uncovered": "warn"})[1], "on_uncovered")
 
 
+def test_an_anchor_in_plain_words(checked, anchored_file):
+    _, found = checked({"direction": str(anchored_file), "anchor_weight": 3, "lambda_reg": 0})
+    assert any(
+        "anchor_weight 3: at every step 8 of the aligned model's own answers" in line for line in found["settings"]
+    )
+    assert not warned(found, "nothing is constrained")
+    assert found["fine"]
+
+
 def test_layers_that_the_block_leaves_out(checked):
     _, found = checked({"modules": ["q_proj"]})
     assert len(found["constrained"]) == 2

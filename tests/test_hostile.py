@@ -55,7 +55,7 @@ def small(tmp_path_factory):
     spec = {
         "relative_norm": 0.1, "metrics": {"fisher": {"answers": 3, "scale": 1.0}},
         "base": {"id": "b"}, "aligned": {"id": "a"}, "rank": {}, "svd": {}, "tool": "t", "created": "c",
-        "modules": {"layers.0.a": entry, "layers.1.a": entry},
+        "modules": {"layers.0.a": entry, "layers.1.a": entry}, "own_answers": [["ask", "answer"], ["again", "no"]],
     }  # fmt: skip
     path = tmp_path_factory.mktemp("hostile") / "small.safetensors"
     AlignmentDirection({"layers.0.a": module(0), "layers.1.a": module(1)}, spec).save(path)
@@ -183,6 +183,29 @@ def a_zip(small):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("data.pkl", b"x" * 100)
     return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("text", "own_answers 'text'; expected pairs of a request and an answer"),
+        ([["one"]], "expected pairs"),
+        ([["one", 2]], "expected pairs"),
+        ([["a", "b", "c"]], "expected pairs"),
+        ([{"a": "b"}], "expected pairs"),
+        ([["a", "b" * 10_001]], "of 10,000 characters at most"),
+        ([["a", "b"]] * 513, "has 513 own_answers; expected 512 at most"),
+    ],
+)
+def test_own_answers_of_another_kind(small, tmp_path, turns, message):
+    header, body = header_of(small)
+    spec = json.loads(header["__metadata__"]["spec"])
+    header["__metadata__"]["spec"] = json.dumps({**spec, "own_answers": turns})
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(with_header(header, body))
+    with pytest.raises(AsftError, match=message) as refused:
+        AlignmentDirection.load(path)
+    assert len(str(refused.value)) < 500
 
 
 HOSTILE = [absurd_header, deep_header, terabytes, overlapping, a_pickle, a_zip]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from recorder_plugin import RecorderPlugin
-from tiny import make_tokenizer, write_config
+from tiny import log_history, make_tokenizer, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +103,27 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature(record, feature):
     counts_once(record(**FEATURES[feature]))
+
+
+NOISY = {"neftune_noise_alpha": 5, "lora_dropout": 0.3, **FEATURES["gradient checkpointing"]}
+ANCHORED = {"noise": NOISY, **{name: FEATURES[name] for name in ("packing", "8 bit", "torch.compile")}}
+ANCHORED |= {name: FEATURES[name] for name in ("chunked cross entropy", "bf16", "Liger listed after")}
+
+
+@pytest.mark.parametrize("feature", [*ANCHORED, "dpo"])
+def test_the_anchor_sees_the_same_model(forked_train, data, pair, dataset, anchored_file, tmp_path, feature):
+    """Before the first step it is where the aligned model is, to the bit nearly; then it has moved."""
+    dpo = {"rl": "dpo", "datasets": jsonl(data["dpo"], PREFERENCE), "dataset_prepared_path": None}
+    block = {"direction": str(anchored_file), "lambda_reg": 0.3, "anchor_weight": 2.0}
+    kept = {"save_strategy": "steps", "save_steps": STEPS}
+    options = {"max_steps": STEPS, "plugins": ["asft"], **kept, **(dpo if feature == "dpo" else ANCHORED[feature])}
+    options["plugins"] = [name for name in options["plugins"] if "recorder" not in name]
+    config = write_config(tmp_path, pair[1], dataset, block, **options)
+    status, output = forked_train(config)
+    assert status == 0, output[-5000:]
+    found = [line["asft/anchor_kl"] for line in log_history(config) if "loss" in line]
+    assert found[0] == pytest.approx(0, abs=1e-5)
+    assert found[-1] > 1e-4
 
 
 def test_dpo(record, data):
