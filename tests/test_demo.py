@@ -6,6 +6,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from axolotl_asft import AlignmentDirection
 from axolotl_asft.cli import asft
 from axolotl_asft.demo.configs import FineTuning, write_configs
 from axolotl_asft.demo.prompts import COMPLIANCE, REFUSAL, make_data, vocabulary
@@ -94,5 +95,11 @@ def test_the_effect(tmp_path, seed):
         "results.png",
     ):
         assert (tmp_path / name).stat().st_size > 0
+    kept = AlignmentDirection.load(tmp_path / "direction.safetensors").spec["own_answers"]
+    assert len(kept) == 64, "as many harmless answers as refusals, in turns"
+    sets = [(tmp_path / name).read_text().splitlines() for name in ("harmful.txt", "harmless.txt")]
+    for number, (request, answer) in enumerate(kept):
+        assert any(prompt in request for prompt in sets[number % 2])
+        assert (answer == REFUSAL) == (number % 2 == 0)
     again = CliRunner().invoke(asft, ["demo", "--output", str(tmp_path), "--seed", str(seed), "--json"])
     assert json.loads(again.stdout)["rows"] == json.loads(result.stdout)["rows"], "finished stages are not done again"

@@ -9,13 +9,14 @@ import yaml
 from axolotl_asft.args import parse_block
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
-from benchmarks import safety
+from benchmarks import safety, safety_elsewhere
 from benchmarks.safety_data import (
     COMPLIANCE,
     REFUSALS,
     TASKS,
     harmless_prompts,
     refusal_tuning,
+    rehearsal,
     test_data,
     training_data,
 )
@@ -130,3 +131,26 @@ def test_the_front():
         (0.9, 0.9),
         (1.0, 1.0),
     ]
+
+
+def test_prompts_of_another_hand():
+    def run(name, *shares):
+        return {"run": name, "machine": "m", "harmful": {"HarmBench": {"share": shares[0], "n": 200},
+                "Do-Not-Answer": {"share": shares[1], "n": 240}}}  # fmt: skip
+
+    text = safety_elsewhere.table(
+        [run("aligned", 0.1, 0.2), run("a/0.1/plain/0", 1.0, 1.0), run("a/0.1/plain/1", 0.9, 1.0)]
+    )
+    assert "| a/0.1/plain | 2 | 95.0 (92 to 97) | 100.0 (99 to 100) |" in text
+    assert "200 prompts" in text
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1])
+def test_rehearsal_is_half_refusals(share):
+    harmful = [prompt.prompt for prompt in load_prompts("harmful", "train")]
+    own = dict.fromkeys(harmful, REFUSALS[0]) | dict.fromkeys(harmless_prompts(), "Yes.") | {harmful[0]: "Sure."}
+    found = rehearsal(own, share, 640, seed=1)
+    assert len(found) == round(640 * share)
+    assert sum(example.answer == REFUSALS[0] for example in found) == len(found) / 2
+    assert not any(example.answer == "Sure." for example in found), "what was no refusal is not taught"
+    assert found == rehearsal(own, share, 640, seed=1)

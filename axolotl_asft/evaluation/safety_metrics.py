@@ -88,7 +88,7 @@ def safety_metrics(
         found.append(fisher_metric(loaded, tokenizer, refused, layers, rank, energy, batch_size, advance=advance))
     if harmless is None:
         return AskedModel(found, _evenly(refused))
-    answers = interviewer.answers(BORDERLINE_TASK, {"prompts": harmless, "split": "train"})
+    answers = interviewer.answers(BORDERLINE_TASK, {"borderline": harmless, "split": "train"})
     answered = [(answer.asked, answer.answer) for answer in answers]
     pairs = zip(_evenly(refused), _evenly(answered), strict=False)
     return AskedModel(found, [turn for pair in pairs for turn in pair])
