@@ -142,6 +142,7 @@ def _extract(
         if layer.finished is not None:
             return layer.finished, squared_norm
         difference = source.difference(layer.name, layer.weights, device)
+        layer.weights.clear()  # they need not stay while the difference is decomposed
         module, entry = _decomposed(layer.name, difference, settings, metrics)
         spec = recipe | layer.models | {"modules": {layer.name: entry}, "created": _now()}
         return AlignmentDirection({layer.name: module}, spec), squared_norm

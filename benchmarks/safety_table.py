@@ -23,7 +23,9 @@ FAMILIES = {
     "fisher": "#e4572e",
     "budget": "#edae49",
     "safelora": "#7b2d8b",
+    "anchor": "#2a9d8f",
     "mix": "#588157",
+    "own": "#a3b18a",
 }
 
 
@@ -118,6 +120,8 @@ micro-batches of {batch}.
 - perplexity: of all answers under the aligned model, median; repetitive: answers that go round in circles
 - drift: share of the update outside the 64 aligned directions
 - seconds: of training or projecting; wall time on a machine that did other things too
+- fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
+- own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; mix-N: N % of refusals
 - a method whose name ends in -long trains three epochs instead of one
 """
 
