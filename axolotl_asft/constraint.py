@@ -90,6 +90,7 @@ class Constraint:
             logs.update(self._metrics(report))
             if self._anchor is not None:
                 logs["asft/anchor_kl"] = self.anchor_kl()
+                self._divergences.clear()
         if last:
             logs["asft/penalty_peak"] = self.penalty_peak()
         self._log(logs, *args, **kwargs)
@@ -109,7 +110,6 @@ class Constraint:
         if self._divergences:
             mean = torch.stack(self._divergences).mean()
             self._divergence = _significant(float(self.trainer.accelerator.reduce(mean, "mean")))
-            self._divergences.clear()
         return self._divergence
 
     def report(self) -> DriftReport:
