@@ -10,8 +10,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter import literal_formula_of
 from test_lora_kinds import shake
+from tiny import OWN_ANSWERS, make_tokenizer
 
 from axolotl_asft import AlignmentPenalty, extract_direction
+from axolotl_asft.anchor import AnswerAnchor
 from axolotl_asft.errors import AsftError
 
 SMALL = {
@@ -112,6 +114,12 @@ def test_every_lora_layer_finds_its_direction(family, tmp_path):
     assert len(penalty.layers) == layers == len([n for n, _ in model.named_modules() if n.endswith(".lora_A")])
     expected = literal_formula_of(model, *weights, transposed=fan)
     assert penalty().item() == pytest.approx(4 * expected.item(), rel=1e-4)
+    anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS)
+    anchor.remember(model)
+    loss = anchor.loss(model, 0)
+    assert 1e-6 < float(loss) < 10
+    loss.backward()
+    assert all(layer.B.grad.any() for layer in penalty.layers), "texts alone reach every layer"
     wrong = get_peft_model(
         model_class.from_pretrained(tmp_path / "base", dtype=torch.float32),
         LoraConfig(r=4, target_modules=targets, fan_in_fan_out=fan),
