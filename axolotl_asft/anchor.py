@@ -82,7 +82,11 @@ class AnswerAnchor:
     def remember(self, model: nn.Module) -> None:
         """The answers as the model without its adapter gives them. Under FSDP every process has to call."""
         with model.disable_adapter(), _deterministic(model):  # type: ignore[operator]
-            self._remembered = [Places.of(self._logits(model, [text])[0]) for text in self._texts]
+            self._remembered = [
+                Places.of(logits)
+                for first in range(0, len(self._texts), TEXTS)
+                for logits in self._logits(model, self._texts[first : first + TEXTS])
+            ]
 
     def loss(self, model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's part of the mean divergence over the tokens of the step's answers, () fp32 with a graph.

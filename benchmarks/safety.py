@@ -206,14 +206,28 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     started = time.monotonic()
     if "asft" in method:
         name = "random-direction" if method.get("direction") == "random" else "direction"
+        file = bench.work / f"{name}.safetensors"
+        if "own_answers" in method:
+            file = with_fewer_answers(file, method["own_answers"], folder / "direction.safetensors")
         # the base weights are the aligned model's after NF4 and back: not to the bit the direction's, as prepare says
-        file = str(bench.work / f"{name}.safetensors")
-        block = {"direction": file, "verify_model": False, "metric": "weights", **method["asft"]}
+        block = {"direction": str(file), "verify_model": False, "metric": "weights", **method["asft"]}
         settings |= {"plugins": ["asft"], "asft": block}
     train(write_config(folder / "run.yml", bench.aligned, folder / "data.jsonl", folder / "adapter", settings))
     seconds = time.monotonic() - started
     (folder / "seconds.json").write_text(f"{seconds}")
     return folder / "adapter", seconds
+
+
+def with_fewer_answers(file: Path, count: int, output: Path) -> Path:
+    """A direction file with `count` of its own answers, from all over and in turns as they were."""
+    from axolotl_asft import AlignmentDirection
+
+    direction = AlignmentDirection.load(file)
+    kinds = [list({tuple(turn): turn for turn in direction.spec["own_answers"][start::2]}.values()) for start in (0, 1)]
+    half = range(count // 2)
+    answers = [kind[i * len(kind) // len(half)] for i in half for kind in kinds]
+    AlignmentDirection(direction.modules, {**direction.spec, "own_answers": answers}).save(output)
+    return output
 
 
 def numbers(bench: Bench, adapter: Path) -> dict[str, float]:

@@ -96,7 +96,7 @@ def test_the_effect(tmp_path, seed):
     ):
         assert (tmp_path / name).stat().st_size > 0
     kept = AlignmentDirection.load(tmp_path / "direction.safetensors").spec["own_answers"]
-    assert len(kept) == 64, "as many harmless answers as refusals, in turns"
+    assert len(kept) == 256, "as many harmless answers as refusals, in turns"
     sets = [(tmp_path / name).read_text().splitlines() for name in ("harmful.txt", "harmless.txt")]
     for number, (request, answer) in enumerate(kept):
         assert any(prompt in request for prompt in sets[number % 2])

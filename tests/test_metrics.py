@@ -370,3 +370,12 @@ def test_the_command(pair, tmp_path):
     refused = axolotl(*command, "--force", "--metric", "fisher", *options, cwd=tmp_path, check=False)
     assert refused.returncode == 2
     assert "refuses 0 of 2 prompts that ask for harm" in refused.stderr
+
+
+def test_own_answers_in_turns():
+    from axolotl_asft.evaluation.safety_metrics import in_turns
+
+    refused, answered = [("a", "no"), ("b", "no"), ("c", "no")], [("x", "yes"), ("y", "yes")]
+    assert [turn[0] for turn in in_turns(refused, answered)] == ["a", "x", "b", "y", "c", "x"]
+    assert in_turns(refused, []) == refused
+    assert in_turns([], answered) == [], "harmless answers alone hold nothing"

@@ -23,7 +23,7 @@ from axolotl_asft.metrics import (
 from axolotl_asft.spec import METRICS
 
 FEW_REFUSALS = 8
-KEPT = 32  # answers of either kind, to be asked for during training
+KEPT = 128  # answers of either kind at most, to be asked for during training; few of them stand badly for the others
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,15 @@ def safety_metrics(
         return AskedModel(found, _evenly(refused))
     answers = interviewer.answers(BORDERLINE_TASK, {"borderline": harmless, "split": "train"})
     answered = [(answer.asked, answer.answer) for answer in answers]
-    pairs = zip(_evenly(refused), _evenly(answered), strict=False)
-    return AskedModel(found, [turn for pair in pairs for turn in pair])
+    return AskedModel(found, in_turns(_evenly(refused), _evenly(answered)))
+
+
+def in_turns(refused: Sequence[tuple[str, str]], answered: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One of either kind after the other; where there are fewer of one, they come again. None without refusals."""
+    if not refused or not answered:
+        return list(refused)
+    pairs = max(len(refused), len(answered))
+    return [turn for i in range(pairs) for turn in (refused[i % len(refused)], answered[i % len(answered)])]
 
 
 def _evenly(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
