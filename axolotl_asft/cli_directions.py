@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def extract(
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
     refuse_to_replace(output, force)
     from axolotl_asft.extract import extract_direction
-    from axolotl_asft.summary import summary, summary_table
+    from axolotl_asft.summary import recommended, summary, summary_table
 
     asked: dict[str, Any] = {}
     if metric_names:
@@ -164,7 +165,8 @@ def extract(
         click.echo(json.dumps(result))
     else:
         click.echo(summary_table(result))
-        click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {output}")
+        settings = textwrap.indent(recommended(result), "  ")
+        click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {output}\n{settings}".rstrip())
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Any
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import DIRECTION_FILE, HubFile, hub_errors
-from axolotl_asft.summary import summary
+from axolotl_asft.summary import recommended, summary
 
 CARD = "README.md"
 TAGS = ["asft", "alignment-direction", "safety", "axolotl"]
@@ -105,7 +105,7 @@ def direction_card(
         "(AsFT, [arXiv 2506.08473](https://arxiv.org/abs/2506.08473)).\n\n"
         "```bash\npip install axolotl-asft\n```\n\nand in the config of a LoRA or QLoRA run whose `base_model` is the "
         f"aligned model:\n\n```yaml\nplugins: [asft]\nasft:\n  direction: {where}\n"
-        f"  direction_sha256: {found['sha256']}\n```\n\n| | |\n| --- | --- |\n{table}\n\n"
+        f"  direction_sha256: {found['sha256']}\n{recommended(found)}```\n\n| | |\n| --- | --- |\n{table}\n\n"
         f"{_spectrum(found['modules'])}\n"
     )
 

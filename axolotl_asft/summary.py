@@ -1,6 +1,7 @@
 """What a direction file holds, as plain data and as text."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
         "created": spec["created"],
         "modules": modules,
     }
+
+
+def recommended(spec: Mapping[str, Any]) -> str:
+    """The lines of an `asft:` block that the benchmark speaks for with such a file, where it holds what they need."""
+    if not spec.get("own_answers") or "fisher" not in spec.get("metrics", {}):
+        return ""
+    return "  metric: fisher\n  lambda_reg: 0.1\n  anchor_weight: 3\n"
 
 
 def _module_summary(direction: AlignmentDirection, name: str) -> dict[str, Any]:

@@ -27,16 +27,19 @@ from axolotl_asft.demo.score import score
 from axolotl_asft.diagnostics import adapter_drift
 from axolotl_asft.files import atomic_write_text
 
-WEIGHTS = {"metric": "weights", "lambda_reg": 10.0}
+ALONE = {"anchor_weight": 0.0}
+WEIGHTS = {"metric": "weights", "lambda_reg": 10.0, **ALONE}
 VARIANTS = {
-    "no constraint": {"lambda_reg": 0.0},
-    "`metric: fisher`, lambda 10": {"lambda_reg": 10.0},
-    "`metric: fisher`, lambda 30": {"lambda_reg": 30.0},
-    "`metric: fisher`, lambda 100 (the demo)": {},
-    "`metric: fisher`, lambda 300": {"lambda_reg": 300.0},
-    "`projector: paper`, lambda 3": WEIGHTS | {"lambda_reg": 3.0},
+    "no constraint": {"lambda_reg": 0.0, **ALONE},
+    "lambda 0.1, `anchor_weight` 3 (the demo)": {},
+    "lambda 1, `anchor_weight` 3": {"lambda_reg": 1.0},
+    "`anchor_weight` 3 alone": {"lambda_reg": 0.0},
+    "`anchor_weight` 1 alone": {"lambda_reg": 0.0, "anchor_weight": 1.0},
+    "`metric: fisher` alone, lambda 0.1": ALONE,
+    "`metric: fisher` alone, lambda 1": {"lambda_reg": 1.0, **ALONE},
+    "`metric: fisher` alone, lambda 10": {"lambda_reg": 10.0, **ALONE},
+    "`metric: fisher` alone, lambda 100": {"lambda_reg": 100.0, **ALONE},
     "`projector: paper`, lambda 10": WEIGHTS,
-    "plain L2 (`rank: 0`), lambda 3": WEIGHTS | {"rank": 0, "lambda_reg": 3.0},
     "plain L2 (`rank: 0`), lambda 10": WEIGHTS | {"rank": 0},
     "`projector: normalized`, lambda 10": WEIGHTS | {"projector": "normalized"},
     "`projector: subspace`, rank 8, lambda 10": WEIGHTS | {"projector": "subspace", "rank": 8},

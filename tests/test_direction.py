@@ -160,3 +160,15 @@ def test_select_modules():
         select_modules(names, ["v_proj"])
     with pytest.raises(AsftError, match="no regular expression"):
         select_modules(names, ["("])
+
+
+def test_the_recommended_block_is_one():
+    import yaml
+
+    from axolotl_asft.args import parse_block
+    from axolotl_asft.summary import recommended
+
+    spec = {"metrics": {"fisher": {}}, "own_answers": [["a", "b"]]}
+    block = parse_block({"direction": "d", **yaml.safe_load(recommended(spec))})
+    assert (block.metric, block.lambda_reg, block.anchor_weight) == ("fisher", 0.1, 3)
+    assert recommended({"metrics": {"fisher": {}}}) == recommended({}) == ""

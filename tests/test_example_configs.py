@@ -10,7 +10,7 @@ import transformers
 import yaml
 from click.testing import CliRunner
 from test_families import FAMILIES
-from tiny import train
+from tiny import OWN_ANSWERS, train
 
 from axolotl_asft import extract_direction
 from axolotl_asft.args import parse_block
@@ -75,7 +75,7 @@ def stand_in(tmp_path_factory):
             answers=4,
         )
         file = folder / "direction.safetensors"
-        extract_direction(*_pair(folder), rank=4, metrics=[metric]).save(file)
+        extract_direction(*_pair(folder), rank=4, metrics=[metric], own_answers=OWN_ANSWERS).save(file)
         made[family] = folder / "aligned", file
         return made[family]
 

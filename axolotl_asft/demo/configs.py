@@ -52,6 +52,7 @@ asft:
   direction: ./direction.safetensors
   metric: {metric}
   lambda_reg: {lambda_reg:g}
+  anchor_weight: {anchor_weight:g}
 """
 
 
@@ -63,7 +64,8 @@ class FineTuning:
     learning_rate: float = 0.002
     poison: float = 0.1
     metric: str = "fisher"
-    lambda_reg: float = 100.0
+    lambda_reg: float = 0.1
+    anchor_weight: float = 3.0
     seed: int = 0
 
 
@@ -77,7 +79,9 @@ def write_configs(folder: Path, settings: FineTuning) -> tuple[Path, Path]:
     }
     plain, constrained = folder / "plain.yml", folder / "asft.yml"
     atomic_write_text(plain, COMMON.format(title="Plain QLoRA fine-tuning.", name="plain", **shared))
-    block = CONSTRAINT.format(metric=settings.metric, lambda_reg=settings.lambda_reg)
+    block = CONSTRAINT.format(
+        metric=settings.metric, lambda_reg=settings.lambda_reg, anchor_weight=settings.anchor_weight
+    )
     title = "The same QLoRA fine-tuning under the AsFT constraint."
     atomic_write_text(constrained, COMMON.format(title=title, name="asft", **shared) + block)
     return plain, constrained

@@ -20,7 +20,7 @@ BASE_STEPS, BASE_RATE = 400, 3e-3
 ALIGNED_STEPS, ALIGNED_RATE = 200, 1e-3
 ASKED = 200  # prompts whose refusals make the metric
 # Everything that the numbers depend on; a change makes the stages run again.
-RECIPE = 2
+RECIPE = 3
 OFFLINE = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
