@@ -10,6 +10,7 @@ from typing import Any
 from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write, atomic_write_text
 
+DETAILS = ("-of-64", "-own-", "budget")  # in the table alone: the picture has room for the main ones
 Results = list[dict[str, Any]]
 FAMILIES = {
     "aligned": "#222b38",
@@ -162,7 +163,9 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
         figure = Figure(figsize=(7 * len(tasks), 6), facecolor="white", layout="constrained")
         for number, task in enumerate(tasks, 1):
             axes = figure.add_subplot(1, len(tasks), number)
-            methods = {name: cell(found) for name, found in groups[chosen[task]].items()}
+            everyone = groups[chosen[task]]
+            shown = {name: found for name, found in everyone.items() if not any(part in name for part in DETAILS)}
+            methods = {name: cell(found) for name, found in shown.items()}
             everything = {**({"aligned": before[task]} if task in before else {}), **methods}
             labelled: list[tuple[float, float]] = []
             for name, found in everything.items():

@@ -8,7 +8,7 @@ import axolotl_asft
 
 SIGNATURES = {
     "extract_direction": "base aligned rank adapter output tolerance energy max_rank modules dtype keep_v metrics "
-    "seed device progress",
+    "own_answers seed device progress",
     "AlignmentPenalty": "model direction projector rank metric lora_scaling modules on_uncovered verify_model",
     "attach": "trainer direction lambda_reg max_drift anchor_weight options",
     "AlignmentDirection": "modules spec sha256",
