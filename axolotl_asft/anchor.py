@@ -60,7 +60,8 @@ class AnswerAnchor:
     """KL(aligned || now), nats a token, of what the aligned model itself answered: refusals and harmless answers.
 
     What it says is remembered once, before the first step, by the model that is trained, without its adapter: of
-    each place of an answer the 64 likeliest tokens. Every optimizer step asks for a few of the answers.
+    each place of an answer the 64 likeliest tokens. Every optimizer step asks for a few of the answers. It is learning
+    without forgetting (Li and Hoiem 2016, arXiv 1606.09282), of what a model says when it is asked for harm.
     """
 
     def __init__(self, tokenizer: Any, answers: Sequence[tuple[str, str]]) -> None:
