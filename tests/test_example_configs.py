@@ -145,6 +145,8 @@ def test_says_what_a_reader_needs(path):
     assert f"--aligned {aligned} " in comment.replace("\\\n", "\n")
     assert f"axolotl asft check {path.name}" in comment
     assert f"axolotl train {path.name}" in comment
+    asked = config["asft"].get("metric") or config["asft"].get("anchor_weight")
+    assert ("--metric fisher" in comment) == bool(asked), "the file that it has made holds what the run asks of it"
     assert "of memory" in comment or "Memory: about" in comment
     assert max(len(line) for line in text.splitlines()) <= 120
 
