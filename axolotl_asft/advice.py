@@ -10,6 +10,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.guard import OUR_NAMES
 from axolotl_asft.hub import hub_file, is_commit
 from axolotl_asft.penalty import projector_eigenvalues
+from axolotl_asft.strengths import Strengths
 
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
 MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.1, 300.0)}
@@ -23,7 +24,7 @@ MEASURES = {
 }
 
 
-def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
+def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
     """What the block asks for, a sentence each."""
     metric = str(penalty.metric)
     chosen = "" if block.metric else ", since the direction file holds it" if metric != "weights" else ""
@@ -33,21 +34,21 @@ def in_plain_words(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list
         lines.append("rank 0: no direction is free, every change counts")
     else:
         lines.append(f"projector {block.projector}, rank {k}: {_freedom(block.projector, k)}")
-    if block.lambda_reg > 0:
-        lines.append(f"lambda_reg {block.lambda_reg:g}: loss = task loss + {block.lambda_reg:g} x penalty")
+    if strength.lambda_reg > 0:
+        lines.append(f"lambda_reg {strength.lambda_reg:g}: loss = task loss + {strength.lambda_reg:g} x penalty")
     else:
         lines.append("lambda_reg 0: the penalty is logged and not trained on")
-    if block.max_drift is not None:
+    if strength.max_drift is not None:
         lines.append(
-            f"max_drift {block.max_drift:g}: after every step each layer is brought back to {block.max_drift:g} times "
-            "what alignment moved it"
+            f"max_drift {strength.max_drift:g}: after every step each layer is brought back to "
+            f"{strength.max_drift:g} times what alignment moved it"
         )
-    if block.anchor_weight > 0:
+    if strength.anchor_weight > 0:
         turns = penalty.direction.spec.get("own_answers", [])
         letters = sum(len(request) + len(answer) for request, answer in turns) / max(1, len(turns))
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
-            f"anchor_weight {block.anchor_weight:g}: at every step {TEXTS} of the aligned model's own answers are "
+            f"anchor_weight {strength.anchor_weight:g}: at every step {TEXTS} of the aligned model's own answers are "
             "asked for, and the divergence from them joins the loss, nats a token; about "
             f"{TEXTS * letters / LETTERS_A_TOKEN:.0f} tokens more a step, where the task has up to {most:,}"
         )
@@ -66,9 +67,9 @@ def _freedom(projector: str, k: int) -> str:
     return f"movement along the {k} leading aligned directions counts less, by c = s^2 / ||d||"
 
 
-def on_settings(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
+def on_settings(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
     """Settings that let the run start and may not do what was meant, a line each."""
-    found = _on_strength(block, penalty, cfg)
+    found = _on_strength(strength, penalty, cfg)
     direction = penalty.direction
     held = [name for name in direction.spec.get("metrics", {}) if name != penalty.metric]
     if held and penalty.metric == "weights":
@@ -94,28 +95,28 @@ def on_settings(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[st
     return found
 
 
-def _on_strength(block: AsftArgs, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
+def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
     found = []
     low, high = MEASURED_LAMBDAS[str(penalty.metric)]
-    strength = block.lambda_reg
-    if strength == 0 and block.max_drift is None and block.anchor_weight == 0:
+    weight = strength.lambda_reg
+    if weight == 0 and strength.max_drift is None and strength.anchor_weight == 0:
         found.append(
             "lambda_reg is 0, and neither max_drift nor anchor_weight is set: nothing is constrained, numbers are "
             "logged alone"
         )
-    elif strength and not low / FAR <= strength <= high * FAR:
-        side = "less than a tenth of the smallest" if strength < low else "more than ten times the largest"
+    elif weight and not low / FAR <= weight <= high * FAR:
+        side = "less than a tenth of the smallest" if weight < low else "more than ten times the largest"
         found.append(
-            f"lambda_reg is {strength:g}, {side} that our benchmarks measured for metric {penalty.metric} "
+            f"lambda_reg is {weight:g}, {side} that our benchmarks measured for metric {penalty.metric} "
             f"({low:g} to {high:g})"
         )
-    if block.max_drift is not None and block.max_drift >= 1:
+    if strength.max_drift is not None and strength.max_drift >= 1:
         found.append(
-            f"max_drift is {block.max_drift:g}: the way back to the base model is 1 long, and in our benchmarks a "
+            f"max_drift is {strength.max_drift:g}: the way back to the base model is 1 long, and in our benchmarks a "
             "budget of 1 kept nothing of the safety; set a small part of 1"
         )
     optimizer = str(cfg.optimizer).lower()
-    if strength and any(name in optimizer for name in NORMALISE_THE_UPDATE):
+    if weight and any(name in optimizer for name in NORMALISE_THE_UPDATE):
         found.append(f"optimizer {cfg.optimizer} normalises every update, so that lambda_reg loses much of its meaning")
     return found
 

@@ -75,7 +75,7 @@ class AnswerAnchor:
         """
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         if tokenizer is None:
-            raise AsftError("anchor_weight needs the trainer's tokenizer; give it as processing_class")
+            raise AsftError("anchor_weight needs the trainer's tokenizer; give it as processing_class, or set 0")
         self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
         self._remembered: list[Places] = []
 

@@ -20,8 +20,11 @@ class AsftArgs(BaseModel):
     direction_sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="refuse a direction file with another sha256"
     )
-    lambda_reg: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="weight of the penalty; with max_drift its default is 0"
+    lambda_reg: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the penalty; null: 0.1 beside an anchor under metric fisher, 0 with max_drift, else 1",
     )
     projector: Literal["paper", "normalized", "subspace"] = Field(
         default="paper", description="how the singular values of the direction weigh its directions"
@@ -42,12 +45,13 @@ class AsftArgs(BaseModel):
         allow_inf_nan=False,
         description="budget: no layer leaves the direction by more than this multiple of what alignment moved it",
     )
-    anchor_weight: float = Field(
-        default=0.0,
+    anchor_weight: float | None = Field(
+        default=None,
         ge=0,
         allow_inf_nan=False,
         description="weight of the divergence from the aligned model's own answers, refusals and harmless ones, a few "
-        "of which are asked for at every step; 0: none",
+        "of which are asked for at every step; 0: none; null: 3 where neither lambda_reg nor max_drift is given, the "
+        "metric is fisher and the direction file holds such answers, else 0",
     )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: the authors' code's dW = B A, without PEFT's scaling"
@@ -71,8 +75,6 @@ class AsftArgs(BaseModel):
                     near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                     raise ValueError(f"asft.{key} is no key of the asft block; {hint}")
-            if block.get("max_drift") is not None and block.get("lambda_reg") is None:
-                return {**block, "lambda_reg": 0.0}  # the budget alone; both, where both are given
         return block
 
 

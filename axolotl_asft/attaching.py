@@ -12,6 +12,7 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError
+from axolotl_asft.strengths import strengths
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -21,7 +22,7 @@ def attach(
     direction: AlignmentDirection,
     lambda_reg: float | None = None,
     max_drift: float | None = None,
-    anchor_weight: float = 0.0,
+    anchor_weight: float | None = None,
     **options: Any,
 ) -> Constraint:
     """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
@@ -29,11 +30,10 @@ def attach(
     Args:
         trainer: a transformers or TRL trainer over a PEFT model.
         direction: the alignment direction of the trainer's model.
-        lambda_reg: weight of the penalty, finite and not negative; 0 leaves the training as it is. Default: 1, and 0
-            where max_drift is given.
+        lambda_reg: weight of the penalty, 0 or more; 0 leaves the training as it is. None: see `strengths`.
         max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
         anchor_weight: of KL(aligned || now), nats a token, of the aligned model's own answers, a few of which are
-            asked for at every step; the direction file has to hold them. 0: no anchor.
+            asked for at every step; the direction file has to hold them. 0: no anchor. None: see `strengths`.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
@@ -42,14 +42,11 @@ def attach(
     Raises:
         AsftError: an unsuitable lambda_reg, model, direction or way of training; a second `attach`.
     """
-    if lambda_reg is None:
-        lambda_reg = 1.0 if max_drift is None else 0.0
-    if isinstance(lambda_reg, bool) or not math.isfinite(lambda_reg) or lambda_reg < 0:
-        raise AsftError(f"lambda_reg is {lambda_reg}; expected a finite number, 0 or more")
+    for name, weight in (("lambda_reg", lambda_reg), ("anchor_weight", anchor_weight)):
+        if weight is not None and (isinstance(weight, bool) or not math.isfinite(weight) or weight < 0):
+            raise AsftError(f"{name} is {weight}; expected a finite number, 0 or more")
     if max_drift is not None and (isinstance(max_drift, bool) or not math.isfinite(max_drift) or max_drift <= 0):
         raise AsftError(f"max_drift is {max_drift}; expected a finite number above 0, or None")
-    if isinstance(anchor_weight, bool) or not math.isfinite(anchor_weight) or anchor_weight < 0:
-        raise AsftError(f"anchor_weight is {anchor_weight}; expected a finite number, 0 or more")
     attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
         raise AsftError("the constraint is attached to this trainer already; attach it once")
@@ -58,19 +55,20 @@ def attach(
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
     taken = [layer.name for layer in penalty.layers if layer.was_taken_out]
+    strength = strengths(penalty, lambda_reg, max_drift, anchor_weight, taken_out=bool(taken))
     if max_drift is not None and taken:
         raise AsftError(budget_refused(taken[0]))
-    if anchor_weight > 0 and taken:
+    if strength.anchor_weight > 0 and taken:
         raise AsftError(anchor_refused(taken[0]))
-    constraint = Constraint(trainer, penalty, float(lambda_reg), max_drift, float(anchor_weight))
+    constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, anchor_weight %g, projector %s, "
         "metric %s, direction of %s (sha256 %s)",
         len(penalty.layers),
         engine(trainer),
-        lambda_reg,
+        strength.lambda_reg,
         max_drift,
-        anchor_weight,
+        strength.anchor_weight,
         penalty.projector,
         penalty.metric,
         direction.spec["aligned"]["id"],

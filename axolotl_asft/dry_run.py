@@ -19,6 +19,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, takes_out, trainable_lora_layers
 from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, validated_config
+from axolotl_asft.strengths import strengths
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
@@ -109,24 +110,27 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
     check.warnings += [*missed_plugins(cfg), *missed_targets(cfg, model)]
     if direction is None:
         return
-    if block.anchor_weight > 0:
+    if (block.anchor_weight or 0) > 0:
         _try(check, lambda: own_answers_of(direction.spec))
     _refuse_initialisation(check, block, layers, initialisation, Path(cfg.base_model).expanduser().is_dir())
     penalty = _match(check, block, direction, model, layers)
     if penalty is None:
         return
+    strength = strengths(
+        penalty, block.lambda_reg, block.max_drift, block.anchor_weight, taken_out=takes_out(initialisation)
+    )
     check.cost = estimate(
         penalty.groups,
         check.model["parameters"],
         cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len,
         checkpointing=bool(cfg.gradient_checkpointing),
-        gradient=block.lambda_reg > 0,
+        gradient=strength.lambda_reg > 0,
         budget=block.max_drift is not None,
         log_every=max(1, int(cfg.logging_steps or 500)),
         taken_out=takes_out(initialisation),
     )
-    check.settings = advice.in_plain_words(block, penalty, cfg)
-    check.warnings += advice.on_settings(block, penalty, cfg)
+    check.settings = advice.in_plain_words(block, strength, penalty, cfg)
+    check.warnings += advice.on_settings(block, strength, penalty, cfg)
     check.warnings += advice.on_pin(block, direction)
     if check.direction["weights"] != "agree":
         check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
@@ -199,7 +203,7 @@ def _refuse_initialisation(
         return
     if block.max_drift is not None:
         check.errors.append(budget_refused(layers[0].name))
-    if block.anchor_weight > 0:
+    if (block.anchor_weight or 0) > 0:
         check.errors.append(anchor_refused(layers[0].name))
     if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):
         check.errors.append(

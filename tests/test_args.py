@@ -26,14 +26,9 @@ def test_every_field_is_described(field):
 
 def test_defaults():
     block = parse_block({"direction": "d"})
-    assert (block.lambda_reg, block.projector, block.rank, block.lora_scaling) == (1.0, "paper", None, True)
+    assert (block.projector, block.rank, block.lora_scaling) == ("paper", None, True)
+    assert (block.lambda_reg, block.max_drift, block.anchor_weight) == (None, None, None), "tests/test_strengths.py"
     assert (block.modules, block.on_uncovered, block.verify_model) == (None, "error", True)
-
-
-def test_a_budget_stands_alone_unless_lambda_is_given():
-    assert parse_block({"direction": "d", "max_drift": 0.5}).lambda_reg == 0
-    assert parse_block({"direction": "d", "max_drift": 0.5, "lambda_reg": 2}).lambda_reg == 2
-    assert parse_block(parse_block({"direction": "d", "max_drift": 0.5}).model_dump()).lambda_reg == 0
 
 
 def test_yaml_writes_small_numbers_as_text():

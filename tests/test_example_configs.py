@@ -134,6 +134,26 @@ def test_every_layer_of_a_stand_in_is_constrained(path, stand_in, tmp_path):
     assert [line for line in found["warnings"] if held_unused not in line or "metric" in config["asft"]] == []
 
 
+def test_a_block_with_a_direction_alone_asks_for_the_same(stand_in, tmp_path):
+    """The recipes write out what a run does by itself with a file that `extract --metric fisher` made."""
+    model, direction = stand_in("Llama")
+    config = yaml.safe_load(next(path for path in CONFIGS if path.stem == "llama-3.1-8b-qlora-12gb").read_text())
+    config["base_model"] = str(model)
+    found = {}
+    for name, block in {"written": config["asft"], "alone": {}}.items():
+        config["asft"] = {**block, "direction": str(direction)}
+        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(config))
+        printed = CliRunner().invoke(asft, ["check", str(tmp_path / f"{name}.yml"), "--json"]).stdout
+        found[name] = json.loads(printed)
+    metric, *written = found["written"]["settings"]
+    by_itself, *alone = found["alone"]["settings"]
+    assert by_itself == metric.replace("fisher:", "fisher, since the direction file holds it:")
+    assert alone == written
+    assert any(line.startswith("lambda_reg 0.1:") for line in alone)
+    assert any(line.startswith("anchor_weight 3:") for line in alone)
+    assert (found["alone"]["errors"], found["alone"]["warnings"]) == ([], [])
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_says_what_a_reader_needs(path):
     text = path.read_text()

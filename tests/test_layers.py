@@ -13,7 +13,7 @@ ORDER = [
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
     "direction", "metrics", "lora", "saved", "sources", "readahead", "partial", "devices", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "history", "stamp", "project", "engines",
-    "anchor", "constraint", "attaching",
+    "anchor", "strengths", "constraint", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",
     "args", "schema", "guard", "registration", "startup", "plugin", "summary", "spectra_chart", "compare", "publish",

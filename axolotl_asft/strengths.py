@@ -1,0 +1,43 @@
+"""How strongly a run is held where its settings leave that open."""
+
+from dataclasses import dataclass
+
+from axolotl_asft.adapter import AlignmentPenalty
+
+ALONE = 1.0  # lambda_reg
+ANCHORED = 0.1, 3.0  # lambda_reg and anchor_weight: what benchmarks/results/safety.md speaks for, on both its tasks
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """lambda_reg, max_drift and anchor_weight of a run, nothing left open but that there is no budget."""
+
+    lambda_reg: float
+    max_drift: float | None
+    anchor_weight: float
+
+
+def strengths(
+    penalty: AlignmentPenalty,
+    lambda_reg: float | None = None,
+    max_drift: float | None = None,
+    anchor_weight: float | None = None,
+    *,
+    taken_out: bool,
+) -> Strengths:
+    """What is given as it is; of the rest, lambda_reg and anchor_weight are
+
+    - 0.1 and 3 where none of the three is given, the metric is fisher, the direction file holds the aligned model's own
+      answers, and no initialisation has `taken_out` a part of the weights, so that the model without its adapter is
+      the aligned one;
+    - else 1 (0 beside a max_drift; 0.1 beside an anchor_weight under the metric fisher) and 0.
+    """
+    fisher = penalty.metric == "fisher"
+    if (lambda_reg, max_drift, anchor_weight) == (None, None, None):
+        asked = fisher and bool(penalty.direction.spec.get("own_answers"))
+        if asked and not taken_out:
+            return Strengths(ANCHORED[0], None, ANCHORED[1])
+    anchor_weight = anchor_weight or 0.0
+    if lambda_reg is None:
+        lambda_reg = 0.0 if max_drift is not None else ANCHORED[0] if fisher and anchor_weight > 0 else ALONE
+    return Strengths(float(lambda_reg), max_drift, float(anchor_weight))
