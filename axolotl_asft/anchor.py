@@ -122,8 +122,12 @@ class AnswerAnchor:
             batch[1, row, : len(ids)] = 1
         ids, mask = batch.to(device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        if logits is None:
-            raise AsftError("the model gives no logits, which anchor_weight needs; set it to 0")
+        if logits is None or logits.ndim != 3 or logits.shape[-1] <= int(batch[0].max()):
+            found = "nothing" if logits is None else f"logits {tuple(logits.shape)} for tokens {tuple(ids.shape)}"
+            raise AsftError(
+                f"the model gives {found}; anchor_weight needs a model that gives the probability of every next token: "
+                "set anchor_weight: 0"
+            )
         return [logits[row, start - 1 : len(ids) - 1] for row, (ids, start) in enumerate(texts)]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from test_attach import lora_weights, make_trainer, training_lines
 from tiny import OWN_ANSWERS as ANSWERS
@@ -193,6 +194,20 @@ def test_refused(pair, rows, direction, direction_file, tmp_path):
             attach(trainer, direction, anchor_weight=wrong)
     with pytest.raises(AsftError, match="holds an answer without a text"):
         AnswerAnchor(make_tokenizer(), [("<|user|> a cat </s>", "")])
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_refused_where_the_model_writes_nothing(pair, kind):
+    """A reward model gives scores, which would be held as if they were words."""
+    classifier = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(pair[1])
+    classifier.config.pad_token_id = 0
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(classifier, config)
+    anchor = AnswerAnchor(make_tokenizer(), ANSWERS)
+    with pytest.raises(
+        AsftError, match=r"the model gives logits \(.*; anchor_weight needs a model that gives the prob"
+    ):
+        anchor.remember(model)
 
 
 def test_refused_initialisations(pair, rows, direction, tmp_path):
