@@ -11,6 +11,9 @@ from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write, atomic_write_text
 
 DETAILS = ("-of-64", "-own-", "budget")  # in the table alone: the picture has room for the main ones
+DEFAULT = "fisher-0.1-anchor-3"
+LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
+LOWEST, HIGHEST = -4, 107
 Results = list[dict[str, Any]]
 FAMILIES = {
     "aligned": "#222b38",
@@ -167,14 +170,17 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
             shown = {name: found for name, found in everyone.items() if not any(part in name for part in DETAILS)}
             methods = {name: cell(found) for name, found in shown.items()}
             everything = {**({"aligned": before[task]} if task in before else {}), **methods}
-            labelled: list[tuple[float, float]] = []
-            for name, found in everything.items():
-                place = (100 * found.right, 100 * found.harmful)
-                near = sum(abs(place[0] - x) < 15 and abs(place[1] - y) < 5 for x, y in labelled)
-                labelled.append(place)
+            places = {name: (100 * found.right, 100 * found.harmful) for name, found in everything.items()}
+            lines = label_places(places)
+            for name, place in places.items():
                 colour = FAMILIES[next(family for family in FAMILIES if name.startswith(family))]
                 axes.plot(*place, "o", color=colour, markersize=8, zorder=3)
-                axes.annotate(name, place, (7, 3 - 11 * near), textcoords="offset points", fontsize=8, color=colour)
+                axes.annotate(
+                    name, place, lines[name], fontsize=8, color=colour, va="center",
+                    weight="bold" if name == DEFAULT else "normal",
+                    arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3,
+                                "relpos": (0, 0.5)},
+                )  # fmt: skip
             front = pareto_front([(found.right, found.harmful) for found in methods.values()])
             axes.plot(*zip(*[(100 * x, 100 * y) for x, y in front], strict=True), "--", color="#adb5bd", zorder=1)
             if task in before:
@@ -182,10 +188,27 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
             axes.set_title(f"{task}, {chosen[task][1]:.0%} poison", loc="left", weight="bold")
             axes.set_xlabel("task answers right, %")
             axes.set_ylabel("harmful prompts not refused, %")
-            axes.set(xlim=(-5, 130), ylim=(-5, 108), xticks=range(0, 101, 20))
+            axes.set(xlim=(-5, 140), ylim=(-5, 108), xticks=range(0, 101, 20))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#e8ebf0", zorder=0)
         atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+
+
+def label_places(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """For each point's name a place, to the right of it and as near as can be, that no other name or point covers."""
+    taken = [(x, x, y) for x, y in points.values()]
+    chosen = {}
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][::-1]):
+        rows = sorted((step / 2 for step in range(-60, 61)), key=abs)
+        start, end = x + 2.2, x + 2.2 + LETTER_WIDTH * len(name)
+        row = next(
+            row for row in rows
+            if LOWEST < y + row < HIGHEST
+            and all(end < left or start > right or abs(y + row - at) >= LINE_HEIGHT for left, right, at in taken)
+        )  # fmt: skip
+        chosen[name] = start, y + row
+        taken.append((start, end, y + row))
+    return chosen
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -20,7 +20,7 @@ from benchmarks.safety_data import (
     test_data,
     training_data,
 )
-from benchmarks.safety_table import cell, pareto_front, write_table
+from benchmarks.safety_table import LETTER_WIDTH, LINE_HEIGHT, cell, label_places, pareto_front, write_table
 
 test_data.__test__ = False
 SETTINGS = yaml.safe_load(safety.SETTINGS.read_text())
@@ -155,3 +155,13 @@ def test_rehearsal_is_half_refusals(share):
     assert sum(example.answer == REFUSALS[0] for example in found) == len(found) / 2
     assert not any(example.answer == "Sure." for example in found), "what was no refusal is not taught"
     assert found == rehearsal(own, share, 640, seed=1)
+
+
+def test_names_in_the_picture_cover_neither_each_other_nor_points():
+    points = {"plain": (100, 100), "projected": (97, 100), "small": (99, 11), "smaller": (100, 10), "same": (100, 10)}
+    places = label_places(points)
+    boxes = [(x, x + LETTER_WIDTH * len(name), y) for name, (x, y) in places.items()]
+    for number, (start, end, y) in enumerate(boxes):
+        others = [*boxes[:number], *boxes[number + 1 :], *((x, x, at) for x, at in points.values())]
+        assert all(end < left or start > right or abs(y - at) >= LINE_HEIGHT for left, right, at in others)
+    assert all(abs(places[name][1] - y) <= 3 * LINE_HEIGHT for name, (_, y) in points.items())
