@@ -30,10 +30,12 @@ def attach(
     Args:
         trainer: a transformers or TRL trainer over a PEFT model.
         direction: the alignment direction of the trainer's model.
-        lambda_reg: weight of the penalty, 0 or more; 0 leaves the training as it is. None: see `strengths`.
+        lambda_reg: weight of the penalty, 0 or more; 0 leaves the training as it is. None: 0.1 beside an
+            anchor under metric="fisher", 0 with max_drift, else 1.
         max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
         anchor_weight: of KL(aligned || now), nats a token, of the aligned model's own answers, a few of which are
-            asked for at every step; the direction file has to hold them. 0: no anchor. None: see `strengths`.
+            asked for at every step; the direction file has to hold them. 0: no anchor. None: 3 where
+            neither lambda_reg nor max_drift is given and the file allows it (`axolotl_asft.strengths`), else 0.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left

@@ -25,7 +25,9 @@ def strengths(
     *,
     taken_out: bool,
 ) -> Strengths:
-    """What is given as it is; of the rest, lambda_reg and anchor_weight are
+    """lambda_reg, max_drift and anchor_weight: what is given stays, the rest is chosen by what was measured.
+
+    lambda_reg and anchor_weight are
 
     - 0.1 and 3 where none of the three is given, the metric is fisher, the direction file holds the aligned model's own
       answers, and no initialisation has `taken_out` a part of the weights, so that the model without its adapter is
