@@ -57,7 +57,8 @@ def attach(
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
     taken = [layer.name for layer in penalty.layers if layer.was_taken_out]
-    strength = strengths(penalty, lambda_reg, max_drift, anchor_weight, taken_out=bool(taken))
+    given = lambda_reg, max_drift, anchor_weight
+    strength = strengths(penalty.metric, direction.spec, *given, taken_out=bool(taken))
     if max_drift is not None and taken:
         raise AsftError(budget_refused(taken[0]))
     if strength.anchor_weight > 0 and taken:

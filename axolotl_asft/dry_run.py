@@ -116,9 +116,8 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
     penalty = _match(check, block, direction, model, layers)
     if penalty is None:
         return
-    strength = strengths(
-        penalty, block.lambda_reg, block.max_drift, block.anchor_weight, taken_out=takes_out(initialisation)
-    )
+    given = block.lambda_reg, block.max_drift, block.anchor_weight
+    strength = strengths(penalty.metric, direction.spec, *given, taken_out=takes_out(initialisation))
     check.cost = estimate(
         penalty.groups,
         check.model["parameters"],

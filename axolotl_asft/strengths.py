@@ -1,11 +1,12 @@
 """How strongly a run is held where its settings leave that open."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from axolotl_asft.adapter import AlignmentPenalty
+from typing import Any
 
 ALONE = 1.0  # lambda_reg
-ANCHORED = 0.1, 3.0  # lambda_reg and anchor_weight: what benchmarks/results/safety.md speaks for, on both its tasks
+# What benchmarks/results/safety.md speaks for, on both its tasks, under the metric fisher.
+ANCHORED_LAMBDA, ANCHOR_WEIGHT = 0.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Strengths:
 
 
 def strengths(
-    penalty: AlignmentPenalty,
+    metric: str | None,
+    spec: Mapping[str, Any],
     lambda_reg: float | None = None,
     max_drift: float | None = None,
     anchor_weight: float | None = None,
@@ -27,6 +29,8 @@ def strengths(
 ) -> Strengths:
     """lambda_reg, max_drift and anchor_weight: what is given stays, the rest is chosen by what was measured.
 
+    `metric` is the one that the penalty is measured in, `spec` the direction's.
+
     lambda_reg and anchor_weight are
 
     - 0.1 and 3 where none of the three is given, the metric is fisher, the direction file holds the aligned model's own
@@ -34,12 +38,10 @@ def strengths(
       the aligned one;
     - else 1 (0 beside a max_drift; 0.1 beside an anchor_weight under the metric fisher) and 0.
     """
-    fisher = penalty.metric == "fisher"
-    if (lambda_reg, max_drift, anchor_weight) == (None, None, None):
-        asked = fisher and bool(penalty.direction.spec.get("own_answers"))
-        if asked and not taken_out:
-            return Strengths(ANCHORED[0], None, ANCHORED[1])
+    fisher, open_all = metric == "fisher", (lambda_reg, max_drift, anchor_weight) == (None, None, None)
+    if open_all and fisher and spec.get("own_answers") and not taken_out:
+        return Strengths(ANCHORED_LAMBDA, None, ANCHOR_WEIGHT)
     anchor_weight = anchor_weight or 0.0
     if lambda_reg is None:
-        lambda_reg = 0.0 if max_drift is not None else ANCHORED[0] if fisher and anchor_weight > 0 else ALONE
+        lambda_reg = 0.0 if max_drift is not None else ANCHORED_LAMBDA if fisher and anchor_weight > 0 else ALONE
     return Strengths(float(lambda_reg), max_drift, float(anchor_weight))

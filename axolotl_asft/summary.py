@@ -7,6 +7,7 @@ from typing import Any
 
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.penalty import projector_eigenvalues
+from axolotl_asft.strengths import strengths
 
 
 def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> dict[str, Any]:
@@ -41,9 +42,12 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
 
 def recommended(spec: Mapping[str, Any]) -> str:
     """The lines of an `asft:` block that the benchmark speaks for with such a file, where it holds what they need."""
-    if not spec.get("own_answers") or "fisher" not in spec.get("metrics", {}):
+    if "fisher" not in spec.get("metrics", {}):
         return ""
-    return "  metric: fisher\n  lambda_reg: 0.1\n  anchor_weight: 3\n"
+    chosen = strengths("fisher", spec, taken_out=False)
+    if not chosen.anchor_weight:
+        return ""
+    return f"  metric: fisher\n  lambda_reg: {chosen.lambda_reg:g}\n  anchor_weight: {chosen.anchor_weight:g}\n"
 
 
 def _module_summary(direction: AlignmentDirection, name: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import axolotl_asft
 
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
-    "errors", "files", "redaction", "yaml_config", "evaluation.refusals",
+    "errors", "files", "redaction", "yaml_config", "strengths", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
     "direction", "metrics", "lora", "saved", "sources", "readahead", "partial", "devices", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "history", "stamp", "project", "engines",
-    "anchor", "strengths", "constraint", "attaching",
+    "anchor", "constraint", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",
     "args", "schema", "guard", "registration", "startup", "plugin", "summary", "spectra_chart", "compare", "publish",

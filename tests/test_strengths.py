@@ -60,12 +60,13 @@ def model(pair):
 )
 def test_what_is_given_stands(model, directions, kind, given, expected):
     penalty = AlignmentPenalty(model, directions[kind])
-    assert strengths(penalty, **{"taken_out": False, **given}) == Strengths(*expected)
+    chosen = strengths(penalty.metric, directions[kind].spec, **{"taken_out": False, **given})
+    assert chosen == Strengths(*expected)
 
 
 def test_another_metric_is_not_what_was_measured(model, directions):
     penalty = AlignmentPenalty(model, directions["both"], metric="weights")
-    assert strengths(penalty, taken_out=False) == Strengths(1.0, None, 0.0)
+    assert strengths(penalty.metric, directions["both"].spec, taken_out=False) == Strengths(1.0, None, 0.0)
 
 
 def test_a_run_that_says_nothing_is_anchored(pair, rows, directions, tmp_path):

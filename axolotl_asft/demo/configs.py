@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axolotl_asft.files import atomic_write_text
+from axolotl_asft.strengths import ANCHOR_WEIGHT, ANCHORED_LAMBDA
 
 COMMON = """\
 # {title}
@@ -64,8 +65,8 @@ class FineTuning:
     learning_rate: float = 0.002
     poison: float = 0.1
     metric: str = "fisher"
-    lambda_reg: float = 0.1
-    anchor_weight: float = 3.0
+    lambda_reg: float = ANCHORED_LAMBDA
+    anchor_weight: float = ANCHOR_WEIGHT
     seed: int = 0
 
 
