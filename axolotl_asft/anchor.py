@@ -1,17 +1,19 @@
 """An anchor that is asked anew at every step: the aligned model's own answers, beside what the model says now."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.quiet import without_adapter, without_noise
+from axolotl_asft.templates import text_tokenizer
 
 TEXTS = 8  # answers a step
 LIKELIEST = 64  # tokens told apart at each place of an answer
+SAME = 0.01  # nats a token that two passes over the same text may be apart
 
 
 @dataclass(frozen=True)
@@ -71,29 +73,55 @@ class AnswerAnchor:
             answers: (request as the model reads it, with the chat template; its answer), of `own_answers_of`.
 
         Raises:
-            AsftError: the trainer has no tokenizer.
+            AsftError: the trainer has no tokenizer, or one that reads no chat template's text.
         """
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         if tokenizer is None:
             raise AsftError("anchor_weight needs the trainer's tokenizer; give it as processing_class, or set 0")
+        tokenizer = text_tokenizer(tokenizer)
         self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
         self._remembered: list[Places] = []
 
     @torch.no_grad()
     def remember(self, model: nn.Module) -> None:
-        """The answers as the model without its adapter gives them. Under FSDP every process has to call."""
-        with model.disable_adapter(), _deterministic(model):  # type: ignore[operator]
-            self._remembered = [
-                Places.of(logits)
-                for first in range(0, len(self._texts), TEXTS)
-                for logits in self._logits(model, self._texts[first : first + TEXTS])
-            ]
+        """The answers as the model without its adapter gives them. Under FSDP every process has to call.
+
+        Raises:
+            AsftError: the model does not take the texts, says nothing that is a number, or not twice the same.
+        """
+        try:
+            with without_adapter(model), without_noise(model):
+                found = [
+                    Places.of(logits)
+                    for first in range(0, len(self._texts), TEXTS)
+                    for logits in self._logits(model, self._texts[first : first + TEXTS])
+                ]
+                again = self._logits(model, self._texts[:TEXTS])
+        except AsftError:
+            raise
+        except Exception as error:  # a model's own forward, of any kind
+            raise AsftError(
+                f"the model does not take the anchor's answers ({type(error).__name__}: {one_line(error)}); "
+                "set anchor_weight: 0, and a lambda_reg"
+            ) from error
+        said = [part for places in found for part in (places.log_p, places.log_rest)]
+        if not all(bool(part.isfinite().all()) for part in said):
+            raise AsftError(
+                "the aligned model's answers are not finite numbers in this precision; train in another one (bf16 in "
+                "place of fp16), or set anchor_weight: 0, and a lambda_reg"
+            )
+        apart = max(float(divergence(places, logits).max()) for places, logits in zip(found, again, strict=False))
+        if not apart <= SAME:
+            raise AsftError(
+                f"the model without its adapter answers the same text twice with {apart:.3g} nats a token between: "
+                "something in it is random, such as dropout; set that to 0, or anchor_weight: 0 and a lambda_reg"
+            )
+        self._remembered = found
 
     def loss(self, model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's part of the mean divergence over the tokens of the step's answers, () fp32 with a graph.
 
         The mean over the processes is the mean over the tokens: however many there are, a step asks for the same
-        answers.
+        answers. To be called, and followed by its backward pass, inside `without_noise(model)`.
 
         Args:
             model: as it is trained, wrapped or not.
@@ -102,8 +130,7 @@ class AnswerAnchor:
         turn = [(step * TEXTS + i) % len(self._texts) for i in range(min(TEXTS, len(self._texts)))]
         mine = turn[rank::world]
         asked = mine or turn[:1]  # a process without a part takes part in the passes all the same
-        with _deterministic(model):
-            logits = self._logits(model, [self._texts[i] for i in asked])
+        logits = self._logits(model, [self._texts[i] for i in asked])
         total = sum(len(self._remembered[i].log_rest) for i in turn)
         parts = [
             divergence(self._remembered[i].to(found.device), found).sum()
@@ -128,7 +155,10 @@ class AnswerAnchor:
                 f"the model gives {found}; anchor_weight needs a model that gives the probability of every next token: "
                 "set anchor_weight: 0"
             )
-        return [logits[row, start - 1 : len(ids) - 1] for row, (ids, start) in enumerate(texts)]
+        counts = [len(ids) - start for ids, start in texts]
+        rows = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
+        places = torch.tensor([place for ids, start in texts for place in range(start - 1, len(ids) - 1)])
+        return list(logits[rows, places].split(counts))  # at once: each slice would have a gradient as large as logits
 
 
 def own_answers_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -153,19 +183,3 @@ def _encoded(tokenizer: Any, request: str, answer: str) -> tuple[list[int], int]
     if not 0 < start < len(ids):
         raise AsftError("the direction file holds an answer without a text; make it again with `axolotl asft extract`")
     return ids, start
-
-
-@contextmanager
-def _deterministic(model: nn.Module) -> Iterator[None]:
-    """In training mode, as the weights are used there, but without dropout, and NEFTune's noise in the embeddings."""
-    training = model.training
-    model.train()
-    noisy = [module for module in model.modules() if isinstance(module, nn.Dropout | nn.Embedding)]
-    for module in noisy:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in noisy:
-            module.train()
-        model.train(training)

@@ -13,6 +13,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError
 from axolotl_asft.strengths import strengths
+from axolotl_asft.templates import template_warning
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -63,6 +64,9 @@ def attach(
         raise AsftError(budget_refused(taken[0]))
     if strength.anchor_weight > 0 and taken:
         raise AsftError(anchor_refused(taken[0]))
+    held = strength.anchor_weight > 0 or penalty.metric != "weights"
+    if held and (warning := template_warning(getattr(trainer, "processing_class", None), direction.spec)):
+        LOG.warning("AsFT: %s", warning)
     constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, anchor_weight %g, projector %s, "

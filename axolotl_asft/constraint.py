@@ -1,5 +1,6 @@
 """The trainer side: the penalty in the gradient, its numbers in the log, its mark on what is saved."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.engines import engine, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
+from axolotl_asft.quiet import without_noise
 from axolotl_asft.stamp import stamp_adapter, stamp_model_card
 
 
@@ -211,16 +213,19 @@ class Constraint:
 
     def _ask(self, anchor: AnswerAnchor) -> None:
         """The gradient of anchor_weight KL: a backward pass through the model as the trainer wrapped it."""
-        arguments = self.trainer.args
-        with self.trainer.compute_loss_context_manager():
-            loss = anchor.loss(
-                self.trainer.model_wrapped,
-                self.trainer.state.global_step,
-                arguments.process_index,
-                arguments.world_size,
-            )
-        (self._scaled(self.anchor_weight) * loss).backward()
+        arguments, model = self.trainer.args, self.trainer.model_wrapped
+        with without_noise(model), self._offload():
+            with self.trainer.compute_loss_context_manager():
+                loss = anchor.loss(model, self.trainer.state.global_step, arguments.process_index, arguments.world_size)
+            (self._scaled(self.anchor_weight) * loss).backward()
         self._divergences.append(loss.detach())
+
+    def _offload(self) -> AbstractContextManager[Any]:
+        """Where the trainer keeps activations off the device, so does the anchor: axolotl's name for it, and TRL's."""
+        for name in ("activation_offload_context", "maybe_activation_offload_context"):
+            if hasattr(self.trainer, name):
+                return getattr(self.trainer, name)
+        return nullcontext()
 
     def _scaled(self, weight: float) -> Tensor | float:
         """A weight, in fp16 times the loss scale, by which the gradients are still multiplied here."""

@@ -18,8 +18,9 @@ from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, takes_out, trainable_lora_layers
-from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, validated_config
+from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, run_tokenizer, validated_config
 from axolotl_asft.strengths import strengths
+from axolotl_asft.templates import template_warning, text_tokenizer
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
@@ -131,6 +132,11 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
     check.warnings += advice.on_pin(block, direction)
+    if strength.anchor_weight > 0 or penalty.metric != "weights":
+        tokenizer = run_tokenizer(cfg)
+        if strength.anchor_weight > 0:
+            _try(check, lambda: text_tokenizer(tokenizer))
+        check.warnings += [line for line in [template_warning(tokenizer, direction.spec)] if line]
     if check.direction["weights"] != "agree":
         check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders.adapter import load_adapter
+from axolotl.loaders.tokenizer import load_tokenizer
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.config import normalize_config, prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
@@ -85,6 +86,16 @@ def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
     if cfg.freeze_mm_modules:
         freeze_mm_modules(adapted)
     return adapted, initialisation
+
+
+def run_tokenizer(cfg: DictDefault) -> Any | None:
+    """The run's tokenizer with its chat template; None where it cannot be had here, or not without writing files."""
+    if cfg.added_tokens_overrides:
+        return None
+    try:
+        return load_tokenizer(cfg)
+    except Exception:  # the run will say
+        return None
 
 
 def missed_plugins(cfg: DictDefault) -> list[str]:

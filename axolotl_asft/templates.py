@@ -1,0 +1,52 @@
+"""Tokenizers and chat templates beside the requests that a direction file keeps as the aligned model read them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from axolotl_asft.errors import AsftError
+
+QUESTION = "What is it?"
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer itself, or a processor's, which reads a chat template's text with its control tokens.
+
+    Raises:
+        AsftError: mistral-common's, which would read control tokens in a text as plain letters.
+    """
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
+    if any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__):
+        raise AsftError(
+            f"the tokenizer is mistral-common's ({type(tokenizer).__name__}), which reads the control tokens of a chat "
+            "template as plain text; expected one of transformers: a model with a tokenizer.json and without a "
+            "tekken.json, and no tokenizer_use_mistral_common"
+        )
+    return tokenizer
+
+
+def template_warning(tokenizer: Any, spec: Mapping[str, Any]) -> str | None:
+    """A line where the run's chat template leads to an answer in other words than those of the kept requests.
+
+    What is held is held under the template that the direction file was made with; only the end of a turn is compared,
+    since a template may begin with the date.
+    """
+    requests = [request for request, _ in spec.get("own_answers", [])]
+    if not requests or not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": QUESTION}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse a turn in any way, which is the trainer's to say
+        return None
+    lead = text.rpartition(QUESTION)[2].strip()
+    if all(lead in request for request in requests):
+        return None
+    kept = requests[0][-len(lead) - 20 :]
+    return (
+        f"the run's chat template leads to an answer by {lead!r}, the direction file's requests end in {kept!r}: what "
+        "is held is held under that one; train and serve with the template that the aligned model has, or make the "
+        "direction again with this one"
+    )
