@@ -80,6 +80,7 @@ class AnswerAnchor:
         tokenizer = text_tokenizer(tokenizer)
         self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
         self._remembered: list[Places] = []
+        self._at_once = TEXTS  # in a pass
 
     @torch.no_grad()
     def remember(self, model: nn.Module) -> None:
@@ -88,21 +89,14 @@ class AnswerAnchor:
         Raises:
             AsftError: the model does not take the texts, says nothing that is a number, or not twice the same.
         """
-        try:
-            with without_adapter(model), without_noise(model):
-                found = [
-                    Places.of(logits)
-                    for first in range(0, len(self._texts), TEXTS)
-                    for logits in self._logits(model, self._texts[first : first + TEXTS])
-                ]
-                again = self._logits(model, self._texts[:TEXTS])
-        except AsftError:
-            raise
-        except Exception as error:  # a model's own forward, of any kind
-            raise AsftError(
-                f"the model does not take the anchor's answers ({type(error).__name__}: {one_line(error)}); "
-                "set anchor_weight: 0, and a lambda_reg"
-            ) from error
+        with without_adapter(model), without_noise(model):
+            self._at_once = self._most_at_once(model)
+            found = [
+                Places.of(logits)
+                for first in range(0, len(self._texts), TEXTS)
+                for logits in self._logits(model, self._texts[first : first + TEXTS])
+            ]
+            again = self._logits(model, self._texts[:TEXTS])
         said = [part for places in found for part in (places.log_p, places.log_rest)]
         if not all(bool(part.isfinite().all()) for part in said):
             raise AsftError(
@@ -116,6 +110,21 @@ class AnswerAnchor:
                 "something in it is random, such as dropout; set that to 0, or anchor_weight: 0 and a lambda_reg"
             )
         self._remembered = found
+
+    def _most_at_once(self, model: nn.Module) -> int:
+        """Texts that the model takes in a pass: where packing is patched into a model, it may take a batch of one."""
+        for most in (TEXTS, 1):
+            try:
+                self._pass(model, self._texts[:most])
+                return most
+            except AsftError:
+                raise
+            except Exception as error:  # a model's own forward, of any kind
+                refusal = error
+        raise AsftError(
+            f"the model does not take the anchor's answers ({type(refusal).__name__}: {one_line(refusal)}); "
+            "set anchor_weight: 0, and a lambda_reg"
+        ) from refusal
 
     def loss(self, model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's part of the mean divergence over the tokens of the step's answers, () fp32 with a graph.
@@ -138,9 +147,14 @@ class AnswerAnchor:
         ]
         return torch.stack(parts).sum() * (world / total if mine else 0.0)
 
-    @staticmethod
-    def _logits(model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
+    def _logits(self, model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
         """Of each text (n, vocabulary): what is said at the n tokens of its answer."""
+        starts = range(0, len(texts), self._at_once)
+        return [logits for i in starts for logits in self._pass(model, texts[i : i + self._at_once])]
+
+    @staticmethod
+    def _pass(model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
+        """The same of texts that are asked together."""
         device = next(model.parameters()).device
         longest = max(len(ids) for ids, _ in texts)
         batch = torch.zeros(2, len(texts), longest, dtype=torch.long)

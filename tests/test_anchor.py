@@ -240,6 +240,25 @@ def test_a_model_that_is_random_all_the_same(tmp_path):
         anchor.remember(model)
 
 
+def test_a_model_that_takes_one_text_at_a_time(model):
+    """As one whose layers are patched for packing may."""
+    expected = AnswerAnchor(make_tokenizer(), ANSWERS)
+    expected.remember(model)
+    with without_noise(model):
+        together = expected.loss(model, 1)
+
+    def refuse(module, args, kwargs):
+        if len(kwargs["input_ids"]) != 1:
+            raise ValueError(f"the batch size is expected to be 1 rather than {len(kwargs['input_ids'])}")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    anchor = AnswerAnchor(make_tokenizer(), ANSWERS)
+    anchor.remember(model)
+    with without_noise(model):
+        found = anchor.loss(model, 1)
+    assert float(found.detach()) == pytest.approx(float(together.detach()), rel=1e-4)
+
+
 def test_a_model_that_does_not_take_the_texts():
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=4)
     model = get_peft_model(transformers.GPT2LMHeadModel(config), LoraConfig(target_modules=["c_attn"]))
