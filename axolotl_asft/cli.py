@@ -81,7 +81,13 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
     "--projector", type=click.Choice(["paper", "normalized", "subspace"]), default="paper", show_default=True, help="C."
 )
 @click.option("--rank", type=int, metavar="K", help="Use only the leading K stored directions.")
-@click.option("--on-uncovered", type=click.Choice(["error", "ignore"]), default="error", show_default=True)
+@click.option(
+    "--on-uncovered",
+    type=click.Choice(["error", "warn", "ignore"]),
+    default="error",
+    show_default=True,
+    help="What to do where the adapter holds a layer without a direction, or a tensor that is no A or B.",
+)
 @click.option(
     "--verify-model/--no-verify-model",
     default=True,

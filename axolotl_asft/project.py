@@ -1,27 +1,25 @@
 """Safe LoRA: project an adapter that was trained without the constraint, after the fact."""
 
+import logging
 import math
-import os
-import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from axolotl_asft import __version__
+from axolotl_asft.adapter import ON_UNCOVERED
+from axolotl_asft.adapter_folder import check_output, write_projected
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import refuse_to_replace, writable_folder
+from axolotl_asft.files import writable_folder
 from axolotl_asft.penalty import PROJECTORS, orthogonal_part, projector_eigenvalues, squared_norm
-from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter, SavedLayer
-from axolotl_asft.stamp import add_to_config, add_to_model_card
+from axolotl_asft.saved import SavedAdapter, SavedLayer
 from axolotl_asft.verify import verify_checkpoint
 
-# What a training leaves beside the adapter that is needed to go on training, or that belongs to the run.
-NOT_COPIED = ("checkpoint-", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "merged", "debug")
+LOG = logging.getLogger("axolotl.asft")
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,12 @@ class ProjectionReport:
     Attributes:
         layers: one entry a layer.
         settings: how it was projected, as written into adapter_config.json.
+        uncovered: names of what was left as it is: layers without a direction, tensors that are no A or B.
     """
 
     layers: tuple[ProjectedLayer, ...]
     settings: dict[str, Any]
+    uncovered: tuple[str, ...] = ()
 
     @property
     def projected(self) -> int:
@@ -117,30 +117,28 @@ def project_adapter(
     Args:
         adapter: folder of a PEFT LoRA adapter; it is left as it is.
         direction: of the model that it belongs to; compared with it where its checkpoint lies in a local folder.
-        output: folder to write; a complete adapter.
+        output: folder to write; a complete adapter. Neither inside the adapter's folder nor around it.
         threshold: -1 to 1.
         layers: how many layers to project.
         attenuate: f in B - f (I - C) B; default 1.
         projector, rank: C, as for `AlignmentPenalty`; Safe LoRA's is "paper".
-        on_uncovered: "ignore" leaves a layer without a direction as it is; "error" refuses it.
+        on_uncovered: "error", "warn" or "ignore" where the adapter holds a layer without a direction, or a tensor that
+            is no A or B; the latter two leave it as it is.
         verify_model: compare the direction with the adapter's base model, where that is a local folder.
-        force: replace `output`.
+        force: replace `output`, where it holds an adapter and nothing else.
 
     Raises:
-        AsftError: no such adapter or output, settings out of range, or a direction of another model.
+        AsftError: no such adapter or output, settings out of range, a direction of another model, or something
+            uncovered under on_uncovered="error".
     """
     _check(threshold, layers, attenuate, projector, rank, on_uncovered)
     output = Path(output)
-    refuse_to_replace(output, force)
-    replaceable = output.is_dir() and (output.joinpath(ADAPTER_CONFIG).is_file() or not any(output.iterdir()))
-    if output.exists() and not replaceable:
-        raise AsftError(f"{output} holds no adapter, so that it is not replaced; give another --output")
-    if output.resolve() == Path(adapter).resolve():
-        raise AsftError(f"{output} is the adapter itself; give another --output")
+    check_output(output, Path(adapter), force)
     saved = SavedAdapter.read(adapter)
     found = list(saved.layers())
     writable_folder(output.parent)
-    covered = _covered(found, direction, on_uncovered)
+    covered = _covered(found, direction)
+    uncovered = _uncovered(found, saved.others(), direction, on_uncovered)
     if layers is not None and layers > len(covered):
         raise AsftError(f"--layers is {layers}; the adapter has {len(covered)} layers with a direction")
     if verify_model:
@@ -166,21 +164,25 @@ def project_adapter(
         "rank": rank,
         "direction_sha256": direction.sha256,
         "projected": len(chosen),
+        "uncovered": len(uncovered),
         "version": __version__,
     }
-    report = ProjectionReport(tuple(rows), settings)
-    _write(saved, tensors, output, report)
+    report = ProjectionReport(tuple(rows), settings, tuple(uncovered))
+    write_projected(saved, tensors, output, settings, _section(report), force)
     return report
 
 
 def summary_text(report: ProjectionReport) -> str:
-    """A few lines: how many layers, the range of cosines, the norm before and after."""
+    """A few lines: how many layers, what was left as it is, the range of cosines, the norm before and after."""
     cosines = sorted(layer.cosine for layer in report.layers if not math.isnan(layer.cosine))
     spread = ""
     if cosines:
         spread = f"cos(C dW, dW): {cosines[0]:.4f} to {cosines[-1]:.4f}, median {cosines[len(cosines) // 2]:.4f}\n"
+    left = ""
+    if report.uncovered:
+        left = f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
     return (
-        f"projected {report.projected} of {len(report.layers)} layers\n{spread}"
+        f"projected {report.projected} of {len(report.layers)} layers\n{left}{spread}"
         f"||dW||: {report.norm_before:.4g} before, {report.norm_after:.4g} after"
     )
 
@@ -203,19 +205,38 @@ def _check(threshold, layers, attenuate, projector: str, rank: int | None, on_un
         raise AsftError(f"--projector is {projector!r}; expected one of {', '.join(PROJECTORS)}")
     if rank is not None and rank < 1:
         raise AsftError(f"--rank is {rank}; expected 1 or more; a rank of 0 would erase the adapter")
-    if on_uncovered not in ("error", "ignore"):
-        raise AsftError(f"--on-uncovered is {on_uncovered!r}; expected error or ignore")
+    if on_uncovered not in ON_UNCOVERED:
+        raise AsftError(f"--on-uncovered is {on_uncovered!r}; expected one of {', '.join(ON_UNCOVERED)}")
 
 
-def _covered(found: list[SavedLayer], direction: AlignmentDirection, on_uncovered: str) -> list[SavedLayer]:
+def _uncovered(
+    found: list[SavedLayer], others: list[str], direction: AlignmentDirection, on_uncovered: str
+) -> list[str]:
+    """Names of the layers without a direction and of the tensors that are no factor, unless they are refused."""
+    layers = [layer.name for layer in found if layer.name not in direction.modules]
+    what = [f"{len(layers)} of {len(found)} layers have no direction ({_first(layers)})"] if layers else []
+    if others:
+        what.append(f"{len(others)} tensors are no A or B ({_first(others)})")
+    text = " and ".join(what)
+    if layers and len(layers) == len(found):
+        raise AsftError(f"{text}; use the direction of the adapter's model")
+    if what and on_uncovered == "error":
+        raise AsftError(
+            f"{text}, so that they cannot be projected; use the direction of all the adapter's layers, or "
+            "--on-uncovered ignore to leave them as they are"
+        )
+    if what and on_uncovered == "warn":
+        LOG.warning(f"{text}; they are left as they are")
+    return [*layers, *others]
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _covered(found: list[SavedLayer], direction: AlignmentDirection) -> list[SavedLayer]:
     if not found:
         raise AsftError("the adapter has no LoRA layers of linear layers; there is nothing to project")
-    missing = [layer.name for layer in found if layer.name not in direction.modules]
-    if missing and (on_uncovered == "error" or len(missing) == len(found)):
-        raise AsftError(
-            f"{len(missing)} of {len(found)} layers have no direction (first {missing[0]}); use the direction of the "
-            "adapter's model, or --on-uncovered ignore to leave such layers as they are"
-        )
     covered = [layer for layer in found if layer.name in direction.modules]
     for layer in covered:
         shape = (layer.B.shape[0], layer.A.shape[1])
@@ -243,32 +264,6 @@ def _choose(cosines: dict[str, float], threshold: float | None, layers: int | No
     if threshold is not None:
         return {name for name in order if (0.0 if math.isnan(cosines[name]) else cosines[name]) <= threshold}
     return set(order)
-
-
-def _write(saved: SavedAdapter, tensors: dict[str, Tensor], output: Path, report: ProjectionReport) -> None:
-    """A complete adapter, beside its place first and then renamed into it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        for path in saved.folder.iterdir():
-            wanted = path.is_file() and path.suffix not in (".pt", ".pth", ".bin", ".pkl")
-            if wanted and path.name != ADAPTER_WEIGHTS and not path.name.startswith(NOT_COPIED):
-                shutil.copy2(path, work / path.name)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            str(work / ADAPTER_WEIGHTS),
-            {"format": "pt"},
-        )
-        add_to_config(work / ADAPTER_CONFIG, "asft_projection", report.settings)
-        add_to_model_card(work / "README.md", _section(report), "asft-projection", "safe-lora")
-        os.chmod(work, 0o755)
-        with (work / ADAPTER_WEIGHTS).open("rb") as written:
-            os.fsync(written.fileno())
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(work, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _section(report: ProjectionReport) -> str:

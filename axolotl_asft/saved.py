@@ -87,6 +87,11 @@ class SavedAdapter:
                 )
             yield SavedLayer(name, A, B, _scaling(self.config, name, A.shape[0]), key_B)
 
+    def others(self) -> list[str]:
+        """Names of the tensors that are no factor of any of `layers`: modules_to_save, embeddings, trained biases."""
+        pairs = {key.removesuffix(A_SUFFIX) + end for key in self.tensors for end in (A_SUFFIX, B_SUFFIX)}
+        return [name.removeprefix(PREFIX) for name in sorted(set(self.tensors) - pairs)]
+
 
 def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key

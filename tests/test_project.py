@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
-from axolotl_asft.project import attenuated, project_adapter, projection_cosine
+from axolotl_asft.project import as_dict, attenuated, project_adapter, projection_cosine, summary_text
+from axolotl_asft.saved import PREFIX
 
 F64 = torch.float64
 
@@ -208,7 +212,7 @@ def test_what_is_written_is_an_adapter(pair, full_direction, tmp_path, dtype):
         ({"attenuate": -0.1}, "expected 0"),
         ({"attenuate": 1, "projector": "none"}, "expected one of paper"),
         ({"attenuate": 1, "rank": 0}, "would erase"),
-        ({"attenuate": 1, "on_uncovered": "maybe"}, "expected error or ignore"),
+        ({"attenuate": 1, "on_uncovered": "maybe"}, "expected one of error, warn, ignore"),
     ],
 )
 def test_settings_out_of_range_are_refused(adapter, full_direction, tmp_path, options, message):
@@ -230,9 +234,44 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
     with pytest.raises(AsftError, match="'pissa'"):
         attempt(make_adapter(pair, tmp_path / "pissa", init_lora_weights="pissa"))
     other = make_adapter(pair, tmp_path / "head", target_modules=["q_proj", "lm_head"])
-    with pytest.raises(AsftError, match=r"1 of 3 layers have no direction \(first lm_head\)"):
+    with pytest.raises(AsftError, match=r"1 of 3 layers have no direction \(lm_head\).* or --on-uncovered ignore"):
         attempt(other)
-    assert attempt(other, on_uncovered="ignore").projected == 2
+    report = attempt(other, on_uncovered="ignore")
+    assert (report.projected, "lm_head" in report.uncovered) == (2, True)
+    alone = make_adapter(pair, tmp_path / "alone", target_modules=["lm_head"])
+    with pytest.raises(AsftError, match=r"1 of 1 layers have no direction .*; use the direction of the adapter's mo"):
+        attempt(alone, on_uncovered="ignore", force=True)
+
+
+UNCOVERED = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"1 tensors are no A or B \(lm_head.weight\)"),
+    "lora_bias": ({"lora_bias": True}, r"14 tensors are no A or B \(.*down_proj.lora_B.bias, .*, \.\.\.\)"),
+    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A"),
+    "trainable tokens": ({"trainable_token_indices": [4, 5]}, "1 tensors are no A or B .*trainable_tokens_delta"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCOVERED)
+def test_what_is_no_pair_of_factors_is_refused_or_counted(pair, full_direction, tmp_path, caplog, kind):
+    changes, message = UNCOVERED[kind]
+    folder = make_adapter(pair, tmp_path / "in", **changes)
+    with pytest.raises(AsftError, match=message):
+        project_adapter(folder, full_direction[1], tmp_path / "out", attenuate=1.0)
+    assert not (tmp_path / "out").exists()
+    report = project_adapter(folder, full_direction[1], tmp_path / "out", attenuate=1.0, on_uncovered="warn")
+    assert re.search(message, caplog.text)
+    before, after = (load_file(str(f / "adapter_model.safetensors")) for f in (folder, tmp_path / "out"))
+    assert len(report.uncovered) == len(before) - 2 * len(report.layers) > 0
+    assert all(torch.equal(before[PREFIX + name], after[PREFIX + name]) for name in report.uncovered)
+    assert as_dict(report)["uncovered"] == report.uncovered
+    assert as_dict(report)["settings"]["uncovered"] == len(report.uncovered)
+    assert f"left as they are: {len(report.uncovered)} ({report.uncovered[0]}" in summary_text(report)
+
+
+def test_an_adapter_of_factors_alone_has_nothing_uncovered(adapter, full_direction, tmp_path):
+    report = project_adapter(adapter, full_direction[1], tmp_path / "out", attenuate=1.0)
+    assert (report.uncovered, report.settings["uncovered"]) == ((), 0)
+    assert "left as they are" not in summary_text(report)
 
 
 def test_a_direction_of_other_weights_is_refused(pair, adapter, tmp_path):
@@ -264,6 +303,84 @@ def test_an_output_is_not_overwritten_by_accident(adapter, full_direction, tmp_p
         project_adapter(adapter, full_direction[1], tmp_path / "precious" / "thesis.txt", layers=2, force=True)
     with pytest.raises(AsftError, match="nothing can be written to /proc/nothing"):
         project_adapter(adapter, full_direction[1], "/proc/nothing/out", layers=2)
+
+
+def test_what_is_read_and_what_is_written_do_not_lie_in_each_other(adapter, full_direction, tmp_path):
+    """A checkpoint projected over its training would take all checkpoints away, and itself."""
+    training = tmp_path / "training"
+    shutil.copytree(adapter, training)
+    shutil.copytree(adapter, training / "checkpoint-10")
+    before = sorted(training.rglob("*"))
+
+    def refused(message, source, output):
+        for force in (True, False):
+            with pytest.raises(AsftError, match=message):
+                project_adapter(source, full_direction[1], output, layers=2, force=force)
+        assert sorted(training.rglob("*")) == before
+
+    refused("checkpoint-10 lies inside .*training; give another", training / "checkpoint-10", training)
+    refused("out lies inside the adapter's folder .*training; give another", training, training / "out")
+    (tmp_path / "link").symlink_to(training)
+    refused("checkpoint-10 lies inside .*link; give another", training / "checkpoint-10", tmp_path / "link")
+    refused("is the adapter itself", training, tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("extra", "ours", "replaced"),
+    [
+        ("tokenizer.json", False, True),
+        ("asft_history.jsonl", False, False),
+        ("asft_history.jsonl", True, True),
+        ("checkpoint-10", False, False),
+        ("checkpoint-10", True, False),
+    ],
+)
+def test_force_deletes_an_adapter_and_nothing_else(adapter, full_direction, tmp_path, extra, ours, replaced):
+    """One that was written here may hold what its source had beside it; neither holds folders."""
+    output = tmp_path / "out"
+    if ours:
+        project_adapter(adapter, full_direction[1], output, layers=1)
+    else:
+        shutil.copytree(adapter, output)
+    if extra == "checkpoint-10":
+        (output / extra).mkdir()
+    else:
+        (output / extra).write_text("x")
+    if replaced:
+        project_adapter(adapter, full_direction[1], output, layers=2, force=True)
+        assert json.loads((output / "adapter_config.json").read_text())["asft_projection"]["layers"] == 2
+    else:
+        with pytest.raises(AsftError, match=f"holds {extra}, which is no part of an adapter.*give another --output"):
+            project_adapter(adapter, full_direction[1], output, layers=2, force=True)
+    assert (output / extra).exists() != replaced
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_replacing_leaves_the_old_or_the_new(adapter, full_direction, tmp_path, monkeypatch):
+    """The old goes aside, the new comes; where that fails, the old comes back."""
+    output, rename, seen = tmp_path / "out", os.rename, []
+    project_adapter(adapter, full_direction[1], output, layers=1)
+
+    def failing(source, target):
+        seen.append([path for path in tmp_path.iterdir() if (path / "adapter_config.json").is_file()])
+        if len(seen) == 2:
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        project_adapter(adapter, full_direction[1], output, layers=2, force=True)
+    assert [len(folders) for folders in seen] == [2, 2, 2], "the old, aside or in its place, and the new"
+    assert json.loads((output / "adapter_config.json").read_text())["asft_projection"]["layers"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_stays_a_link(adapter, full_direction, tmp_path):
+    project_adapter(adapter, full_direction[1], tmp_path / "out", layers=1)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    project_adapter(adapter, full_direction[1], tmp_path / "link", layers=2, force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["asft_projection"]["layers"] == 2
 
 
 def test_the_command(adapter, full_direction, tmp_path):
