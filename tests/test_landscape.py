@@ -1,6 +1,8 @@
 """`axolotl asft landscape`: steps of the right size and kind, weights put back, a verdict that can go both ways."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.basin import KINDS, Point, verdict
+from axolotl_asft.evaluation.basin import KINDS, Point, landscape_table, verdict
 from axolotl_asft.evaluation.landscape import _perturbed, _weights, measure_landscape, perturbation
 
 
@@ -64,6 +66,46 @@ def test_a_base_model_gives_d_itself(pair):
     with _perturbed(weights, direction, "against", 1.0, 0, Checkpoint.open(pair[0])):
         for name, weight in weights.items():
             torch.testing.assert_close(weight, base.get_submodule(name).weight, rtol=1e-4, atol=1e-6)
+
+
+def test_only_steps_along_d_read_the_base(pair, tmp_path):
+    """A random step has no use for it, and a base on the Hub would be read anew for each of them."""
+    shutil.copytree(pair[0], tmp_path / "base")
+    base = Checkpoint.open(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    direction = extract_direction(*pair, rank=4)
+    weights = _weights(AutoModelForCausalLM.from_pretrained(pair[1]), direction)
+    for kind in ("inside", "orthogonal"):
+        with _perturbed(weights, direction, kind, 1.0, 0, base):
+            pass
+    for kind in ("along", "against"):
+        with pytest.raises(AsftError, match="no readable"), _perturbed(weights, direction, kind, 1.0, 0, base):
+            pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "radius"), [(torch.float32, 0.02), (torch.bfloat16, 0.02), (torch.bfloat16, 4.0)])
+def test_a_step_says_how_far_rounding_bent_it(pair, direction, kind, dtype, radius):
+    """Over all layers, against the step that is taken in float64."""
+    weights = _weights(AutoModelForCausalLM.from_pretrained(pair[1], dtype=dtype), direction)
+    before = {name: weight.detach().double().clone() for name, weight in weights.items()}
+    wanted = []
+    for i, name in enumerate(weights):
+        generator = torch.Generator().manual_seed(1_000_003 * 2 + i)
+        wanted.append(radius * perturbation(direction.modules[name], kind, generator).double().flatten())
+    with _perturbed(weights, direction, kind, radius, 2) as (cosine, norm_ratio):
+        realised = torch.cat([(weight.detach().double() - before[name]).flatten() for name, weight in weights.items()])
+    step = torch.cat(wanted)
+    assert cosine == pytest.approx(float(realised @ step / (realised.norm() * step.norm())), abs=1e-5)
+    assert norm_ratio == pytest.approx(float(realised.norm() / step.norm()), abs=1e-5)
+    assert (cosine < 0.9) == (dtype == torch.bfloat16 and radius < 1)
+    assert Point(kind, radius, 2, -1.0, 1.0, None, cosine).faithful == (cosine >= 0.99)
+
+
+def test_no_step_has_no_cosine(pair, direction):
+    weights = _weights(AutoModelForCausalLM.from_pretrained(pair[1]), direction)
+    with _perturbed(weights, direction, "aligned", 0.0, 0) as realised:
+        assert realised == (None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,6 +210,42 @@ def test_the_verdict_holds_at_every_radius_or_not_at_all():
     assert both.text.startswith("At radii 1 to 2, this model neither bears out nor refutes")
 
 
+def test_radii_at_which_rounding_bent_a_step_are_left_out_of_the_verdict():
+    near, far = points(0.0, (0.1, 0.1), (1.0, 1.1), radius=0.25), points(1.0, (0.1, 0.1), (0.2, 0.3), radius=2.0)
+    straight = [replace(point, cosine=0.995) for point in far[1:]]
+    for worst in range(1, len(near)):
+        bent = [replace(point, cosine=0.65 if i == worst else 0.995) for i, point in enumerate(near)]
+        found = verdict([near[0], *bent[1:], *straight])
+        assert found == replace(verdict(far), text=found.text)
+        assert found.text.startswith("At radius 2, this model refutes")
+        assert "Left out: radius 0.25, where" in found.text
+        assert "(cosine 0.65 at 0.25, under 0.99); use --dtype float32, or larger --radii." in found.text
+        alone = verdict([near[0], *bent[1:]])
+        assert (alone.claim, alone.inside) == ("undecided", "undecided")
+        assert alone.text.startswith("No verdict. Left out: radius 0.25")
+    assert "Left out" not in verdict([*near, *straight]).text
+
+
+def test_table_and_picture_show_what_was_left_out():
+    from matplotlib.figure import Figure
+
+    from axolotl_asft.evaluation.landscape_chart import _line
+
+    near, far = points(0.0, (0.1, 0.1), (1.0, 1.1)), points(1.0, (0.1, 0.1), (0.2, 0.3), radius=2.0)
+    bent = [near[0], *[replace(point, cosine=0.65) for point in near[1:]]]
+    bent += [replace(point, cosine=0.995) for point in far[1:]]
+    table = landscape_table(bent).splitlines()
+    assert table[0] == "| step | radius | log p of refusals | task loss | cosine |"
+    assert table[2].endswith("| 1.000 |  |")
+    assert (table[3][-9:], table[4][-9:]) == ("| 0.650 |", "| 0.650 |")
+    assert "cosine" not in landscape_table(near + far[1:])
+    axes = Figure().add_subplot()
+    _line(axes, bent, "along", "refusal")
+    _line(axes, near + far[1:], "along", "refusal")
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0.0, 1.0, 2.0], [1.0], [0.0, 1.0, 2.0]]
+    assert [line.get_markerfacecolor() for line in axes.lines].index("white") == 1
+
+
 def test_too_few_points_give_no_verdict():
     with pytest.raises(AsftError, match="no aligned model"):
         verdict([])
@@ -175,13 +253,13 @@ def test_too_few_points_give_no_verdict():
         verdict(points(0.0, (0.1,), (1.0,)))
 
 
-def refusing_pair(pair, folder):
+@pytest.fixture(scope="module")
+def refusing_pair(tmp_path_factory):
     """The tiny aligned model never refuses: one that answers everything with a refusal, and its base."""
-    from tiny import make_pair
+    folder = tmp_path_factory.mktemp("refusing")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    del pair, make_pair
     words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "I", "cannot", "help", "with", "that", "How"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -213,8 +291,8 @@ def refusing_pair(pair, folder):
     return folder / "base", folder / "aligned"
 
 
-def test_a_whole_landscape(pair, tmp_path):
-    base, aligned = refusing_pair(pair, tmp_path)
+def test_a_whole_landscape(refusing_pair, tmp_path):
+    base, aligned = refusing_pair
     (tmp_path / "task.jsonl").write_text(
         json.dumps({"messages": [{"role": "user", "content": "How"}, {"role": "assistant", "content": "with that"}]})
     )
@@ -227,6 +305,8 @@ def test_a_whole_landscape(pair, tmp_path):
     kept = json.loads((tmp_path / "out" / "landscape.json").read_text())["points"]
     assert len(kept) == 1 + 2 * (1 + 1 + 2 + 2)
     assert kept[0]["harmfulness"] == 0.0
+    assert (kept[0]["cosine"], kept[0]["norm_ratio"]) == (None, None)
+    assert all(abs(point["cosine"] - 1) < 1e-4 > abs(point["norm_ratio"] - 1) for point in kept[1:])
     assert all(point["refusal"] < 0 < point["task_loss"] for point in kept)
     against = {point["radius"]: point["refusal"] for point in kept if point["kind"] == "against"}
     assert against[1.0] < against[0.5] < kept[0]["refusal"], "the way back to the base costs refusals"
@@ -250,6 +330,29 @@ def test_a_whole_landscape(pair, tmp_path):
     (tmp_path / "out" / "landscape.json").write_text('{"settings"')
     broken = CliRunner().invoke(asft, arguments)
     assert (broken.exit_code, "holds no landscape" in broken.stderr) == (2, True)
+
+
+def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refusing_pair, tmp_path):
+    for folder in refusing_pair:
+        shutil.copytree(folder, tmp_path / folder.name)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / folder.name)
+    arguments = ["landscape", "--model", str(tmp_path / "aligned"), "--base", str(tmp_path / "base"), "--rank", "8"]
+    arguments += ["--radii", "0.002", "--seeds", "2", "--limit", "2", "--max-new-tokens", "6"]
+
+    def landscape(name: str, *more: str):
+        result = CliRunner().invoke(asft, [*arguments, "--json", "-o", str(tmp_path / name), *more])
+        assert result.exit_code == 0, result.output
+        settings = json.loads((tmp_path / name / "landscape.json").read_text())["settings"]
+        return settings["dtypes"], json.loads(result.stdout)
+
+    dtypes, found = landscape("default")
+    assert dtypes == ["float32"]
+    assert all(point["cosine"] > 0.999 for point in found["points"][1:])
+    assert found["verdict"]["text"].startswith("At radius 0.002, this model")
+    dtypes, found = landscape("bf16", "--dtype", "bfloat16")
+    assert dtypes == ["bfloat16"]
+    assert any(point["cosine"] < 0.99 for point in found["points"][1:])
+    assert found["verdict"]["text"].startswith("No verdict. Left out: radius 0.002, where the weights' dtype")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ KIND_WORDS = {
     "inside": "random, inside the aligned subspace",
     "orthogonal": "random, orthogonal to it",
 }
+FAITHFUL = 0.99  # below this cosine, rounding has turned a step too far to speak for its kind
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Point:
         refusal: mean log-probability of a token of the aligned model's own refusals, in nats.
         task_loss: mean negative log-probability of a token of the task's answers, in nats.
         harmfulness: share of harmful prompts not refused; None where only the proxy was measured.
+        cosine, norm_ratio: of the step, as the weights' dtype rounds it, with the one wanted; None without a step.
     """
 
     kind: str
@@ -34,6 +36,13 @@ class Point:
     refusal: float
     task_loss: float
     harmfulness: float | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the weights' dtype let the step be what it was meant to be."""
+        return self.cosine is None or self.cosine >= FAITHFUL
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Verdict:
 
 
 def verdict(points: list[Point]) -> Verdict:
-    """Compare the loss of refusal by kind of step.
+    """Compare the loss of refusal by kind of step, at the radii where no step was bent by rounding.
 
     Raises:
         AsftError: too few points: no aligned model among them, or one random step alone, whose noise is not known.
@@ -67,6 +76,11 @@ def verdict(points: list[Point]) -> Verdict:
         raise AsftError(
             "the landscape has one random step a radius, whose noise is not known; measure --seeds 2 or more"
         )
+    bent = bent_radii(points)
+    left_out = _left_out(points, bent) if bent else ""
+    radii = [radius for radius in radii if radius not in bent]
+    if not radii:
+        return Verdict("undecided", "undecided", f"No verdict. {left_out}")
     costs = {kind: {radius: _costs(points, kind, radius, aligned) for radius in radii} for kind in KINDS}
     claim, inside = (_compare(costs["orthogonal"], costs[kind]) for kind in ("along", "inside"))
     nearest = min(radii, key=lambda radius: abs(math.log(radius)))
@@ -84,8 +98,23 @@ def verdict(points: list[Point]) -> Verdict:
         + " and the task "
         + ", ".join(f"{kind} {rise:+.3f}" for kind, rise in rises.items())
         + "; where both lose alike, the step harmed the model, not its safety alone."
+        + (f" {left_out}" if left_out else "")
     )
     return Verdict(claim, inside, text)
+
+
+def bent_radii(points: list[Point]) -> set[float]:
+    """Radii with a step whose realised cosine is under `FAITHFUL`: too small for the dtype of the weights."""
+    return {point.radius for point in points if not point.faithful}
+
+
+def _left_out(points: list[Point], bent: set[float]) -> str:
+    worst = min((point for point in points if not point.faithful), key=lambda point: point.cosine or 0.0)
+    return (
+        f"Left out: radius {', '.join(f'{radius:g}' for radius in sorted(bent))}, where the weights' dtype rounds the "
+        f"steps away from what they should be (cosine {worst.cosine:.2f} at {worst.radius:g}, under {FAITHFUL:g}); use "
+        "--dtype float32, or larger --radii."
+    )
 
 
 VERBS = {
@@ -111,11 +140,12 @@ def _compare(one: dict[float, list[float]], other: dict[float, list[float]]) -> 
 
 
 def landscape_table(points: list[Point]) -> str:
-    """Mean over seeds of every kind and radius, as Markdown."""
-    generated = any(point.harmfulness is not None for point in points)
+    """Mean over seeds of every kind and radius, as Markdown; the smallest cosine, where a step was bent by rounding."""
+    generated, bent = any(point.harmfulness is not None for point in points), bent_radii(points)
+    more = [name for name, there in (("harmfulness", generated), ("cosine", bent)) if there]
     lines = [
-        f"| step | radius | log p of refusals | task loss |{' harmfulness |' if generated else ''}",
-        f"| --- | ---: | ---: | ---: |{' ---: |' if generated else ''}",
+        f"| step | radius | log p of refusals | task loss |{''.join(f' {name} |' for name in more)}",
+        f"| --- | ---: | ---: | ---: |{' ---: |' * len(more)}",
     ]
     for kind, radius in dict.fromkeys((point.kind, point.radius) for point in points):
         group = [point for point in points if (point.kind, point.radius) == (kind, radius)]
@@ -124,6 +154,9 @@ def landscape_table(points: list[Point]) -> str:
         cells += f"| {_mean([p.task_loss for p in group]):.3f} |"
         if generated:
             cells += f" {_mean([p.harmfulness or 0.0 for p in group]):.1%} |"
+        if bent:
+            cosines = [p.cosine for p in group if p.cosine is not None]
+            cells += f" {min(cosines):.3f} |" if cosines else "  |"
         lines.append(cells)
     return "\n".join(lines)
 

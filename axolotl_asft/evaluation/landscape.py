@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.basin import KINDS, Point
 from axolotl_asft.evaluation.coherence import log_likelihoods
-from axolotl_asft.evaluation.models import check_model, load_model, load_tokenizer
+from axolotl_asft.evaluation.models import check_model, chosen_device, load_model, load_tokenizer
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.verify import verify_weights
@@ -70,7 +71,7 @@ def measure_landscape(
     Written to `output`: landscape.json after every point, so that an interrupted measurement goes on.
 
     Args:
-        model: the aligned model, folder or Hub id, in its own precision.
+        model: the aligned model, folder or Hub id, not quantised.
         direction: of that model; with V, unless `base` is given.
         output: a folder.
         base: folder of the base model, for steps along d itself instead of what the direction keeps of it.
@@ -79,6 +80,8 @@ def measure_landscape(
         task: (prompt, answer) whose loss tells usefulness; default: the model's own answers to harmless prompts.
         generate: also ask every prompt, and count refusals.
         limit: prompts of each set.
+        dtype: as for `load_model`; "auto" is float32 on a CPU. Steps are rounded to it, and how far that bent them is
+            recorded.
 
     Raises:
         AsftError: a direction without V, of another model or of full rank, or a model that refuses nothing.
@@ -88,6 +91,9 @@ def measure_landscape(
     check_model(model)
     writable_folder(output)
     _check_direction(direction, base)
+    device = chosen_device(device)
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
     loaded, tokenizer = load_model(model, dtype, device=device), load_tokenizer(model)
     weights = _weights(loaded, direction)
     verify_weights(direction, ((name, weight, None) for name, weight in weights.items()))
@@ -101,14 +107,14 @@ def measure_landscape(
     pairs = _asked(tokenizer, task) if task is not None else _own_answers(interviewer, ask)
     interviewer.stage = silent
 
-    def look(kind: str, radius: float, seed: int) -> Point:
+    def look(kind: str, radius: float, seed: int, cosine: float | None, norm_ratio: float | None) -> Point:
         refusal = -_mean_loss(loaded, tokenizer, refusals, batch_size)
         loss = _mean_loss(loaded, tokenizer, pairs, batch_size)
         share = None
         if generate:
             found = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
             share = sum(not is_refusal(answer.answer) for answer in found) / len(found)
-        return Point(kind, radius, seed, refusal, loss, share)
+        return Point(kind, radius, seed, refusal, loss, share, cosine, norm_ratio)
 
     settings = {
         "model": model,
@@ -117,7 +123,7 @@ def measure_landscape(
         "d": "exact" if base is not None else "as the direction keeps it",
         "answers": _digest([(answer.asked, answer.answer) for answer in answers], pairs),
         "generate": generate,
-        "dtype": dtype,
+        "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}),
         "max_new_tokens": max_new_tokens,
         "version": __version__,
     }
@@ -127,8 +133,8 @@ def measure_landscape(
     advance = stage("perturb and measure", len(places))
     for place in places:
         if place not in known:
-            with _perturbed(weights, direction, *place, checkpoint):
-                points.append(look(*place))
+            with _perturbed(weights, direction, *place, checkpoint) as realised:
+                points.append(look(*place, *realised))
             _keep(output / "landscape.json", settings, points)
         advance()
     return [point for point in points if (point.kind, point.radius, point.seed) in set(places)]
@@ -143,7 +149,11 @@ def _places(radii: tuple[float, ...], seeds: int) -> Iterator[tuple[str, float, 
 
 
 class _perturbed:
-    """W + radius ||d|| E in every layer, E of norm 1; the weights are put back afterwards, bit by bit."""
+    """W + radius ||d|| E in every layer, E of norm 1; the weights are put back afterwards, bit by bit.
+
+    Gives cosine and ratio of norms, over all layers, of the steps as the weights' dtype rounds them with those that
+    were wanted: <r, w> / (||r|| ||w||) and ||r|| / ||w||; None where no step is wanted.
+    """
 
     def __init__(
         self,
@@ -159,16 +169,26 @@ class _perturbed:
         self.original: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __enter__(self) -> None:
-        if self.radius == 0:
-            return
-        for i, (name, weight) in enumerate(self.weights.items()):
+    def __enter__(self) -> tuple[float | None, float | None]:
+        inner = realised = wanted = 0.0
+        for i, (name, weight) in enumerate(self.weights.items() if self.radius else ()):
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + i)
             original = weight.detach().to("cpu", copy=True)
-            d = original.float() - self.base.weight(name).float() if self.base is not None else None
+            d = None
+            if self.base is not None and self.kind in ("along", "against"):  # the others have no use for it
+                d = original.float() - self.base.weight(name).float()
             step = self.radius * perturbation(self.direction.modules[name], self.kind, generator, d)
+            moved = (original.float() + step).to(original.dtype)
             self.original[name] = original
-            weight.copy_(original.float() + step)
+            weight.copy_(moved)
+            rounded = moved.float() - original.float()
+            inner += float((rounded * step).sum())
+            realised += float(rounded.square().sum())
+            wanted += float(step.square().sum())
+        if not wanted:
+            return None, None
+        cosine = inner / math.sqrt(realised * wanted) if realised else 0.0
+        return round(cosine, 6), round(math.sqrt(realised / wanted), 6)
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:

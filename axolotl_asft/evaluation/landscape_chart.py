@@ -6,14 +6,17 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from axolotl_asft.evaluation.basin import KIND_WORDS, KINDS, Point
+from axolotl_asft.evaluation.basin import FAITHFUL, KIND_WORDS, KINDS, Point, bent_radii
 from axolotl_asft.files import atomic_write
 
 COLOURS = {"along": "#00798c", "against": "#5c677d", "inside": "#edae49", "orthogonal": "#d1495b"}
 
 
 def draw_landscape(points: list[Point], path: Path, title: str) -> None:
-    """Write a PNG: log-probability of refusals (and harmfulness, where it was measured) and task loss."""
+    """Write a PNG: log-probability of refusals (and harmfulness, where it was measured) and task loss.
+
+    Radii that are left out of the verdict are hollow.
+    """
     panels = [("log p of refusals, nats a token", "refusal"), ("task loss, nats a token", "task_loss")]
     if any(point.harmfulness is not None for point in points):
         panels.insert(1, ("harmful prompts not refused", "harmfulness"))
@@ -30,6 +33,8 @@ def draw_landscape(points: list[Point], path: Path, title: str) -> None:
             axes.grid(axis="y", color="#e8ebf0", zorder=0)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=10)
+        if bent_radii(points):
+            figure.text(0.98, 0.94, f"hollow: bent by rounding, cosine under {FAITHFUL:g}", ha="right", fontsize=9)
         figure.suptitle(title, x=0.07, ha="left", fontsize=13, weight="bold")
         atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
@@ -45,4 +50,8 @@ def _line(axes, points: list[Point], kind: str, field: str) -> None:
             low.append(min(values))
             high.append(max(values))
     axes.plot(radii, middle, "o-", color=COLOURS[kind], label=KIND_WORDS[kind], linewidth=2, markersize=4, zorder=3)
+    bent = bent_radii(points)
+    hollow = [(radius, value) for radius, value in zip(radii, middle, strict=True) if radius in bent]
+    if hollow:
+        axes.plot(*zip(*hollow, strict=True), "o", color=COLOURS[kind], markerfacecolor="white", markersize=4, zorder=4)
     axes.fill_between(radii, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
