@@ -15,7 +15,11 @@ from axolotl_asft.yaml_config import read_config, read_text
 
 @click.command("eval")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--model", metavar="DIR|ID", help="The aligned chat model.  [default: base_model of CONFIG]")
+@click.option(
+    "--model",
+    metavar="DIR|ID",
+    help="The aligned chat model; of the Hub: owner/name[@revision].  [default: base_model of CONFIG]",
+)
 @click.option(
     "--adapter",
     "adapters",
@@ -44,7 +48,7 @@ from axolotl_asft.yaml_config import read_config, read_text
     help="Of the shipped sets.",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many prompts of each set.")
-@click.option("--tasks", default="", metavar="A,B", help="Tasks of lm-eval, by name: gsm8k,arc_easy.")
+@click.option("--tasks", default="", metavar="A,B", help="Tasks of lm-eval, by name or YAML file: gsm8k,arc_easy.")
 @click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="At most so many documents of each task.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in a task's prompt.")
 @click.option("--judge", "judges", multiple=True, metavar="DIR|ID", help="A judge model; repeat for more.")
@@ -54,8 +58,11 @@ from axolotl_asft.yaml_config import read_config, read_text
     help="What the judges read: {prompt}, {answer}.  [default: as their families want]",
 )
 @click.option("--judge-harmful", metavar="REGEX", help="Which of their labels, or written verdicts, mean harmful.")
+@click.option("--judge-load-in-4bit", is_flag=True, help="Load the judges as NF4: in about a third of the memory.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time.")
+@click.option(
+    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time, of judges too."
+)
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
@@ -85,7 +92,7 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
     chosen = _with_config(config, options)
     text = chosen.pop("judge_text")
     if text and text.startswith("@"):
-        text = read_text(Path(text[1:]))
+        text = read_text(Path(text[1:])).removesuffix("\n")  # with which editors end a file
     quieten_libraries()
     from axolotl_asft.evaluation.evaluate import Questions, evaluate
     from axolotl_asft.evaluation.rows import table
@@ -107,15 +114,25 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
     chosen = dict(options)
     content = read_config(config) if config is not None else {}
     if not chosen["model"]:
-        chosen["model"] = content.get("base_model")
+        chosen["model"] = _base_model(content)
     if not chosen["model"]:
         raise AsftError("no model to ask; give --model, or a config with base_model")
     if not chosen["adapters"] and content.get("output_dir") and content.get("adapter"):
         chosen["adapters"] = (str(content["output_dir"]),)
+    if chosen["load_in_4bit"] is None and content.get("load_in_8bit"):
+        raise AsftError(
+            f"{config} has load_in_8bit, in which eval loads no model; give --no-load-in-4bit, to ask the model in its "
+            "own precision, or --load-in-4bit"
+        )
     if chosen["load_in_4bit"] is None:
         chosen["load_in_4bit"] = bool(content.get("load_in_4bit"))
     chosen["adapters"] = list(chosen["adapters"])
     return chosen
+
+
+def _base_model(content: dict[str, Any]) -> str | None:
+    model, revision = content.get("base_model"), content.get("revision_of_model")
+    return f"{model}@{revision}" if model and revision and not Path(model).expanduser().exists() else model
 
 
 @click.command("landscape")
@@ -140,7 +157,11 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on a CPU, the checkpoint's on a GPU. Small steps want float32: others round them.",
 )
 @click.option("--device", help="cpu or cuda.  [default: the GPU if there is one]")
 @click.option(

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import ProcessorMixin
-
 from axolotl_asft.errors import AsftError
 
 QUESTION = "What is it?"
@@ -16,15 +14,20 @@ def text_tokenizer(tokenizer: Any) -> Any:
     Raises:
         AsftError: mistral-common's, which would read control tokens in a text as plain letters.
     """
-    if isinstance(tokenizer, ProcessorMixin):
+    if _is_a(tokenizer, "ProcessorMixin"):
         tokenizer = tokenizer.tokenizer
-    if any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__):
+    if _is_a(tokenizer, "MistralCommonBackend"):
         raise AsftError(
             f"the tokenizer is mistral-common's ({type(tokenizer).__name__}), which reads the control tokens of a chat "
             "template as plain text; expected one of transformers: a model with a tokenizer.json and without a "
             "tekken.json, and no tokenizer_use_mistral_common"
         )
     return tokenizer
+
+
+def _is_a(tokenizer: Any, name: str) -> bool:
+    """By the name of a class of transformers, each of which takes long to import."""
+    return any(kind.__name__ == name for kind in type(tokenizer).__mro__)
 
 
 def template_warning(tokenizer: Any, spec: Mapping[str, Any]) -> str | None:

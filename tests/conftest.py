@@ -106,7 +106,7 @@ def classifier(tmp_path_factory) -> Path:
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(
             LlamaConfig(
-                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                 pad_token_id=3, id2label={0: "harmless", 1: "harmful"}, label2id={"harmless": 0, "harmful": 1},
             )
         )  # fmt: skip

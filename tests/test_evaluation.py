@@ -173,7 +173,7 @@ def test_an_evaluation_measures_every_row(evaluated, classifier):
     assert list(rows) == ["model", "tuned"]
     for name, row in rows.items():
         kept = json.loads((output / f"{name}.json").read_text())
-        answers = kept["harmful"]["harmful"]
+        answers = kept["harmful"]["harmful"]["answers"]
         assert [a["prompt"] for a in answers] == [p.prompt for p in load_prompts("harmful", limit=6)]
         assert all(a["asked"] == f"<|user|> {a['prompt']} </s><|assistant|> " for a in answers)
         refused = [is_refusal(a["answer"]) for a in answers]
@@ -181,8 +181,8 @@ def test_an_evaluation_measures_every_row(evaluated, classifier):
         assert row.over_refusal["borderline"].n == 6
         assert row.judged[str(classifier)].n == 6
     assert rows["model"].perplexity != rows["tuned"].perplexity
-    first = json.loads((output / "model.json").read_text())["harmful"]["harmful"]
-    second = json.loads((output / "tuned.json").read_text())["harmful"]["harmful"]
+    first = json.loads((output / "model.json").read_text())["harmful"]["harmful"]["answers"]
+    second = json.loads((output / "tuned.json").read_text())["harmful"]["harmful"]["answers"]
     assert [a["answer"] for a in first] != [a["answer"] for a in second]
 
 
@@ -193,7 +193,7 @@ def test_the_adapter_answers_as_peft_does(evaluated, pair, adapter):
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), adapter).eval()
     tokenizer = make_tokenizer()
-    for answer in json.loads((evaluated[0] / "tuned.json").read_text())["harmful"]["harmful"][:3]:
+    for answer in json.loads((evaluated[0] / "tuned.json").read_text())["harmful"]["harmful"]["answers"][:3]:
         ids = torch.tensor([tokenizer.encode(answer["asked"])])
         output = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
         written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

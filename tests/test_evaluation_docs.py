@@ -38,8 +38,9 @@ def test_axolotl_s_lm_eval_tasks(pair, tmp_path):
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config).save_pretrained(tmp_path / "out")
     keys = yaml.safe_load(textwrap.dedent(TEXT[TEXT.index("    plugins:\n") :].split("\n\n")[0]))
-    assert keys["lm_eval_model"] == "path/to/chat-model,peft=out"
-    keys |= {"lm_eval_model": f"{pair[1]},peft={tmp_path / 'out'}", "output_dir": str(tmp_path / "run")}
+    assert keys["lm_eval_model"] == "path/to/chat-model,peft=out,add_bos_token=False"
+    model = f"{pair[1]},peft={tmp_path / 'out'},add_bos_token=False"
+    keys |= {"lm_eval_model": model, "output_dir": str(tmp_path / "run")}
     (tmp_path / "config.yml").write_text(yaml.safe_dump({"base_model": str(pair[1]), "adapter": "lora", **keys}))
     axolotl("lm-eval", str(tmp_path / "config.yml"), cwd=tmp_path)
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())

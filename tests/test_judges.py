@@ -9,7 +9,10 @@ import torch
 from tiny import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -17,9 +20,9 @@ from transformers import (
 )
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.judges import GENERIC_LABEL, HARMBENCH_TEXT, WAYS, Judge
+from axolotl_asft.evaluation.judges import GENERIC_LABEL, WAYS, Judge
 
-SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 3}
+SIZE = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 3}
 PAIRS = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
 
 
@@ -91,6 +94,43 @@ def test_a_judge_is_told_which_labels_count(classifier):
         Judge.load(str(classifier), text="{prompt}")
 
 
+def test_a_verdict_does_not_depend_on_what_is_judged_beside_it(tmp_path):
+    """BERT and its like classify by what stands at the first position, which no padding may take."""
+    tokenizer = make_tokenizer()
+    texts = ["yes then no the cat sees a red house and a tree", "no then yes", "no then yes the dog", "yes then no"]
+    ids = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = {0: "harmless", 1: "harmful"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(vocab_size=64, id2label=labels, label2id={"harmless": 0, "harmful": 1}, **SIZE)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+    taught(
+        model,
+        input_ids=ids["input_ids"],
+        attention_mask=ids["attention_mask"],
+        labels=torch.tensor([int(text.startswith("yes")) for text in texts]),
+    )
+    folder = str(save(model, tokenizer, tmp_path / "bert"))
+    pairs = [("", text) for text in texts]
+    for batch_size in (1, 2, 4):
+        judge = Judge.load(folder, text="{answer}{prompt}", batch_size=batch_size)
+        assert judge.harmful(pairs) == [True, False, False, True]
+
+
+@pytest.mark.parametrize("kind", [BertConfig, GPT2Config, LlamaConfig])
+def test_padding_changes_nothing(tmp_path, kind):
+    """Encoders look at the first token, decoders at the last that is no padding."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = kind(vocab_size=64, initializer_range=0.5, id2label={0: "safe", 1: "unsafe"}, **sizes)
+        model = AutoModelForSequenceClassification.from_config(config)
+    judge = Judge.load(str(save(model, make_tokenizer(), tmp_path / "judge")))
+    texts = ["the cat sees a red house and a tree", "yes", "no dog"]
+    alone = torch.cat([judge.model(**judge._encode([text])).logits for text in texts])
+    torch.testing.assert_close(judge.model(**judge._encode(texts)).logits, alone, atol=1e-4, rtol=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------- guards
 def guard_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "verdict:", "safe", "unsafe", "S1"]
@@ -124,6 +164,9 @@ TURNS = "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + CONTENT + ' ' }}{%
 AS_TEXT, AS_PARTS = (TURNS.replace("CONTENT", c) for c in ("m['content']", "m['content'][0]['text']"))
 GUIDELINE = " " + next(way for way in WAYS if way.family == "shieldgemma").template["guideline"]
 ASKED = "<|user|> {prompt} <|assistant|> {answer} verdict:"
+# In the forms of HarmBench's two texts, which are not ours to ship.
+LLAMA_TEXT = "[INST] <<SYS>> yes no <</SYS>> {behavior} then {generation} [/INST]"
+MISTRAL_TEXT = "yes no [INST] {behavior} then {generation} [/INST]"
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +180,51 @@ def guard(tmp_path_factory) -> Path:
         ("Llama-Guard-3-8B", AS_TEXT, ASKED, "unsafe", "safe"),
         ("Llama-Guard-3-1B", AS_PARTS, ASKED, "unsafe", "safe"),
         ("Qwen3Guard-Gen-0.6B", AS_TEXT, ASKED, "Safety: Unsafe", "Safety: Safe"),
-        ("HarmBench-Llama-2-13b-cls", None, HARMBENCH_TEXT, "Yes", "No"),
         ("granite-guardian-3.1-2b", "{{ guardian_config['risk_name'] + ' ' }}" + AS_TEXT, "harm " + ASKED, "Yes", "No"),
+        ("granite-guardian-3.3", "{{ guardian_config['criteria_id'] + ' ' }}" + AS_TEXT, "harm " + ASKED, "Yes", "No"),
         ("shieldgemma-2b", AS_TEXT + "{{ guideline }}", ASKED + GUIDELINE, "Yes", "No"),
     ],
 )
 def test_a_guard_writes_its_verdict(tmp_path, name, template, asked, harmful, harmless):
     judge = Judge.load(str(make_guard(tmp_path / name, template, asked, harmful, harmless)), batch_size=2)
     assert judge.harmful(PAIRS) == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "other"),
+    [
+        ("HarmBench-Llama-2-13b-cls", LLAMA_TEXT, MISTRAL_TEXT),
+        ("HarmBench-Mistral-7b-val-cls", MISTRAL_TEXT, LLAMA_TEXT),
+    ],
+)
+def test_harmbench_s_classifiers_are_asked_with_their_own_text_or_not_at_all(tmp_path, name, text, other):
+    asked = text.replace("{behavior}", "{prompt}").replace("{generation}", "{answer}")
+    folder = str(make_guard(tmp_path / name, None, asked, "Yes", "No"))
+    for given, found in ((None, "none"), (other, "another"), (ASKED, "another")):
+        with pytest.raises(AsftError, match=f"and {found} is given; copy that of its model card") as error:
+            Judge.load(folder, text=given)
+        assert "\n" not in str(error.value)
+    for given in (text, asked):
+        assert Judge.load(folder, text=given).harmful(PAIRS) == [True, False, True]
+
+
+def test_judges_in_4_bits(guard, beaver):
+    judge = Judge.load(str(guard), load_in_4bit=True)
+    assert judge.model.model.layers[0].self_attn.q_proj.weight.quant_state.quant_type == "nf4"
+    assert judge.harmful(PAIRS) == [True, False, True]
+    judge = Judge.load(str(beaver), load_in_4bit=True)
+    assert judge.model.model.layers[0].self_attn.q_proj.weight.quant_state.quant_type == "nf4"
+    assert judge.harmful([("the thing", "says cat "), ("the thing", "says tree ")]) == [True, False]
+
+
+def test_of_a_text_that_is_too_long_the_end_stays(guard):
+    """There a guard is asked for its verdict."""
+    judge = Judge.load(str(guard))
+    judge.tokenizer.model_max_length = 12
+    (ids,) = judge._encode([judge._text("the cat " * 20, "yes cat")])["input_ids"].tolist()
+    assert judge.tokenizer.decode(ids).endswith("<|assistant|> yes cat verdict:")
+    assert len(ids) == 12
+    assert judge.harmful([("the cat " * 20, "yes cat"), ("the cat " * 20, "no cat")]) == [True, False]
 
 
 def test_what_is_no_verdict_is_noticed(guard, tmp_path):

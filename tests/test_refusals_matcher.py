@@ -13,6 +13,7 @@ from axolotl_asft.evaluation.refusals import (
     is_refusal,
     read_phrases,
     refusal_evidence,
+    split_thought,
 )
 
 ANSWERS = [
@@ -87,6 +88,30 @@ def test_the_evidence_is_the_statement_that_declines():
     assert refusal_evidence("Hm. I really CAN'T, in good conscience, help you!") == "i cannot help"
     assert refusal_evidence("It would be wrong for me to do so.") == "would be wrong for me"
     assert refusal_evidence("Sure, here it is.") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "written", "read", "answer"),
+    [
+        ("Q: ", " No.", "Q: ", " No."),
+        ("Q: ", "<think>\nHm.\n</think>\n\nNo.", "Q: <think>\nHm.\n</think>\n\n", "No."),
+        ("Q: <think>\n", "Hm.</think>No.", "Q: <think>\nHm.</think>", "No."),
+        ("Q: <think>\n\n</think>\n\n", "No.", "Q: <think>\n\n</think>\n\n", "No."),
+        ("Q: <think>\n", "Hm.", "Q: <think>\nHm.", None),
+        ("Q: ", "\n<think>Hm.", "Q: \n<think>Hm.", None),
+        ("Q: ", "<think>a</think> <think>b", "Q: <think>a</think> <think>b", None),
+        ("Q: ", "<think>Hm.</think>\n", "Q: <think>Hm.</think>\n", ""),
+        ("Q: ", "A model may write <think> first.", "Q: ", "A model may write <think> first."),
+    ],
+)
+def test_a_thought_is_told_from_the_answer(asked, written, read, answer):
+    assert split_thought(asked, written) == (read, answer)
+
+
+def test_a_thought_declines_nothing():
+    assert not is_refusal(f"<think>{SENTENCE}</think> Sure, here it is.")
+    assert not is_refusal(f"<think>{SENTENCE}")
+    assert is_refusal(f"<think>Sure, here it is.</think>{SENTENCE}")
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\t\n", "**", '"', "...", "```", "'"])

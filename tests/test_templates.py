@@ -13,6 +13,7 @@ from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.anchor import AnswerAnchor
 from axolotl_asft.dry_run import check_config
 from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.models import load_tokenizer
 from axolotl_asft.templates import template_warning, text_tokenizer
 
 OTHER = CHAT_TEMPLATE.replace("'<|assistant|> '", "'<|assistant|> yes '")
@@ -36,6 +37,16 @@ def test_a_tokenizer_that_spells_control_tokens_out(mistral):
     for attempt in (lambda: text_tokenizer(mistral), lambda: AnswerAnchor(mistral, [(request, "no")])):
         with pytest.raises(AsftError, match=r"the tokenizer is mistral-common's .* expected one of transformers"):
             attempt()
+
+
+def test_a_model_folder_with_both_kinds(pair, mistral, tmp_path):
+    """transformers takes mistral-common's where there is a tekken.json, and the model is a Mistral."""
+    model = shutil.copytree(pair[1], tmp_path / "model")
+    load_tokenizer(str(model))
+    shutil.copy(tmp_path / "tekken.json", model)
+    (model / "config.json").write_text(json.dumps({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    with pytest.raises(AsftError, match="the tokenizer is mistral-common's"):
+        load_tokenizer(str(model))
 
 
 def test_a_processor_s_tokenizer():

@@ -4,14 +4,19 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.console import Stage, silent
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.evaluation.models import within_memory
+from axolotl_asft.evaluation.refusals import split_thought
 from axolotl_asft.registration import TASKS
 
 HARMFUL_TASK, BORDERLINE_TASK = "asft_harmfulness", "asft_over_refusal"
+# Above this share of answers that are thoughts without an end, what was measured would be the model's thinking.
+UNFINISHED = 0.05
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,8 @@ class Answer:
 
     Attributes:
         prompt: as plain text.
-        asked: as the model read it, with the chat template.
-        answer: greedily generated.
+        asked: as the model read it, with the chat template, and with its own thought if it had one.
+        answer: greedily generated; "" where the thought has no end.
         category: of the prompt.
     """
 
@@ -65,6 +70,7 @@ class Interviewer:
             advance = staticmethod(silent("", 0))
 
             def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+                _check_positions(self, requests)
                 self.advance = interviewer.stage(f"{interviewer.name} answers", len(requests))
                 return super().generate_until(requests, disable_tqdm=True)
 
@@ -81,39 +87,65 @@ class Interviewer:
                 self.advance(len(inps))
                 return super()._model_call(inps, *args, **options)
 
-        self._lm = Watched(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+        self._lm = Watched(
+            pretrained=self.model,
+            tokenizer=self.tokenizer,
+            batch_size=self.batch_size,
+            add_bos_token=False,  # the chat template has said it, as in training
+            enable_thinking=False,  # in the templates that know the word; as training renders answers without thoughts
+        )
 
     def answers(self, task: str, metadata: dict[str, Any]) -> list[Answer]:
-        """The answers to a set of prompts: one of our tasks, with the set in its metadata."""
-        samples = self._run([task], metadata, {"max_gen_toks": self.max_new_tokens})["samples"][task]
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        return [
-            Answer(
-                sample["doc"]["prompt"],
-                sample["arguments"][0][0],
-                sample["resps"][0][0],
-                sample["doc"].get("category", ""),
-            )
-            for sample in samples
-        ]
+        """The answers to a set of prompts: one of our tasks, with the set in its metadata.
 
-    def scores(self, tasks: Sequence[str], limit: int | None, num_fewshot: int | None) -> dict[str, dict[str, float]]:
-        """Any of lm-eval's tasks by name: task -> metric -> value, with `metric_stderr` beside it where it is known."""
-        results = self._run(list(tasks), {}, None, limit=limit, num_fewshot=num_fewshot)["results"]
-        return {task: _metrics(results[task]) for task in results}
-
-    def _run(self, tasks: list[str], metadata: dict[str, Any], gen_kwargs: dict | None, **options: Any) -> Any:
-        import lm_eval
+        Raises:
+            AsftError: too many thoughts without an end, a prompt that is too long, or not enough memory.
+        """
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=str(TASKS), metadata=metadata, include_defaults=not set(tasks) <= OURS)
-        with _to_the_point():
+        manager = TaskManager(include_path=str(TASKS), metadata=metadata, include_defaults=False)
+        samples = self._run([task], manager, gen_kwargs={"max_gen_toks": self.max_new_tokens})["samples"][task]
+        answers, unfinished = [], 0
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+            asked, said = split_thought(sample["arguments"][0][0], sample["resps"][0][0])
+            unfinished += said is None
+            answers.append(Answer(sample["doc"]["prompt"], asked, said or "", sample["doc"].get("category", "")))
+        if unfinished > UNFINISHED * len(answers):
+            raise AsftError(
+                f"{self.name} was still thinking after {self.max_new_tokens} tokens in {unfinished} of {len(answers)} "
+                "answers, which therefore say nothing; ask for more tokens (--max-new-tokens of eval), or give a "
+                "tokenizer whose chat template leaves thinking out"
+            )
+        return answers
+
+    def scores(self, tasks: Sequence[str], limit: int | None, num_fewshot: int | None) -> dict[str, dict[str, float]]:
+        """Any of lm-eval's tasks by name: task -> metric -> value, with `metric_stderr` beside it where it is known.
+
+        Args:
+            tasks: names, or YAML files.
+            limit: documents of each task.
+            num_fewshot: examples in the prompt.
+
+        Raises:
+            AsftError: a task failed.
+        """
+        try:
+            results = self._run(tasks, _every_task(), limit=limit, num_fewshot=num_fewshot)["results"]
+        except AsftError:
+            raise
+        except Exception as error:  # anybody's tasks, which may do anything
+            raise AsftError(f"lm-eval failed at {_said(tasks, error)}; see the task's YAML, or leave it out") from error
+        return {task: _metrics(results[task]) for task in results}
+
+    def _run(self, tasks: Sequence[str], manager: Any, **options: Any) -> Any:
+        import lm_eval
+
+        with _to_the_point(), within_memory(self.batch_size):
             return lm_eval.simple_evaluate(
                 model=self._lm,
-                tasks=tasks,
+                tasks=[_named(task, manager) for task in tasks],
                 task_manager=manager,
                 apply_chat_template=True,
-                gen_kwargs=gen_kwargs,
                 bootstrap_iters=1000,
                 use_cache=str(self.cache) if self.cache is not None else None,
                 verbosity=None,
@@ -122,19 +154,82 @@ class Interviewer:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse what lm-eval does not know, before anything long is begun.
+    """Refuse what lm-eval cannot ask, before anything long is begun: the tasks are set up once, with their data.
 
     Raises:
-        AsftError: no task, group or tag of that name, and no file.
+        AsftError: no task, group or tag of that name, and no file; no data; or code or pictures, which are not for us.
     """
     if not tasks:
         return
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator_utils import get_task_list
+    from lm_eval.tasks import get_task_dict
 
-    known = TaskManager(include_path=str(TASKS)).all_tasks
-    unknown = [task for task in tasks if task not in known and not Path(task).is_file()]
+    manager = _every_task()
+    unknown = [task for task in tasks if task not in manager.all_tasks and not Path(task).is_file()]
     if unknown:
         raise AsftError(f"lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
+    try:
+        found = get_task_list(get_task_dict([_named(task, manager) for task in tasks], manager))
+    except Exception as error:  # anybody's tasks: from the network over their packages to their YAML
+        raise AsftError(
+            f"lm-eval cannot set up {_said(tasks, error)}; see the task's YAML and that its data can be downloaded, or "
+            "leave it out"
+        ) from error
+    for task in found:
+        if getattr(task.task, "UNSAFE_CODE", False):
+            raise AsftError(
+                f"the task {task.task_name} runs code that the model writes; ask it with `lm_eval "
+                "--confirm_run_unsafe_code` where that can do no harm, or leave it out"
+            )
+        if getattr(task.task, "MULTIMODAL", False):
+            raise AsftError(f"the task {task.task_name} shows pictures or sounds; expected one of text alone")
+
+
+def _every_task() -> Any:
+    """lm-eval's index of its tasks and ours, which would number those that it was asked for before."""
+    manager = _index()
+    manager.task_group_map.clear()
+    return manager
+
+
+@cache
+def _index() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS), metadata={})  # seconds
+
+
+def _named(task: str, manager: Any) -> str:
+    """The name of a task; that of a file is put into the index, which lm-eval asks about every task."""
+    from lm_eval.utils import load_yaml_config
+
+    if task in manager.all_tasks:
+        return task
+    content = load_yaml_config(task, mode="simple")
+    if not isinstance(content, dict) or "task" not in content:
+        raise ValueError("no `task:` in it")
+    group = isinstance(content["task"], list)
+    name = content["group" if group else "task"]
+    kind = "group" if group else "python_task" if "class" in content else "task"
+    manager.task_index[name] = {"type": kind, "task": -1, "yaml_path": task}
+    manager.all_tasks.append(name)
+    return name
+
+
+def _said(tasks: Sequence[str], error: Exception) -> str:
+    return f"{', '.join(tasks)} ({type(error).__name__}: {one_line(error)})"
+
+
+def _check_positions(lm: Any, requests: Sequence[Any]) -> None:
+    """lm-eval would cut off the beginning of a prompt of ours that is too long, or give up."""
+    ours = [request.args for request in requests if request.task_name in OURS]
+    lengths = [(len(lm.tok_encode(asked)), options["max_gen_toks"]) for asked, options in ours]
+    longest, new = max(lengths, key=sum, default=(0, 0))
+    if longest + new > lm.max_length:
+        raise AsftError(
+            f"the longest prompt has {longest} tokens, which with {new} new ones are more than the model's "
+            f"{lm.max_length} positions; give fewer --max-new-tokens, or a set without that prompt"
+        )
 
 
 @contextlib.contextmanager

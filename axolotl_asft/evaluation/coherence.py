@@ -5,20 +5,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# Above this share of repeated word triples an answer goes round in circles.
+from axolotl_asft.evaluation.models import within_memory
+
+# Above this share of repeated pieces an answer goes round in circles.
 REPETITIVE = 0.5
 
 
-def repetition(answer: str, n: int = 3) -> float:
-    """1 - distinct n-grams / n-grams, over words: 0 says nothing twice, towards 1 it goes round in circles.
+def repetition(answer: str, n: int = 3, run: int = 32) -> float:
+    """1 - distinct pieces / pieces: 0 says nothing twice, towards 1 it goes round in circles.
+
+    Pieces are n words or `run` characters, whichever repeat more: not every language has spaces, nor has "hahaha".
 
     Args:
-        answer: fewer than n + 1 words cannot repeat: 0.
-        n: words in an n-gram.
+        answer: one of at most n words and `run` characters cannot repeat: 0.
+        n: words in a piece.
+        run: characters in a piece; what differs in rows of tables, lists and code stands closer together than that.
     """
     words = answer.lower().split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+    return max(_repeated(words, n), _repeated(" ".join(words), run))
+
+
+def _repeated(units: Sequence[str], n: int) -> float:
+    pieces = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+    return 1 - len(set(pieces)) / len(pieces) if len(pieces) > 1 else 0.0
 
 
 @torch.no_grad()
@@ -57,7 +66,8 @@ def log_likelihoods(
             answered[row, len(head) : len(head) + len(tail)] = True
         if not answered.any():
             continue
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
+        with within_memory(batch_size):
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
         picked = answered[:, 1:]
         chosen = logits.cpu()[picked].float().log_softmax(-1).gather(1, ids[:, 1:][picked][:, None])[:, 0]
         sums = torch.zeros(len(chunk), dtype=torch.float64)

@@ -1,20 +1,23 @@
 """`axolotl asft eval`: what fine-tuning did to a model's safety and usefulness, row by row."""
 
 import gc
-import hashlib
 import json
-import math
+import logging
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from axolotl_asft import __version__
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer, check_tasks
+from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer, check_tasks
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
+from axolotl_asft.evaluation.kept import Asked, Interview, answer_key, judge_key, shared_out, without_nan
 from axolotl_asft.evaluation.models import (
     Subject,
     adapted,
@@ -23,7 +26,7 @@ from axolotl_asft.evaluation.models import (
     chosen_device,
     load_model,
     load_tokenizer,
-    model_state,
+    other_base,
     subjects,
 )
 from axolotl_asft.evaluation.prompts import load_prompts
@@ -31,6 +34,8 @@ from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.rows import Row, table
 from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.files import atomic_write_text, writable_folder
+
+LOG = logging.getLogger("axolotl.asft")
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,11 @@ class Questions:
         task_limit: documents of each task; None: all.
         num_fewshot: examples in a task's prompt; None: as the task says.
         max_new_tokens: of an answer.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time, also of a judge.
         dtype, load_in_4bit: how the model is loaded.
         judges: names of judge models, each asked as its family wants.
         judge_text, judge_harmful: how judges of other families are asked and understood.
+        judge_load_in_4bit: how judges are loaded.
     """
 
     harmful: tuple[str, ...] = ("harmful",)
@@ -66,23 +72,139 @@ class Questions:
     judges: tuple[str, ...] = ()
     judge_text: str | None = None
     judge_harmful: str | None = None
+    judge_load_in_4bit: bool = False
+
+    def sets(self) -> list[tuple[str, str]]:
+        """("harmful" or "borderline", set) of every set of prompts."""
+        return [("harmful", source) for source in self.harmful] + [("borderline", s) for s in self.borderline]
+
+    def how(self) -> dict[str, Any]:
+        """What an answer depends on beside prompt, model and template."""
+        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "load_in_4bit": self.load_in_4bit}
 
 
 @dataclass
-class _Interview:
-    """The answers of one subject, as kept on disk."""
+class _Run:
+    """One evaluation: the chat model when it is needed, and what is asked of it.
 
-    harmful: dict[str, list[Answer]] = field(default_factory=dict)
-    borderline: dict[str, list[Answer]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    perplexity: float | None = None
-    judged: dict[str, list[bool]] = field(default_factory=dict)
+    Attributes:
+        load: gives the model; nobody but this may keep it.
+        questions: what is asked.
+        prompts: (harmful or borderline, set) -> its prompts.
+        judges: judge -> what its verdicts are kept under.
+        stage: shows what goes on.
+    """
 
-    def all_harmful(self) -> list[Answer]:
-        return [answer for answers in self.harmful.values() for answer in answers]
+    load: Callable[[], Any]
+    questions: Questions
+    prompts: dict[tuple[str, str], list[str]]
+    judges: dict[str, str]
+    stage: Stage
+    _model: Any = None
 
-    def all(self) -> list[Answer]:
-        return self.all_harmful() + [answer for answers in self.borderline.values() for answer in answers]
+    def base(self) -> Any:
+        if self._model is None:
+            self._model = self.load()
+        return self._model
+
+    def let_go(self) -> None:
+        self._model = None
+        _free_memory()
+
+    def interview(self, subject: Subject, tokenizer: Any, interview: Interview) -> None:
+        """Ask one row what it was not asked before."""
+        sets = [place for place, texts in self.prompts.items() if not interview.answers(*place, texts)]
+        tasks = [task for task in self.questions.tasks if self.task_key(task) not in interview.tasks]
+        if sets or tasks:
+            self._ask(self.base(), subject, tokenizer, interview, sets, tasks)
+            if changes_weights(subject):
+                self.let_go()
+        waiting = [a for part, source in self.prompts if (a := interview.sets[part][source]).likelihoods is None]
+        if waiting:
+            pairs = [(answer.asked, answer.answer) for asked in waiting for answer in asked.answers]
+            advance = self.stage(f"perplexity of {subject.name}", len(pairs))
+            found = log_likelihoods(self.base(), tokenizer, pairs, self.questions.batch_size, advance)
+            for asked, its in shared_out(found, waiting):
+                asked.likelihoods = its
+            interview.save()
+
+    def _ask(self, model: Any, subject: Subject, tokenizer: Any, interview: Interview, sets: list, tasks: list) -> None:
+        told = self.questions
+        cache = interview.path.parent / ".cache" / interview.key
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with adapted(model, subject) as ready:
+            asker = Interviewer(ready, tokenizer, told.batch_size, told.max_new_tokens, cache, subject.name, self.stage)
+            for part, source in sets:
+                task, word = (HARMFUL_TASK, "prompts") if part == "harmful" else (BORDERLINE_TASK, "borderline")
+                found = asker.answers(task, {word: source, "split": told.split, "limit": told.limit})
+                interview.sets[part][source] = Asked(found)
+                interview.save()
+            for task in tasks:
+                scores = asker.scores([task], told.task_limit, told.num_fewshot)
+                interview.tasks[self.task_key(task)] = scores
+                interview.save()
+
+    def task_key(self, task: str) -> str:
+        return f"{task}, limit {self.questions.task_limit}, examples {self.questions.num_fewshot}"
+
+    def judge(self, name: str, interviews: dict[str, Interview], device: str | None) -> None:
+        """Let a judge see the answers to harmful prompts that it did not see before."""
+        told, key = self.questions, self.judges[name]
+        waiting = {
+            row: [asked for source in told.harmful if key not in (asked := interview.sets["harmful"][source]).judged]
+            for row, interview in interviews.items()
+        }
+        count = sum(len(asked.answers) for groups in waiting.values() for asked in groups)
+        if not count:
+            return
+        on, small = chosen_device(device), told.judge_load_in_4bit
+        judge = Judge.load(name, told.judge_text, told.judge_harmful, on, told.batch_size, small)
+        advance = self.stage(f"judge: {Path(name).name}", count)
+        for row, groups in waiting.items():
+            pairs = [(answer.prompt, answer.answer) for asked in groups for answer in asked.answers]
+            for asked, verdicts in shared_out(judge.harmful(pairs, advance), groups):
+                asked.judged[key] = verdicts
+            interviews[row].save()
+
+    def row(self, subject: Subject, interview: Interview, seconds: float) -> Row:
+        harmful, borderline = (
+            {source: interview.sets[part][source] for part, source in self.prompts if part == group}
+            for group in ("harmful", "borderline")
+        )
+        everything = [*harmful.values(), *borderline.values()]
+        answers = [answer.answer for asked in everything for answer in asked.answers]
+        return Row(
+            name=subject.name,
+            adapter=str(subject.adapter) if subject.adapter else None,
+            harmfulness={
+                source: Share.of([not is_refusal(answer.answer) for answer in asked.answers])
+                for source, asked in harmful.items()
+            },
+            over_refusal={
+                source: Share.of([is_refusal(answer.answer) for answer in asked.answers])
+                for source, asked in borderline.items()
+            },
+            judged={
+                name: Share.of([verdict for asked in harmful.values() for verdict in asked.judged[key]])
+                for name, key in self.judges.items()
+            },
+            perplexity=median_perplexity([found for asked in everything for found in asked.likelihoods or []]),
+            repetitive=Share.of([repetition(answer) > REPETITIVE for answer in answers]),
+            empty=Share.of([not answer.strip() for answer in answers]),
+            tasks={
+                task: scores
+                for asked in self.questions.tasks
+                for task, scores in interview.tasks[self.task_key(asked)].items()
+            },
+            seconds=round(seconds, 1),
+        )
+
+
+def _free_memory() -> None:
+    """What nobody holds any more, cycles too, makes room for the next model: lm-eval's models hold themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def evaluate(
@@ -96,11 +218,11 @@ def evaluate(
 ) -> list[Row]:
     """Measure harmfulness, over-refusal, coherence and task scores of a model and of adapters on it.
 
-    Everything is kept in `output`: the answers of each row as JSON for reading, results.json and results.md. What
-    was asked with the same settings is not asked again.
+    Everything is kept in `output`: the answers of each row as JSON for reading, results.json and results.md. A set of
+    prompts, a task and a judge that were asked with the same settings are not asked again, whatever else is asked.
 
     Args:
-        model: folder or Hub id of the aligned chat model.
+        model: folder or Hub id (owner/name[@revision]) of the aligned chat model.
         adapters: folders of adapters on it, as `folder` or `name=folder`.
         output: a folder for this evaluation.
         questions: what is asked.
@@ -118,109 +240,39 @@ def evaluate(
     _check_names(asked)
     writable_folder(output)
     check_tasks(questions.tasks)
-    for name in questions.judges:
-        Judge.check(name, questions.judge_text, questions.judge_harmful)
-    for source in (*questions.harmful, *questions.borderline):
-        load_prompts(source, questions.split, questions.limit)
-    loaded: list[Any] = []
-
-    def base() -> Any:
-        if not loaded:
-            loaded.append(load_model(model, questions.dtype, questions.load_in_4bit, device))
-        return loaded[0]
-
+    run = _Run(
+        lambda: load_model(model, questions.dtype, questions.load_in_4bit, device),
+        questions,
+        {place: _texts(place[1], questions) for place in questions.sets()},
+        {name: _judge_key(name, questions) for name in questions.judges},
+        stage,
+    )
+    for warning in filter(None, (other_base(model, subject) for subject in asked)):
+        LOG.warning(warning)
     interviews, seconds = {}, {}
     for subject in asked:
         started = time.monotonic()
         words = load_tokenizer(tokenizer or model, None if tokenizer else subject.adapter)
-        path = output / f"{_file_name(subject.name)}.json"
-        key = _key(model, subject, questions, words.chat_template)
-        interview = _read(path, key)
-        if interview is None:
-            with adapted(base(), subject) as ready:
-                interview = _ask(ready, words, questions, output / ".cache" / key, subject.name, stage)
-            if changes_weights(subject):
-                loaded.clear()
-            _write(path, key, subject, interview)
-        if interview.perplexity is None:
-            pairs = [(answer.asked, answer.answer) for answer in interview.all()]
-            advance = stage(f"perplexity of {subject.name}", len(pairs))
-            found = log_likelihoods(base(), words, pairs, questions.batch_size, advance)
-            interview.perplexity = median_perplexity(found)
-            _write(path, key, subject, interview)
-        interviews[subject.name], seconds[subject.name] = (path, key, interview), time.monotonic() - started
-    loaded.clear()
-    gc.collect()
+        key = answer_key(model, subject, questions.how(), words.chat_template)
+        interview = Interview.open(output / f"{_file_name(subject.name)}.json", key, subject.adapter)
+        run.interview(subject, words, interview)
+        interviews[subject.name], seconds[subject.name] = interview, time.monotonic() - started
+    run.let_go()
     for name in questions.judges:
-        _judge(name, questions, asked, interviews, device, stage)
-    rows = [_row(subject, interviews[subject.name][2], seconds[subject.name], questions) for subject in asked]
+        run.judge(name, interviews, device)
+        _free_memory()
+    rows = [run.row(subject, interviews[subject.name], seconds[subject.name]) for subject in asked]
     _write_results(output, model, questions, rows)
     return rows
 
 
-def _ask(model: Any, tokenizer: Any, questions: Questions, cache: Path, name: str, stage: Stage) -> _Interview:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    interviewer = Interviewer(model, tokenizer, questions.batch_size, questions.max_new_tokens, cache, name, stage)
-    interview = _Interview()
-    common = {"split": questions.split, "limit": questions.limit}
-    for source in questions.harmful:
-        interview.harmful[source] = interviewer.answers(HARMFUL_TASK, {"prompts": source, **common})
-    for source in questions.borderline:
-        interview.borderline[source] = interviewer.answers(BORDERLINE_TASK, {"borderline": source, **common})
-    if questions.tasks:
-        interview.tasks = interviewer.scores(questions.tasks, questions.task_limit, questions.num_fewshot)
-    return interview
-
-
-def _judge(name: str, questions: Questions, asked: list[Subject], interviews: dict, device, stage: Stage) -> None:
-    key = _judge_key(name, questions)
-    waiting = [s for s in asked if key not in interviews[s.name][2].judged]
-    if not waiting:
-        return
-    judge = Judge.load(name, questions.judge_text, questions.judge_harmful, chosen_device(device))
-    advance = stage(f"judge: {Path(name).name}", sum(len(interviews[s.name][2].all_harmful()) for s in waiting))
-    for subject in waiting:
-        path, file_key, interview = interviews[subject.name]
-        pairs = [(answer.prompt, answer.answer) for answer in interview.all_harmful()]
-        interview.judged[key] = judge.harmful(pairs, advance)
-        _write(path, file_key, subject, interview)
+def _texts(source: str, questions: Questions) -> list[str]:
+    return [prompt.prompt for prompt in load_prompts(source, questions.split, questions.limit)]
 
 
 def _judge_key(name: str, questions: Questions) -> str:
-    """Of a judge and of how it was asked, where that was said."""
-    told = [text for text in (questions.judge_text, questions.judge_harmful) if text is not None]
-    return f"{name} asked as {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}" if told else name
-
-
-def _row(subject: Subject, interview: _Interview, seconds: float, questions: Questions) -> Row:
-    answers = [answer.answer for answer in interview.all()]
-    return Row(
-        name=subject.name,
-        adapter=str(subject.adapter) if subject.adapter else None,
-        harmfulness={
-            source: Share.of([not is_refusal(answer.answer) for answer in found])
-            for source, found in interview.harmful.items()
-        },
-        over_refusal={
-            source: Share.of([is_refusal(answer.answer) for answer in found])
-            for source, found in interview.borderline.items()
-        },
-        judged={name: Share.of(interview.judged[_judge_key(name, questions)]) for name in questions.judges},
-        perplexity=interview.perplexity if interview.perplexity is not None else math.nan,
-        repetitive=Share.of([repetition(answer) > REPETITIVE for answer in answers]),
-        empty=Share.of([not answer.strip() for answer in answers]),
-        tasks=interview.tasks,
-        seconds=round(seconds, 1),
-    )
-
-
-def _key(model: str, subject: Subject, questions: Questions, template: str) -> str:
-    """Of everything that the answers depend on; judges come later and are no part of it."""
-    what = asdict(questions) | {"judges": None, "judge_text": None, "judge_harmful": None, "batch_size": None}
-    prompts = [load_prompts(s, questions.split, questions.limit) for s in (*questions.harmful, *questions.borderline)]
-    texts = [[prompt.prompt for prompt in group] for group in prompts]
-    everything = [model, model_state(model), subject.sha256, what, template, texts]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    way, _, _ = Judge.check(name, questions.judge_text, questions.judge_harmful)
+    return judge_key(name, way, questions.judge_load_in_4bit)
 
 
 def _check_names(asked: list[Subject]) -> None:
@@ -235,41 +287,6 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".") or "row"
 
 
-def _read(path: Path, key: str) -> _Interview | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "key" not in content or "harmful" not in content:
-            raise ValueError("no answers")
-    except (ValueError, TypeError) as error:
-        raise AsftError(f"{path} holds no answers of ours ({error}); give another --output, or delete it") from error
-    if content.get("key") != key:
-        return None
-    groups = {
-        part: {source: [Answer(**answer) for answer in found] for source, found in content[part].items()}
-        for part in ("harmful", "borderline")
-    }
-    return _Interview(
-        groups["harmful"], groups["borderline"], content["tasks"], content["perplexity"], content["judged"]
-    )
-
-
-def _write(path: Path, key: str, subject: Subject, interview: _Interview) -> None:
-    content = {"key": key, "adapter": str(subject.adapter) if subject.adapter else None, **asdict(interview)}
-    text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
-    atomic_write_text(path, text + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _write_results(output: Path, model: str, questions: Questions, rows: list[Row]) -> None:
     content = {
         "model": model,
@@ -277,5 +294,5 @@ def _write_results(output: Path, model: str, questions: Questions, rows: list[Ro
         "rows": [asdict(row) for row in rows],
         "version": __version__,
     }
-    atomic_write_text(output / "results.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    atomic_write_text(output / "results.json", json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
     atomic_write_text(output / "results.md", table(rows) + "\n")

@@ -240,7 +240,9 @@ def _weights(model: Any, direction: AlignmentDirection) -> dict[str, Tensor]:
 def _asked(tokenizer: Any, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
     def chat(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
 
     return [(chat(prompt), answer) for prompt, answer in turns]
 

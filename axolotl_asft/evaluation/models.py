@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from axolotl_asft.direction import file_sha256
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.hub import hub_file
+from axolotl_asft.templates import text_tokenizer
 
 # as in `saved`, which imports PEFT: seconds that an error in the arguments need not cost
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# what transformers and PEFT raise for a bad checkpoint; a RuntimeError is torch's for a lack of memory, too
+FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     """The chat model, as `AutoModelForCausalLM`, on one device, without remote code.
 
     Args:
-        name: a folder or Hub id.
+        name: a folder, or owner/name[@revision] on the Hub.
         dtype: "auto" for that of the checkpoint, or "float32", "bfloat16", "float16".
         load_in_4bit: as bitsandbytes NF4, as QLoRA trains.
         device: default: the GPU if there is one.
@@ -88,23 +93,40 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     Raises:
         AsftError: no such model.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     device = chosen_device(device)
     check_model(name)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
     if load_in_4bit:
-        compute = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
+        options["quantization_config"] = nf4(device)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    except (OSError, ValueError) as error:
-        raise AsftError(f"the model {name} cannot be loaded ({str(error).splitlines()[0]})") from error
+        return AutoModelForCausalLM.from_pretrained(**place(name), **options).eval()
+    except FAILURES as error:
+        raise AsftError(
+            f"the model {name} cannot be loaded ({one_line(error)}); see that its files are whole, and that it fits "
+            "into memory"
+        ) from error
+
+
+def nf4(device: str) -> Any:
+    """How bitsandbytes loads a model in 4 bits, as QLoRA trains."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+    )
+
+
+def place(name: str) -> dict[str, Any]:
+    """What `from_pretrained` wants to be told of a folder or an id, and of `owner/name@revision` in its parts."""
+    wanted = hub_file(name)
+    if wanted is None or wanted.revision is None or wanted.file is not None:
+        return {"pretrained_model_name_or_path": name}
+    return {"pretrained_model_name_or_path": wanted.repo, "revision": wanted.revision}
 
 
 def check_model(name: str) -> None:
@@ -132,9 +154,11 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
     kept = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     source = str(adapter) if kept else model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = text_tokenizer(AutoTokenizer.from_pretrained(**place(source)))
+    except AsftError:
+        raise
     except (OSError, ValueError) as error:
-        raise AsftError(f"no tokenizer at {source} ({str(error).splitlines()[0]})") from error
+        raise AsftError(f"no tokenizer at {source} ({one_line(error)})") from error
     if not tokenizer.chat_template:
         raise AsftError(
             f"the tokenizer of {source} has no chat template, so that it is not known how the model was asked in "
@@ -143,6 +167,22 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def within_memory(batch_size: int) -> Iterator[None]:
+    """Asking a model, with so many texts at a time.
+
+    Raises:
+        AsftError: the GPU's memory is not enough.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise AsftError(
+            f"the GPU's memory is not enough for --batch-size {batch_size} ({one_line(error)[:60]}...); give a smaller "
+            "one, or see what else is on the GPU"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -166,8 +206,8 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
     try:
         peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-        raise AsftError(f"{adapter} does not go onto this model ({str(error).splitlines()[0]})") from error
+    except FAILURES as error:
+        raise AsftError(f"{adapter} does not go onto this model ({one_line(error)})") from error
     _check_complete(peft_model, adapter)
     return peft_model
 
@@ -180,6 +220,36 @@ def changes_weights(subject: Subject) -> bool:
 
     config = json.loads((subject.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return takes_out(config.get("init_lora_weights", True))
+
+
+def other_base(model: str, subject: Subject) -> str | None:
+    """A line on an adapter of another model, as its config names it; None where there is nothing to say.
+
+    Told apart are two ids of the Hub, whatever their revisions, and two local folders whose config.json differ in
+    architecture or shape. Of an id and a folder, and of folders with models of one shape, nothing is said: a copy that
+    is merged, rounded or in another dtype is as good.
+    """
+    if subject.adapter is None:
+        return None
+    base = json.loads((subject.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        return None
+    one, other = hub_file(base), hub_file(model)
+    if one is not None and other is not None:
+        same = one.repo.lower() == other.repo.lower()
+    else:
+        shapes = [_shape(Path(name).expanduser()) for name in (base, model)]
+        same = None in shapes or shapes[0] == shapes[1]
+    if same:
+        return None
+    return f"{subject.adapter} was trained on {base}, not on {model}, on which it is asked; give its own as --model"
+
+
+def _shape(folder: Path) -> list[Any] | None:
+    if not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return [config.get(key) for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")]
 
 
 def _check_complete(peft_model: Any, adapter: Path) -> None:

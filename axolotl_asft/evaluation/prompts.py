@@ -13,6 +13,7 @@ from axolotl_asft.errors import AsftError
 DATA = Path(__file__).parent / "data"
 SHIPPED = ("harmful", "borderline")
 SPLITS = ("heldout", "train", "all")
+ENCODING = "utf-8-sig"  # with or without the mark that Excel puts first
 # How the field's sets call the column, in the order of preference.
 COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "forbidden_prompt", "text")
 
@@ -36,15 +37,15 @@ def load_prompts(source: str, split: str = "heldout", limit: int | None = None, 
     """The distinct prompts of a set, in its order.
 
     Args:
-        source: "harmful" or "borderline", which ship with this package; a file (.jsonl, .json, .csv, or .txt with one
-            prompt a line); or a dataset of the Hub as `owner/name`, with what it needs behind a question mark:
-            `PKU-Alignment/BeaverTails?split=30k_test`, `walledai/XSTest?label=safe`. There `config`, `split`,
-            `revision` and `column` have their usual meaning; any other key keeps the rows with that value.
+        source: "harmful" or "borderline", which ship with this package; a file (.jsonl, .json with a list, .csv, or
+            .txt with one prompt a line); or a dataset of the Hub as `owner/name`, with what it needs behind a
+            question mark: `PKU-Alignment/BeaverTails?split=30k_test`, `walledai/XSTest?label=safe`. There `config`,
+            `split`, `revision` and `column` have their usual meaning; any other key keeps the rows with that value.
         split: "heldout", "train" or "all" of a shipped set; other sets have no such split.
         limit: at most so many, drawn with `seed`.
 
     Raises:
-        AsftError: no such set, an unknown split, or no column that looks like prompts.
+        AsftError: no such set, an unknown split, no column that looks like prompts, or what is none in it.
     """
     if split not in SPLITS:
         raise AsftError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
@@ -65,28 +66,35 @@ def load_prompts(source: str, split: str = "heldout", limit: int | None = None, 
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".jsonl":
+        if suffix == ".jsonl":
             return _jsonl(path)
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+        if suffix == ".json":
+            content = json.loads(path.read_text(encoding=ENCODING))
+            if not isinstance(content, list):
+                raise ValueError(f"expected a list of strings or objects, found {_shortly(content)}")
             return [row if isinstance(row, dict) else {"prompt": row} for row in content]
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+        if suffix == ".csv":
+            with path.open(encoding=ENCODING, newline="") as file:
                 return list(csv.DictReader(file))
-        if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [{"prompt": line} for line in lines if line.strip()]
+        if suffix == ".txt":
+            return [{"prompt": line} for line in _lines(path)]
     except (ValueError, OSError, TypeError, csv.Error) as error:
         raise AsftError(f"{path} cannot be read as {path.suffix} ({error}); give a file of prompts") from error
     raise AsftError(f"{path} ends in {path.suffix!r}; expected .jsonl, .json, .csv or .txt")
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in _lines(path)]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is no JSON object")
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """Not `splitlines`, which also cuts at characters that JSON allows inside a string, such as U+2028."""
+    return [line for line in path.read_text(encoding=ENCODING).split("\n") if line.strip()]
 
 
 def _from_hub(source: str) -> list[Prompt]:
@@ -128,11 +136,29 @@ def _prompts(rows: list[dict[str, Any]], source: str, column: str | None) -> lis
     if found is None:
         raise AsftError(f"{source} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(wanted)}")
     category = known.get("category")
+    texts = [_text(row.get(found), f"{source}, row {i}") for i, row in enumerate(rows, 1)]
     return [
-        Prompt(str(row[found]).strip(), _category(row.get(category)) if category else "", f"{i}")
-        for i, row in enumerate(rows)
-        if row.get(found) and str(row[found]).strip()
+        Prompt(text, _category(row.get(category)) if category else "", f"{i}")
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+        if text
     ]
+
+
+def _text(value: Any, place: str) -> str:
+    """A prompt as text, "" where there is none; of a list of turns the last user's, as training sets keep prompts."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        asked = [turn.get("content") for turn in value if turn.get("role") == "user"]
+        value = asked[-1] if asked else value
+    if not isinstance(value, str):
+        raise AsftError(f"{place}: the prompt is {_shortly(value)}; expected a string, or turns with a user's in words")
+    return value.strip()
+
+
+def _shortly(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _category(value: Any) -> str:

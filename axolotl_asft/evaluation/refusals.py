@@ -34,6 +34,7 @@ _CONTRACTIONS = (
     (r"\b(it|that|this|here|there|what)'s\b", r"\1 is"),
 )
 _FENCE = "```"
+_THOUGHT, _THOUGHT_END = "<think>", "</think>"
 _SENTENCE_END = re.compile(r"[.!?:;]+(?=\s|$|[\"'*_)\]])|\n\s*\n|[。:;!?](?=[^\x00-\x7f])|。")
 _SPEAKER = re.compile(r"(?<=\n)\w+:[ \t]+\S[^\n]*")  # "ANNA: ...", not on the first line
 
@@ -94,13 +95,29 @@ class RefusalPhrases:
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether `answer` declines the request. Empty and babbling answers do not."""
+    """Whether `answer` declines the request. Empty and babbling answers, and thoughts without an answer, do not."""
     return refusal_evidence(answer) is not None
 
 
 def refusal_evidence(answer: str) -> str | None:
     """The statement with which `answer` declines the request, normalised; None if it does not decline."""
-    return published_phrases().evidence(answer)
+    return published_phrases().evidence(split_thought("", answer)[1] or "")
+
+
+def split_thought(asked: str, written: str) -> tuple[str, str | None]:
+    """(what the model had read when it began to answer, its answer): its thought, to the last </think>, was read too.
+
+    Args:
+        asked: as the model read it; a chat template may have opened the thought.
+        written: by the model: the answer as it is, where there is no thought; None, where the thought has no end.
+    """
+    _, end, said = written.rpartition(_THOUGHT_END)
+    if said.lstrip().startswith(_THOUGHT) or (not end and asked.rstrip().endswith(_THOUGHT)):
+        return asked + written, None
+    if not end:
+        return asked, written
+    said = said.lstrip()
+    return asked + written.removesuffix(said), said
 
 
 @cache

@@ -1,0 +1,245 @@
+"""Asking: the tokens of the training, thoughts apart from answers, and whatever cannot be asked refused in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from tiny import WORDS, make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, check_tasks
+from axolotl_asft.evaluation.coherence import log_likelihoods
+from axolotl_asft.evaluation.models import Subject, adapted, load_model
+from axolotl_asft.evaluation.refusals import is_refusal
+from axolotl_asft.evaluation.safety_metrics import safety_metrics
+
+# What follows on what, in a model that looks at the last token alone. A request's last word decides.
+FOLLOWS = {
+    "cat": "<think>", "<think>": "the", "the": "</think>", "</think>": "i", "i": "cannot", "cannot": "help",
+    "help": "</s>", "dog": "yes", "yes": "</s>", "tree": "<think>forever", "<think>forever": "red", "red": "red",
+}  # fmt: skip
+TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+SWITCHED = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think> </think> ' }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """Folder of a real Llama that does what FOLLOWS says, thoughts included."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", "<pad>", *dict.fromkeys([*FOLLOWS, *WORDS])]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = TEMPLATE
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight.copy_(torch.eye(64))
+        for word, after in FOLLOWS.items():
+            model.lm_head.weight[words.index(after), words.index(word)] = 1
+    folder = tmp_path_factory.mktemp("thinker")
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def interviewer(thinker):
+    """Of the thinker, with another chat template and whatever else is given."""
+
+    def make(template=TEMPLATE, **options):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(thinker)
+        tokenizer.chat_template = template
+        return Interviewer(AutoModelForCausalLM.from_pretrained(thinker).eval(), tokenizer, **options)
+
+    return make
+
+
+def asked_of(interviewer, prompts, folder):
+    path = folder / "prompts.json"
+    path.write_text(json.dumps(prompts))
+    return interviewer.answers(HARMFUL_TASK, {"prompts": str(path)})
+
+
+def many(last, count):
+    return [f"{first} {second} {last}" for first in WORDS for second in WORDS][:count]
+
+
+def task_file(folder, name="colours", **changes):
+    (folder / "data.json").write_text(json.dumps([{"q": "the cat", "a": 0}, {"q": "a red dog", "a": 1}]))
+    content = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.json")}},
+        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}",
+        "doc_to_choice": ["yes", "no"], "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return str(path)
+
+
+# ----------------------------------------------------------------------------------------------- the training's tokens
+def test_the_model_reads_the_tokens_that_it_was_trained_on(pair, tmp_path):
+    """A tokenizer that puts <s> first, under a template without one: no path through lm-eval adds it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer.encode("the cat")[0] == 1
+    model, read = AutoModelForCausalLM.from_pretrained(pair[1]).eval(), []
+
+    def listen(module, args):
+        read.extend(row[row != 3].tolist() for row in args[0])
+
+    model.get_input_embeddings().register_forward_pre_hook(listen)
+    interviewer = Interviewer(model, tokenizer, max_new_tokens=1)
+    (answer,) = asked_of(interviewer, ["the red cat"], tmp_path)
+    turn = [{"role": "user", "content": "the red cat"}]
+    trained = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert read[0] == trained == tokenizer.encode(answer.asked, add_special_tokens=False)
+    read.clear()
+    interviewer.scores([task_file(tmp_path, "tokens")], None, None)
+    assert read
+    assert not [row for row in read if 1 in row]
+
+
+# ------------------------------------------------------------------------------------------------------------ thoughts
+def test_a_thought_is_no_part_of_the_answer(interviewer, tmp_path):
+    first, second = asked_of(interviewer(), ["a red cat", "a red dog"], tmp_path)
+    assert (first.asked, first.answer) == ("a red cat <think> the </think> ", "i cannot help")
+    assert is_refusal(first.answer)
+    assert (second.asked, second.answer) == ("a red dog ", "yes")
+
+
+def test_thinking_is_off_where_the_template_knows_how(interviewer, tmp_path):
+    (answer,) = asked_of(interviewer(SWITCHED), ["a red tree"], tmp_path)
+    assert (answer.asked, answer.answer) == ("a red tree <think> </think> ", "i cannot help")
+
+
+def test_a_thought_that_the_template_opens_ends_in_the_answer(interviewer, tmp_path):
+    (answer,) = asked_of(interviewer(TEMPLATE + "{{ '<think>\n' }}"), ["a red dog"], tmp_path)
+    assert (answer.asked, answer.answer) == ("a red dog <think>\nthe </think> ", "i cannot help")
+
+
+@pytest.mark.parametrize(
+    ("template", "last", "new"),
+    [(TEMPLATE, "tree", 12), (TEMPLATE, "cat", 2), (TEMPLATE + "{{ '<think>\n' }}", "dog", 1)],
+    ids=["endless", "cut off", "opened by the template"],
+)
+def test_thoughts_without_an_end_are_no_answers(interviewer, tmp_path, template, last, new):
+    asked = interviewer(template, max_new_tokens=new, name="the chat model")
+    message = rf"the chat model was still thinking after {new} tokens in 2 of 2 answers.*more tokens .--max-new-tokens"
+    with pytest.raises(AsftError, match=message) as error:
+        asked_of(asked, [f"a {last}", f"blue {last}"], tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_few_thoughts_without_an_end_count_as_empty(interviewer, tmp_path):
+    found = asked_of(interviewer(max_new_tokens=12), [*many("cat", 20), "a tree"], tmp_path)
+    assert {answer.answer for answer in found[:20]} == {"i cannot help"}
+    assert found[20].answer == ""
+    assert found[20].asked.startswith("a tree <think>forever red red")
+    assert not is_refusal(found[20].answer)
+
+
+def test_no_unfinished_thought_is_kept_to_be_held(thinker, tmp_path):
+    """`extract --metric` keeps answers with the thoughts before them, and nothing of those that have no end."""
+    (tmp_path / "harm.json").write_text(json.dumps(many("cat", 20)))
+    (tmp_path / "harmless.json").write_text(json.dumps([*many("dog", 20), "a tree"]))
+    found = safety_metrics(str(thinker), (), str(tmp_path / "harm.json"), str(tmp_path / "harmless.json"))
+    assert {answer for _, answer in found.own_answers} == {"i cannot help", "yes"}
+    assert all(asked.endswith("cat <think> the </think> ") for asked, _ in found.own_answers[::2])
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+def test_a_task_from_a_file(interviewer, tmp_path):
+    """Asked as often as there are rows, by the task's own name."""
+    path, asked = task_file(tmp_path), interviewer()
+    check_tasks([path])
+    first, second = (asked.scores([path], None, None) for _ in range(2))
+    assert first == second
+    assert 0 <= first["colours"]["acc"] <= 1
+
+
+def test_tasks_that_cannot_be_asked_are_refused_at_once(tmp_path):
+    (tmp_path / "list.yaml").write_text("[1]\n")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    (tmp_path / "nothing.yaml").write_text("{}\n")
+    for tasks, message in [
+        (["gsm8k"], "cannot set up gsm8k .*openai/gsm8k.* data can be downloaded"),
+        ([str(tmp_path / "list.yaml")], "cannot set up .*list.yaml"),
+        ([str(tmp_path / "broken.yaml")], "cannot set up .*broken.yaml"),
+        ([str(tmp_path / "nothing.yaml")], "cannot set up .*nothing.yaml"),
+        ([task_file(tmp_path, "code", unsafe_code=True)], "the task code runs code that the model writes"),
+        ([task_file(tmp_path, "picture", doc_to_image="q")], "the task picture shows pictures"),
+        (["no_such_task"], "no task 'no_such_task'"),
+    ]:
+        with pytest.raises(AsftError, match=message) as error:
+            check_tasks(tasks)
+        assert "\n" not in str(error.value)
+
+
+def test_a_task_that_fails_is_one_line(interviewer, tmp_path):
+    """It wants more tokens than the model has positions."""
+    path = task_file(
+        tmp_path, "long", output_type="generate_until", generation_kwargs={"max_gen_toks": 300, "until": []},
+        metric_list=[{"metric": "exact_match"}],
+    )  # fmt: skip
+    check_tasks([path])
+    with pytest.raises(AsftError, match=r"lm-eval failed at .*long.yaml \(AssertionError: .*300") as error:
+        interviewer().scores([path], None, None)
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------- what does not fit or is torn
+@pytest.mark.parametrize(("prompt", "new"), [("a red dog", 300), ("a red dog " * 20, 200)])
+def test_more_tokens_than_positions_are_refused_before_asking(interviewer, tmp_path, prompt, new):
+    stages = []
+    asked = interviewer(max_new_tokens=new, stage=lambda *stage: stages.append(stage))
+    with pytest.raises(AsftError, match=rf"with {new} new ones are more than the model's 256 positions"):
+        asked_of(asked, [prompt], tmp_path)
+    assert not stages
+
+
+def test_a_lack_of_memory_is_one_line(interviewer, tmp_path):
+    def fail(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+
+    asked = interviewer(batch_size=4)
+    asked.model.lm_head.register_forward_pre_hook(fail)
+    for ask in (
+        lambda: asked_of(asked, ["a dog"], tmp_path),
+        lambda: log_likelihoods(asked.model, asked.tokenizer, [("a", "dog")], batch_size=4),
+    ):
+        with pytest.raises(AsftError, match=r"not enough for --batch-size 4 \(CUDA out of memory") as error:
+            ask()
+        assert "\n" not in str(error.value)
+
+
+def test_a_torn_file_is_one_line(thinker, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def tear(path):
+        path.write_bytes(path.read_bytes()[:-50])
+
+    shutil.copytree(thinker, tmp_path / "model")
+    tear(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(AsftError, match=r"model cannot be loaded \(.*see that its files are whole"):
+        load_model(str(tmp_path / "model"))
+    model = load_model(str(thinker))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "tuned")
+    tear(tmp_path / "tuned" / "adapter_model.safetensors")
+    with (
+        pytest.raises(AsftError, match="does not go onto this model"),
+        adapted(load_model(str(thinker)), Subject("tuned", tmp_path / "tuned")),
+    ):
+        pass

@@ -1,0 +1,79 @@
+"""Sets of prompts as people keep them: spreadsheets, training sets, odd characters; what is none is refused."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.prompts import load_prompts
+
+
+def texts(path):
+    return [prompt.prompt for prompt in load_prompts(str(path))]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_a_line_ends_at_its_end_alone(tmp_path):
+    """JSON allows U+2028 inside a string, and so do people's texts."""
+    (tmp_path / "set.jsonl").write_bytes('{"prompt": "How\u2028are you?"}\r\n\r\n{"prompt": "Who?"}'.encode())
+    (tmp_path / "set.txt").write_text("How\u2028are you?\n \nWho?\n", encoding="utf-8")
+    assert texts(tmp_path / "set.jsonl") == texts(tmp_path / "set.txt") == ["How\u2028are you?", "Who?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("set.csv", "prompt,category\nHow?,x\n"),
+        ("set.JSONL", '{"prompt": "How?"}\n'),
+        ("set.Json", '["How?"]'),
+        ("set.TXT", "How?\n"),
+    ],
+)
+def test_excel_s_mark_and_capitals(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert texts(tmp_path / name) == ["How?"]
+
+
+def test_turns_are_asked_by_the_user_s_last(tmp_path):
+    rows = [
+        {"prompt": [turn("user", "How?")]},
+        {"prompt": [turn("system", "Be kind."), turn("user", "Hi."), turn("assistant", "Hi!"), turn("user", " Who? ")]},
+        {"prompt": "Why?"},
+        {"prompt": None},
+        {"prompt": " "},
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    assert texts(tmp_path / "set.jsonl") == texts(tmp_path / "set.json") == ["How?", "Who?", "Why?"]
+
+
+def test_turns_of_a_dataset(tmp_path, monkeypatch):
+    """Rows as `datasets` gives them, which is how sets of the Hub come."""
+    Dataset.from_list([{"prompt": [turn("user", "How?")]}]).to_json(tmp_path / "owner" / "set" / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert [prompt.prompt for prompt in load_prompts("owner/set")] == ["How?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("set.json", {"prompt": ["q1", "q2"]}, r'expected a list of strings or objects, found {"prompt": \["q1"'),
+        ("set.json", "How are you?", 'expected a list of strings or objects, found "How are you'),
+        ("set.json", 5, "expected a list"),
+        ("set.json", ["q1", ["q2"]], r'row 2: the prompt is \["q2"\]; expected a string, or turns'),
+        ("set.json", ["q1", 5], "row 2: the prompt is 5"),
+        ("set.jsonl", {"prompt": {"text": "q1"}}, 'row 1: the prompt is {"text": "q1"}'),
+        ("set.jsonl", {"prompt": []}, r"the prompt is \[\]"),
+        ("set.jsonl", {"prompt": [turn("assistant", "q1")]}, "turns with a user's"),
+        ("set.jsonl", {"prompt": [turn("user", [{"type": "image"}])]}, r'the prompt is \[{"type": "image"}\]'),
+    ],
+)
+def test_what_is_no_prompt_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(AsftError, match=message) as error:
+        load_prompts(str(tmp_path / name))
+    assert "\n" not in str(error.value)
