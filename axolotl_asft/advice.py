@@ -10,7 +10,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.guard import OUR_NAMES
 from axolotl_asft.hub import hub_file, is_commit
 from axolotl_asft.penalty import projector_eigenvalues
-from axolotl_asft.strengths import Strengths
+from axolotl_asft.strengths import WEIGHTS_ALONE, Strengths
 
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
 MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.1, 300.0)}
@@ -104,7 +104,9 @@ def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> li
             "lambda_reg is 0, and neither max_drift nor anchor_weight is set: nothing is constrained, numbers are "
             "logged alone"
         )
-    elif weight and not low / FAR <= weight <= high * FAR:
+    elif penalty.metric == "weights" and strength.max_drift is None and strength.anchor_weight == 0:
+        found.append(WEIGHTS_ALONE)
+    if weight and not low / FAR <= weight <= high * FAR:
         side = "less than a tenth of the smallest" if weight < low else "more than ten times the largest"
         found.append(
             f"lambda_reg is {weight:g}, {side} that our benchmarks measured for metric {penalty.metric} "

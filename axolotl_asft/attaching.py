@@ -12,7 +12,7 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError
-from axolotl_asft.strengths import strengths
+from axolotl_asft.strengths import WEIGHTS_ALONE, strengths
 from axolotl_asft.templates import template_warning
 
 LOG = logging.getLogger("axolotl.asft")
@@ -64,6 +64,8 @@ def attach(
         raise AsftError(budget_refused(taken[0]))
     if strength.anchor_weight > 0 and taken:
         raise AsftError(anchor_refused(taken[0]))
+    if penalty.metric == "weights" and strength.lambda_reg > 0 and max_drift is None and strength.anchor_weight == 0:
+        LOG.warning("AsFT: %s", WEIGHTS_ALONE)
     held = strength.anchor_weight > 0 or penalty.metric != "weights"
     if held and (warning := template_warning(getattr(trainer, "processing_class", None), direction.spec)):
         LOG.warning("AsFT: %s", warning)

@@ -20,7 +20,7 @@ def asft() -> None:
     """Keep a chat model's safety while you fine-tune it (AsFT, arXiv 2506.08473).
 
     \b
-    1. axolotl asft extract --base BASE --aligned CHAT -o chat.asft.safetensors
+    1. axolotl asft extract --base BASE --aligned CHAT --metric fisher -o chat.asft.safetensors
     2. add to your config:
          plugins: [asft]
          asft:

@@ -98,7 +98,7 @@ def copy(name: str, output: Path | None, direction: str | None, sha256: str | No
     \b
     Example:
       axolotl asft recipes copy llama-3.1-8b-qlora-24gb -o config.yml
-      axolotl asft recipes copy qwen-2.5-7b-qlora-12gb --direction owner/name@revision --sha256 HASH
+      axolotl asft recipes copy qwen-2.5-7b-qlora-16gb --direction owner/name@revision --sha256 HASH
     """
     from axolotl_asft.recipes import copy_recipe, recipe
 

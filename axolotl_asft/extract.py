@@ -111,6 +111,7 @@ def extract_direction(
     devices = devices_named(device)
     settings = _Settings(rank, tolerance, energy, max_rank, dtype_named(dtype), keep_v, seed)
     source = open_source(base, aligned, adapter, modules)
+    _check_metrics(metrics, source.names)
     if output is None:
         return _extract(source, settings, recipe, metrics, None, devices, progress)
     stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
@@ -272,6 +273,18 @@ def _metric(metric: LayerMetric, name: str, difference: Tensor | LowRank, dtype:
 def _metric_entry(metric: LayerMetric, name: str) -> dict[str, Any]:
     outputs = {"outputs": metric.outputs[name].shape[1]} if name in metric.outputs else {}
     return {"inputs": metric.inputs[name].shape[1], **outputs, "energy": metric.energy[name]}
+
+
+def _check_metrics(metrics: Sequence[LayerMetric], names: Sequence[str]) -> None:
+    """A wrapper's loader may name the layers otherwise than its checkpoint: the metric would be left out, unsaid."""
+    for metric in metrics:
+        if not any(name in metric.inputs for name in names):
+            found = next(iter(metric.inputs), "none")
+            raise AsftError(
+                f"the metric {metric.name} is of layers such as {found}, the checkpoint's are called {names[0]}: the "
+                "model is loaded under other names, as a text model of a wrapper may be; make the direction without "
+                "--metric"
+            )
 
 
 def _digest(metrics: Sequence[LayerMetric]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import difflib
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
@@ -66,6 +66,24 @@ def require_plugin(cfg: dict[str, Any]) -> None:
         )
 
 
+def refuse_strays(cfg: dict[str, Any], fields: Collection[str] = ()) -> None:
+    """Refuse keys of the block that stand outside it, where axolotl would drop them without a word.
+
+    Args:
+        fields: of axolotl's own config, which are not ours.
+
+    Raises:
+        AsftError: such a key; the run would go on with less than was asked for.
+    """
+    for key in cfg:
+        bare = str(key).removeprefix(f"{SHORT_NAME}_").removeprefix(f"{SHORT_NAME}-").replace("-", "_")
+        if key != SHORT_NAME and key not in fields and bare in (*OPTIONS, "modules"):
+            raise AsftError(
+                f"{key} stands outside the {SHORT_NAME}: block, where axolotl drops it; indent it under {SHORT_NAME}:, "
+                f"or give it as {SHORT_NAME}.{bare} in a sweep or on the command line"
+            )
+
+
 def fold_dotted_keys(cfg: dict[str, Any]) -> None:
     """`asft.lambda_reg: 5` at the top level of a config means `lambda_reg: 5` in its `asft:` block.
 
@@ -96,7 +114,8 @@ def add_options(options: tuple) -> tuple:
         ours.append((declarations, f"{SHORT_NAME}__{key}", kind_name, f"`{key}` of the asft block (AsFT constraint)"))
     for argument in sys.argv[1:]:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-")
-        if argument.startswith("--") and name.startswith(f"{SHORT_NAME}.") and name not in known:
+        ours_by_name = name.startswith(tuple(f"{SHORT_NAME}{mark}" for mark in ".-_"))
+        if argument.startswith("--") and ours_by_name and name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean --{near[0]}?" if near else f"set it in the {SHORT_NAME} block of the config"
             raise AsftError(f"--{name} is no option; {hint}")

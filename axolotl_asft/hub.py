@@ -125,9 +125,14 @@ def model_folder(location: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    doubles = ["consolidated*", "*/*.safetensors"]  # the same weights in another library's form
     with hub_errors(wanted):
         return Path(
-            _persistently(lambda: snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns))
+            _persistently(
+                lambda: snapshot_download(
+                    wanted.repo, revision=wanted.revision, allow_patterns=patterns, ignore_patterns=doubles
+                )
+            )
         )
 
 

@@ -73,7 +73,9 @@ def activation_metric(
     def look(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if args[0].shape[:-1] == keep.shape:  # not so where a layer sees some tokens only, as experts do
             rows = args[0][keep.to(args[0].device)]
-            moments.setdefault(name, SecondMoment(rows.shape[1], rank)).add(rows)
+            if name not in moments:
+                moments[name] = SecondMoment(rows.shape[1], rank)
+            moments[name].add(rows)
 
     with _watched(model, names, look):
         for batch, _ in _batches(model, tokenizer, turns, batch_size, advance):
@@ -129,8 +131,9 @@ def fisher_metric(
 
         def add(gradient: Tensor) -> None:
             gradient = gradient.flatten(end_dim=-2)
-            size = inputs.shape[1], gradient.shape[1]
-            X, Y = moments.setdefault(name, (SecondMoment(size[0], rank), SecondMoment(size[1], rank)))
+            if name not in moments:
+                moments[name] = SecondMoment(inputs.shape[1], rank), SecondMoment(gradient.shape[1], rank)
+            X, Y = moments[name]
             weights = gradient.float().square().sum(dim=1)
             weighed = weights > 0  # all tokens of a text count, but for padding and what follows the answer
             X.add(inputs[weighed], weights[weighed])

@@ -1,5 +1,7 @@
 """Second moments of a stream of vectors, in factored form: E[x x^T] ~ F F^T. Pure maths on tensors."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ class SecondMoment:
     """M = sum over rows x of weight x x^T, kept as M Omega for a random Omega: a single-pass Nystrom sketch.
 
     Memory is O(size (rank + 64)) and a row costs as much, however many rows come: the size x size matrix is never
-    formed. Exact where M has at most rank + 64 directions (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736).
+    formed. The sketch is kept on the CPU, and Omega, on the device of the rows, is one for all moments of a size:
+    hundreds of layers take a device no more than one does. Exact where M has at most rank + 64 directions (Tropp,
+    Yurtsever, Udell, Cevher 2017, arXiv 1706.05736).
 
     Args:
         size: of the vectors.
@@ -20,18 +24,15 @@ class SecondMoment:
 
     def __init__(self, size: int, rank: int, seed: int = 0):
         self.rank = min(rank, size)
-        generator = torch.Generator().manual_seed(seed)
-        omega = torch.randn(size, min(size, rank + OVERSAMPLING), generator=generator, dtype=torch.float64)
-        self.omega = torch.linalg.qr(omega)[0].float()
-        self.sketch = torch.zeros_like(self.omega)
+        self._drawn = size, min(size, rank + OVERSAMPLING), seed
+        self.sketch = torch.zeros(size, self._drawn[1])
         self.trace = 0.0
 
     def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
         """Add rows (n, size), each with a weight of weights (n,), on any device and in any dtype."""
         rows = rows.float()
         weighted = rows if weights is None else rows * weights.float()[:, None]
-        self.omega, self.sketch = self.omega.to(rows.device), self.sketch.to(rows.device)
-        self.sketch += weighted.T @ (rows @ self.omega)
+        self.sketch += (weighted.T @ (rows @ _omega(*self._drawn, rows.device))).cpu()
         self.trace += float((weighted * rows).sum(dtype=torch.float64))
 
     def factor(self, energy: float = 1.0) -> tuple[Tensor, float]:
@@ -39,7 +40,7 @@ class SecondMoment:
 
         k is the smallest number of directions whose share is `energy`, at most rank, and less where M has fewer.
         """
-        omega, sketch = self.omega.cpu().double(), self.sketch.cpu().double()
+        omega, sketch = _omega(*self._drawn, torch.device("cpu")).double(), self.sketch.double()
         shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketch)
         if self.trace <= 0 or shift == 0:
             return omega[:, :0].float(), 1.0
@@ -56,3 +57,11 @@ class SecondMoment:
         energies = energies[:k]
         F = U[:, : len(energies)] * energies.sqrt()
         return F.float(), min(1.0, float(energies.sum()) / self.trace)
+
+
+@lru_cache(maxsize=16)  # a model's layers have a handful of sizes
+def _omega(size: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """(size, columns) fp32 with orthonormal columns; not to be written to."""
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn(size, columns, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(omega)[0].float().to(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils.schemas.config import AxolotlInputConfig
 
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import attach
@@ -16,7 +17,7 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys
+from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_strays
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import written_config
 
@@ -50,6 +51,7 @@ class AsftPlugin(BasePlugin):
         if cfg.get("asft") is None:
             raise AsftError("plugins: lists asft, but the config has no asft: block; add it, or take the plugin out")
         parse_block(cfg["asft"])
+        refuse_strays(cfg, AxolotlInputConfig.model_fields)
         if sum(name in OUR_NAMES for name in cfg.get("plugins") or []) > 1:
             raise AsftError("plugins: lists asft more than once; list it once")
         if cfg.get("adapter") not in ADAPTERS:

@@ -44,7 +44,7 @@ def template_warning(tokenizer: Any, spec: Mapping[str, Any]) -> str | None:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception:  # a template may refuse a turn in any way, which is the trainer's to say
         return None
-    lead = text.rpartition(QUESTION)[2].strip()
+    lead = text.rpartition(QUESTION)[2].partition("<think>")[0].strip()  # thinking may be on or off
     if all(lead in request for request in requests):
         return None
     kept = requests[0][-len(lead) - 20 :]

@@ -16,6 +16,7 @@ from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.cost import estimate
 from axolotl_asft.metrics import LayerMetric
+from axolotl_asft.strengths import WEIGHTS_ALONE
 
 FLAG = "--trust-remote-code"
 
@@ -63,7 +64,7 @@ def warned(found: dict, text: str) -> bool:
 
 def test_a_good_config(checked, direction_file):
     status, found = checked()
-    assert (status, found["fine"], found["errors"], found["warnings"]) == (0, True, [], [])
+    assert (status, found["fine"], found["errors"], found["warnings"]) == (0, True, [], [WEIGHTS_ALONE])
     assert len(found["constrained"]) == found["model"]["lora_layers"] == 14
     assert found["unconstrained"] == {}
     assert found["direction"]["sha256"] == AlignmentDirection.load(direction_file).sha256
@@ -220,7 +221,20 @@ def test_warnings(checked, block, changes, message):
 
 
 def test_a_lambda_of_the_usual_size_is_no_warning(checked):
-    assert checked({"lambda_reg": 30})[1]["warnings"] == []
+    assert checked({"lambda_reg": 30})[1]["warnings"] == [WEIGHTS_ALONE]
+
+
+def test_weights_alone_are_no_safe_hold(checked, anchored_file):
+    """What the README's table says of it, said where somebody is about to rely on it."""
+    assert warned(checked()[1], "a penalty on the weights alone kept little of the safety in our benchmarks; make the")
+    assert not warned(checked({"max_drift": 0.1})[1], "on the weights alone")
+    assert not warned(checked({"direction": str(anchored_file), "anchor_weight": 3})[1], "on the weights alone")
+
+
+def test_a_key_that_lost_its_indentation(checked):
+    status, found = checked(max_drift=0.1)
+    assert (status, found["fine"]) == (2, False)
+    assert "max_drift stands outside the asft: block" in found["errors"][0]
 
 
 def test_a_metric_that_is_held(checked, fisher_file):
@@ -260,7 +274,7 @@ def test_a_direction_of_another_name_and_revision():
 
 def test_weights_that_agree_outweigh_a_name(checked, pair, tmp_path):
     shutil.copytree(pair[1], tmp_path / "renamed")
-    assert checked(base_model=tmp_path / "renamed")[1]["warnings"] == []
+    assert checked(base_model=tmp_path / "renamed")[1]["warnings"] == [WEIGHTS_ALONE]
 
 
 @pytest.mark.parametrize("metric", [False, True])
@@ -325,7 +339,7 @@ def test_the_text_says_the_same(pair, dataset, direction_file, tmp_path):
         AlignmentDirection.load(direction_file).sha256,
         "loss = task loss + 5000 x penalty",
         "once per optimizer step, whatever the accumulation (2 micro-batches here)",
-        "The run would start. 1 warning.",
+        "The run would start. 2 warnings.",
     ):
         assert text in result.stdout, text
 

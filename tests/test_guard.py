@@ -3,7 +3,7 @@
 import pytest
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.guard import PLUGIN, require_plugin, resolve_plugin_name, wrap_load_plugin
+from axolotl_asft.guard import PLUGIN, refuse_strays, require_plugin, resolve_plugin_name, wrap_load_plugin
 
 
 def test_the_short_name():
@@ -51,3 +51,20 @@ def test_block_without_plugin(plugins):
 @pytest.mark.parametrize("cfg", [{}, {"asft": None}, {"asft": {"direction": "d"}, "plugins": ["asft"]}])
 def test_configs_that_pass(cfg):
     require_plugin(cfg)
+
+
+@pytest.mark.parametrize(
+    "key", ["lambda_reg", "max_drift", "direction_sha256", "modules", "asft_lambda_reg", "asft-anchor-weight"]
+)
+def test_a_key_that_lost_its_indentation(key):
+    """axolotl drops what it does not know: the run would be held less than it was asked to be."""
+    config = {"base_model": "m", "plugins": ["asft"], "asft": {"direction": "d"}, key: 1}
+    with pytest.raises(AsftError, match=f"{key} stands outside the asft: block, where axolotl drops it; indent it"):
+        refuse_strays(config)
+    refuse_strays(config, [key])
+
+
+def test_no_key_of_axolotl_is_taken_for_ours():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    refuse_strays(dict.fromkeys(AxolotlInputConfig.model_fields))

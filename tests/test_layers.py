@@ -62,7 +62,7 @@ def test_only_the_plugin_and_the_reader_of_configs_import_axolotl(module):
 @pytest.mark.parametrize("module", ["penalty", "subspace", "moments"])
 def test_the_maths_knows_torch_alone(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module}.py")}
-    assert names <= {"torch", "math", "dataclasses", "collections"}
+    assert names <= {"torch", "math", "dataclasses", "collections", "functools"}
 
 
 def test_files_stay_readable():

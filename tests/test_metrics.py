@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.models import load_model
-from axolotl_asft.metrics import activation_metric, fisher_metric
+from axolotl_asft.metrics import LayerMetric, activation_metric, fisher_metric
 from axolotl_asft.moments import OVERSAMPLING, SecondMoment
 
 TURNS = [("<|user|> the cat sees a dog </s><|assistant|> ", "yes no"), ("<|user|> red </s><|assistant|> ", "no")]
@@ -379,3 +379,20 @@ def test_own_answers_in_turns():
     assert [turn[0] for turn in in_turns(refused, answered)] == ["a", "x", "b", "y", "c", "x"]
     assert in_turns(refused, []) == refused
     assert in_turns([], answered) == [], "harmless answers alone hold nothing"
+
+
+def test_a_device_holds_one_omega_for_all_layers_of_a_size():
+    """Of an 8B model the sketches of 224 layers are 3 GB, and as many Omegas were as much again."""
+    moments = [SecondMoment(30, 4) for _ in range(5)]
+    rows = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
+    for moment in moments:
+        moment.add(rows)
+    kept = {tensor.data_ptr() for moment in moments for tensor in vars(moment).values() if torch.is_tensor(tensor)}
+    assert len(kept) == 5
+    assert all(moment.sketch.device.type == "cpu" for moment in moments)
+
+
+def test_a_metric_of_other_names_is_not_dropped_unsaid(pair):
+    metric = LayerMetric("fisher", {"decoder.0.q": torch.ones(4, 1)}, {"decoder.0.q": torch.ones(4, 1)}, {}, 1)
+    with pytest.raises(AsftError, match=r"the metric fisher is of layers such as decoder\.0\.q, the checkpoint's are"):
+        extract_direction(*pair, rank=2, metrics=[metric])

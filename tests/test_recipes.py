@@ -169,3 +169,11 @@ def test_the_documented_block_is_valid():
     text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
     block = yaml.safe_load(re.search(r"```yaml\n(asft:.*?)```", text, flags=re.DOTALL)[1])["asft"]
     assert parse_block({**block, "direction_sha256": HASH}).direction == "owner/name@revision"
+
+
+@pytest.mark.parametrize("command", ["copy", "show"])
+def test_the_help_names_recipes_that_there_are(command):
+    text = CliRunner().invoke(asft, ["recipes", command, "--help"]).output
+    named = re.findall(r"recipes (?:copy|show) ([a-z][\w.-]+)", text)
+    assert named
+    assert set(named) <= {recipe.name for recipe in recipes()}

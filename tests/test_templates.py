@@ -64,6 +64,8 @@ def test_the_end_of_a_turn_is_what_counts():
     assert template_warning(tokenizer, SPEC) is None
     tokenizer.chat_template = "today is Monday " + CHAT_TEMPLATE
     assert template_warning(tokenizer, SPEC) is None
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("'<|assistant|> '", "'<|assistant|> <think>'")
+    assert template_warning(tokenizer, SPEC) is None
     tokenizer.chat_template = OTHER
     found = template_warning(tokenizer, SPEC)
     assert "leads to an answer by '</s><|assistant|> yes'" in found

@@ -10,7 +10,7 @@ from torch import nn
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer
-from axolotl_asft.evaluation.models import load_model, load_tokenizer
+from axolotl_asft.evaluation.models import load_model, load_tokenizer, within_memory
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.metrics import (
     DEFAULT_METRIC_ENERGY,
@@ -80,12 +80,14 @@ def safety_metrics(
     layers, found = _linear_layers(loaded), []
     if "activations" in names:
         advance = stage("read its layers' inputs", len(turns))
-        found.append(activation_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance))
+        with within_memory(batch_size):
+            found.append(activation_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance))
     refused = [turn for turn in turns if is_refusal(turn[1])]
     if "fisher" in names:
         _check_refusals(model, refused, answers)
         advance = stage("weigh what its refusals depend on", len(refused))
-        found.append(fisher_metric(loaded, tokenizer, refused, layers, rank, energy, batch_size, advance=advance))
+        with within_memory(batch_size):
+            found.append(fisher_metric(loaded, tokenizer, refused, layers, rank, energy, batch_size, advance=advance))
     if harmless is None:
         return AskedModel(found, _evenly(refused))
     answers = interviewer.answers(BORDERLINE_TASK, {"borderline": harmless, "split": "train"})
