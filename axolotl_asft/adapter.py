@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
+from axolotl_asft.fingerprint import with_scales
 from axolotl_asft.layer_groups import ConstrainedLayer, LayerDrift, LayerGroup, grouped
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.penalty import PROJECTORS, projector_eigenvalues, relative_drift
@@ -169,7 +170,8 @@ class AlignmentPenalty:
             if layer.base_weight.is_meta:
                 continue
             taken_out = (layer.A.detach(), layer.scaling * layer.B.detach()) if layer.was_taken_out else None
-            weights.append((layer.name, layer.base_weight, taken_out))
+            weight = with_scales(layer.base_weight, layer.layer.get_base_layer())
+            weights.append((layer.name, weight, taken_out))
         # under FSDP the other processes may wait for the weights of the first, which looks at them
         if weights or int(os.environ.get("RANK", "0")) == 0:
             verify_weights(self.direction, weights)

@@ -1,8 +1,8 @@
-"""Which model is it for: a small content fingerprint of the aligned weights, that survives 4-bit loading.
+"""Which model is it for: a small content fingerprint of the aligned weights, that survives 4 and 8 bits.
 
 The fingerprint keeps, for every module, one block of 64 consecutive weights (the quantisation block of NF4 and
-FP4). A loaded weight agrees when its block equals the kept one in the dtype it was loaded in; for a
-4-bit weight, when it falls on the same codes that the kept block is quantised to. Two models that differ by a
+FP4). A loaded weight agrees when its block equals the kept one in the dtype it was loaded in; for a 4-bit or
+8-bit weight, when it falls on the same codes that the kept block is quantised to. Two models that differ by a
 fraction of a percent (a base and its aligned model) disagree in some of these codes, and one model loaded twice
 in none, so even near relatives are told apart.
 """
@@ -14,7 +14,7 @@ import hashlib
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError
 
@@ -69,8 +69,22 @@ def decode_block(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, dtype="<f4").copy())
 
 
-def mismatches(module: str, block: Tensor, weight: Tensor, taken_out: tuple[Tensor, Tensor] | None = None) -> int:
+def with_scales(weight: Tensor, layer: nn.Module) -> Tensor:
+    """The layer's 8-bit weight with the scales of its rows, which its first forward pass moves to the layer's state."""
+    scales = getattr(getattr(layer, "state", None), "SCB", None)
+    if scales is None or weight.dtype != torch.int8 or getattr(weight, "SCB", None) is not None:
+        return weight
+    from bitsandbytes.nn import Int8Params
+
+    return Int8Params(weight.data, requires_grad=False, SCB=scales)
+
+
+def mismatches(
+    module: str, block: Tensor, weight: Tensor, taken_out: tuple[Tensor, Tensor] | None = None
+) -> int | None:
     """How many of the block's weights differ in `weight`: a plain or bitsandbytes weight of the loaded model.
+
+    None where they cannot be compared: integers without the scales of their rows.
 
     Args:
         block: the kept (<= 64,) weights.
@@ -89,7 +103,7 @@ def mismatches(module: str, block: Tensor, weight: Tensor, taken_out: tuple[Tens
     if quant_state is not None:
         return _mismatches_4bit(module, block, weight, quant_state)
     if getattr(weight, "SCB", None) is not None or not weight.is_floating_point():
-        return _mismatches_int8(module, block, weight)
+        return _mismatches_int8(module, block, weight, rounded_before=taken_out is not None)
     start = block_start(module, weight.numel())
     return mismatching_values(block, weight.detach().reshape(-1)[start : start + BLOCK].cpu())
 
@@ -131,17 +145,22 @@ def _mismatches_4bit(module: str, block: Tensor, weight: Tensor, quant_state) ->
     return int(((_unit(loaded) - _unit(expected)).abs() > 0.02).sum())
 
 
-def _mismatches_int8(module: str, block: Tensor, weight: Tensor) -> int:
-    scale = getattr(weight, "SCB", None)
-    if scale is None:
-        return 0
-    codes = getattr(weight, "CB", None)
-    codes = weight.data if codes is None else codes
+def _mismatches_int8(module: str, block: Tensor, weight: Tensor, rounded_before: bool) -> int | None:
+    """Codes are compared: round(127 w / SCB[row]), with SCB the largest weight of the row."""
+    if (scales := getattr(weight, "SCB", None)) is None:
+        return None
+    codes = weight.data
     start = block_start(module, codes.numel())
     positions = torch.arange(start, min(start + BLOCK, codes.numel()), device=codes.device)
+    if len(positions) != len(block):
+        return len(block)
     rows = torch.div(positions, codes.shape[1], rounding_mode="floor")
-    loaded = codes.reshape(-1)[positions].float() * scale.to(codes.device)[rows].float() / 127
-    return _mismatches_within(block, loaded.cpu(), tolerance=0.02)
+    loaded, steps = codes.reshape(-1)[positions].float().cpu(), 127 / scales[rows.to(scales.device)].float().cpu()
+    # Half a step, and a hair for ties. What was taken out was taken out of a rounded weight.
+    within = 1.5 if rounded_before else 0.501
+    # bitsandbytes quantises from fp16; the weight may have been loaded by way of bf16
+    expected = [block.to(dtype).half().float() * steps for dtype in (torch.float16, torch.bfloat16)]
+    return min(int(((values - loaded).abs() > within).sum()) for values in expected)
 
 
 def _mismatches_within(block: Tensor, loaded: Tensor, tolerance: float) -> int:

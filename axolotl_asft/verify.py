@@ -14,7 +14,7 @@ from axolotl_asft.errors import AsftError
 def verify_weights(
     direction: AlignmentDirection, weights: Iterable[tuple[str, Tensor, tuple[Tensor, Tensor] | None]]
 ) -> None:
-    """Refuse a direction that was extracted for other weights than these, 4-bit ones included.
+    """Refuse a direction that was extracted for other weights than these, 4-bit and 8-bit ones included.
 
     Args:
         weights: module names, their loaded base weights (out, in), plain or of bitsandbytes, and what an
@@ -29,10 +29,14 @@ def verify_weights(
         if name not in blocks:
             raise AsftError(f"the direction's fingerprint lacks {name}; make it again, or set verify_model: false")
         block = fingerprint.decode_block(blocks[name])
-        differing += fingerprint.mismatches(name, block, weight, taken_out)
-        compared += len(block)
+        if (found := fingerprint.mismatches(name, block, weight, taken_out)) is not None:
+            differing += found
+            compared += len(block)
     if not compared:
-        raise AsftError("the model's weights are not loaded yet; attach the constraint after loading them")
+        raise AsftError(
+            "the model's weights are not loaded yet, or quantised in a way that cannot be compared with the direction's; "
+            "attach the constraint after loading them, or set verify_model: false"
+        )
     _refuse_mismatch(direction, differing, compared)
 
 
