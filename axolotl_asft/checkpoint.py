@@ -138,19 +138,22 @@ def _quantisation(config: dict[str, Any], tensors: Iterable[str]) -> str | None:
 
 def _open_remote(model: HubFile) -> Checkpoint:
     """A model of the Hub: from its cache if it is there whole, else file by file and range by range."""
-    index = cached_folder(model, [INDEX_NAME])
-    names = _shards(index / INDEX_NAME) if index is not None else [SINGLE_NAME]
+    names = [SINGLE_NAME]  # before an index, as transformers takes it
     folder = cached_folder(model, ["config.json", *names])
+    index = cached_folder(model, [INDEX_NAME]) if folder is None else None
+    if index is not None:
+        names = _shards(index / INDEX_NAME)
+        folder = cached_folder(model, ["config.json", *names])
     if folder is not None:
         files: list[TensorFile] = [LocalFile(folder / name) for name in names]
         commit = commit_of(folder / "config.json")
     else:
         commit, there = weight_files(model)
         model = replace(model, revision=commit)
-        if INDEX_NAME in there:
-            names = _shards(small_file(replace(model, file=INDEX_NAME)))
-        elif SINGLE_NAME in there:
+        if SINGLE_NAME in there:
             names = [SINGLE_NAME]
+        elif INDEX_NAME in there:
+            names = _shards(small_file(replace(model, file=INDEX_NAME)))
         else:
             others = [name for name in there if name.endswith((".bin", ".pt", ".gguf"))]
             instead = f" (it has {others[0]}: download and convert it, see docs/directions.md)" if others else ""
@@ -192,6 +195,8 @@ def _config(folder: Path) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_NAME).is_file():  # before an index, as transformers takes it
+        return [folder / SINGLE_NAME]
     index = folder / INDEX_NAME
     if index.is_file():
         files = [folder / name for name in _shards(index)]
@@ -199,8 +204,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             raise AsftError(f"{folder} lacks {len(missing)} of its {len(files)} shards, the first {missing[0]}")
         return files
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise AsftError(
             f"{folder} holds pickled weights (.bin or .pt), which can run code when read; expected {SINGLE_NAME}; "

@@ -10,7 +10,8 @@ import click
 
 from axolotl_asft.console import stages
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import refuse_to_replace
+from axolotl_asft.files import refuse_to_replace, writable_folder
+from axolotl_asft.strengths import WEIGHTS_ALONE
 
 
 def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str | None:
@@ -96,12 +97,14 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     help="The fewest directions with this share of the metric; 1 keeps --metric-rank.",
 )
 @click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4 bit for --metric, to save memory.")
+@click.option(
+    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time, for --metric."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
 @click.option(
     "--device",
-    default="cpu",
-    show_default=True,
-    help="Where the algebra runs: cpu, cuda (every GPU), or some of them, cuda:0,cuda:1.",
+    help="Where the algebra runs: cpu, cuda (every GPU), or some of them, cuda:0,cuda:1.  [default: cpu; of --metric: "
+    "the GPU if there is one]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -115,6 +118,8 @@ def extract(
     metric_rank: int,
     metric_energy: float,
     load_in_4bit: bool,
+    batch_size: int,
+    device: str | None,
     **options: Any,
 ) -> None:
     """Make a direction file from a base model and its aligned model.
@@ -141,7 +146,11 @@ def extract(
             raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
         from axolotl_asft.evaluation.safety_metrics import safety_metrics
         from axolotl_asft.hub import model_folder
+        from axolotl_asft.sources import open_source
 
+        # what is wrong with the pair is said before the model is asked for minutes
+        open_source(options["base"], options["aligned"], options["adapter"], list(modules) or None)
+        writable_folder(output.parent)
         with stages(show=not as_json) as stage:
             found = safety_metrics(
                 str(model_folder(options["aligned"])),
@@ -150,13 +159,16 @@ def extract(
                 rank=metric_rank,
                 energy=metric_energy,
                 load_in_4bit=load_in_4bit,
-                device=options["device"].partition(",")[0],
+                device=device.partition(",")[0] if device else None,
+                batch_size=batch_size,
                 stage=stage,
             )
         asked = {"metrics": found.metrics, "own_answers": found.own_answers}
     show = sys.stderr.isatty() and not as_json
     try:
-        direction = extract_direction(modules=list(modules) or None, progress=show, output=output, **asked, **options)
+        direction = extract_direction(
+            modules=list(modules) or None, device=device or "cpu", progress=show, output=output, **asked, **options
+        )
     except KeyboardInterrupt:
         click.echo(f"\n{output}.partial holds what is done; the same command goes on there", err=True)
         raise
@@ -167,6 +179,8 @@ def extract(
         click.echo(summary_table(result))
         settings = textwrap.indent(recommended(result), "  ")
         click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {output}\n{settings}".rstrip())
+        if not settings:
+            click.echo(f"\n{WEIGHTS_ALONE}")
 
 
 @click.command()
@@ -234,14 +248,16 @@ def diff(first: str, second: str, as_json: bool, modules: bool) -> None:
 @click.option(
     "--name", default="direction.safetensors", show_default=True, help="Of the file there; a repository holds several."
 )
-@click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--license", metavar="ID", help="For the card: apache-2.0, llama3.1, ...  [default: other]")
+@click.option("--private", is_flag=True, help="Make a new repository private, and refuse a public one.")
+@click.option("--license", metavar="ID", help="For a new card: apache-2.0, llama3.1, ...  [default: other]")
 @click.option("--message", default="Add an alignment direction", show_default=True, help="Of the commit.")
 @click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
 def push(file: Path, repository: str, as_json: bool, **options: Any) -> None:
     """Share a direction file on the Hugging Face Hub, with a card that says what it is and how to use it.
 
-    Log in first: `hf auth login`. The repository is made where there is none; a card of your own in it is left alone.
+    Log in first: `hf auth login`. The repository is made where there is none. A card of your own in it is left alone,
+    and so is what you wrote around our section of one. The prompts and answers that the file keeps for anchor_weight go
+    with it, word for word: `axolotl asft inspect FILE --json` shows them.
 
     \b
     Example:

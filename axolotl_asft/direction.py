@@ -16,7 +16,7 @@ from torch import Tensor
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.files import atomic_write
 from axolotl_asft.hub import direction_path
-from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec
+from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec, named
 
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
 ORTHONORMAL_WITHIN = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -124,11 +124,12 @@ class AlignmentDirection:
                 modules = {name: _checked_module(path, file, present, name, spec) for name in spec["modules"]}
                 extra = present - {key for name in modules for key in _tensors(name, modules[name])}
         except (SafetensorError, OSError) as error:
+            reason = named(one_line(error))
             raise AsftError(
-                f"{path} is no readable safetensors file ({one_line(error)}); expected a direction file; {REMAKE}"
+                f"{path} is no readable safetensors file ({reason}); expected a direction file; {REMAKE}"
             ) from error
         if extra:
-            raise AsftError(f"{path} has a tensor {min(extra)} that its spec does not name; {REMAKE}")
+            raise AsftError(f"{path} has a tensor {named(min(extra))} that its spec does not name; {REMAKE}")
         return cls(modules=modules, spec=spec, sha256=found)
 
 
@@ -185,12 +186,13 @@ def _checked_module(path: Path, file: safe_open, present: set[str], name: str, s
         key = f"{name}.{part}"
         if key not in present:
             raise AsftError(f"{path} lacks the tensor {key}; {REMAKE}")
-        stored = tuple(file.get_slice(key).get_shape())
+        view = file.get_slice(key)
+        stored, dtype = tuple(view.get_shape()), view.get_dtype()
         if stored != shape:
             raise AsftError(f"{path}: {key} has shape {stored}; expected {shape} (its spec); {REMAKE}")
+        if dtype not in STORE_ORDER:
+            raise AsftError(f"{path}: {key} has dtype {dtype}; expected one of {', '.join(STORE_ORDER)}; {REMAKE}")
         tensor = file.get_tensor(key)
-        if not torch.is_floating_point(tensor):
-            raise AsftError(f"{path}: {key} has dtype {tensor.dtype}; expected floating point; {REMAKE}")
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN comes through aminmax
             raise AsftError(f"{path}: {key} holds NaN or infinity; {REMAKE}")
         return tensor

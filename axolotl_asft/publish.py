@@ -1,5 +1,6 @@
 """Sharing a direction file: a repository on the Hugging Face Hub with the file and a card that says what it is."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import DIRECTION_FILE, HubFile, hub_errors
 from axolotl_asft.summary import recommended, summary
 
+LOG = logging.getLogger("axolotl.asft")
+
 CARD = "README.md"
+BEGIN, END = "<!-- asft direction -->", "<!-- /asft direction -->"  # around our section of a card
 TAGS = ["asft", "alignment-direction", "safety", "axolotl"]
 
 
@@ -22,7 +26,7 @@ class Published:
         url: of the commit.
         direction: what to write in a config, with the commit pinned.
         sha256: of the file.
-        card: whether the card was written; False where the repository has another.
+        card: whether the card, or our section of it, was written; False where the repository has another.
     """
 
     url: str
@@ -42,16 +46,20 @@ def push_direction(
 ) -> Published:
     """Upload a direction file and its card in one commit; the repository is made where there is none.
 
+    Of a card that is there, the section between our marks is replaced; one without them is left alone. A warning says
+    how many requests and answers the file makes public.
+
     Args:
         file: the direction file; it is verified first.
         repo: owner/name.
         name: of the file in the repository.
-        private: of a new repository.
-        license: for the card, as the Hub writes it (apache-2.0, llama3.1, ...); default: other.
+        private: of a new repository; one that is there has to be private already.
+        license: for a new card, as the Hub writes it (apache-2.0, llama3.1, ...); default: other.
         message: of the commit.
 
     Raises:
-        AsftError: no direction file, no name of a repository, no access, or no connection.
+        AsftError: no direction file, no name of a repository, one that is public for `private`, no access, or no
+            connection.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -66,14 +74,20 @@ def push_direction(
     api = HfApi()
     with hub_errors(wanted):
         api.create_repo(repo, private=private, exist_ok=True)
-        card = not api.file_exists(repo, CARD) or _is_ours(api, repo)
+        if private and not api.repo_info(repo).private:
+            raise AsftError(
+                f"{repo} is there already and is public; expected a private repository (--private); make it private in "
+                "its settings, or give another name"
+            )
+        card = _card(api, repo, direction_card(direction, path, repo, name, license))
         operations = [CommitOperationAdd(name, str(path))]
-        if card:
-            text = direction_card(direction, path, repo, name, license)
-            operations.append(CommitOperationAdd(CARD, text.encode()))
+        if card is not None:
+            operations.append(CommitOperationAdd(CARD, card.encode()))
+        if turns := len(direction.spec.get("own_answers", [])):
+            LOG.warning("the file holds %s; see them with `axolotl asft inspect %s --json`", _turns(turns), path)
         commit = api.create_commit(repo, operations, commit_message=message)
     pinned = HubFile(repo, file=None if name == DIRECTION_FILE else name).at(commit.oid)
-    return Published(commit.commit_url, pinned, direction.sha256, card)
+    return Published(commit.commit_url, pinned, direction.sha256, card is not None)
 
 
 def direction_card(
@@ -97,16 +111,18 @@ def direction_card(
         ("made by", f"{found['tool']}, {found['created']}"),
         ("sha256", f"`{found['sha256']}`"),
     ]
+    if turns := len(found["own_answers"]):
+        rows.insert(-2, ("own answers", f"{_turns(turns)}; answers that decline: {found['own_answers_declining']}"))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return (
-        f"{_front_matter(aligned, base, license)}\n# Alignment direction of {aligned['id']}\n\n"
+        f"{_front_matter(aligned, base, license)}\n{BEGIN}\n# Alignment direction of {aligned['id']}\n\n"
         "What alignment did to this model's weights, layer by layer, for fine-tuning with "
         "[axolotl](https://github.com/axolotl-ai-cloud/axolotl) without washing its safety out "
         "(AsFT, [arXiv 2506.08473](https://arxiv.org/abs/2506.08473)).\n\n"
         "```bash\npip install axolotl-asft\n```\n\nand in the config of a LoRA or QLoRA run whose `base_model` is the "
         f"aligned model:\n\n```yaml\nplugins: [asft]\nasft:\n  direction: {where}\n"
         f"  direction_sha256: {found['sha256']}\n{recommended(found)}```\n\n| | |\n| --- | --- |\n{table}\n\n"
-        f"{_spectrum(found['modules'])}\n"
+        f"{_spectrum(found['modules'])}\n{END}\n"
     )
 
 
@@ -137,6 +153,14 @@ def _model(entry: dict[str, Any]) -> str:
     return f"{entry['id']}{revision} ({weights})"
 
 
-def _is_ours(api: Any, repo: str) -> bool:
-    """Whether the repository's card is one of these, to be brought up to date."""
-    return "library_name: axolotl-asft" in Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8")
+def _turns(count: int) -> str:
+    return f"{count} requests and the model's answers, verbatim"
+
+
+def _card(api: Any, repo: str, new: str) -> str | None:
+    """The card to upload: a new one, or the repository's with our section renewed; None where it has none."""
+    if not api.file_exists(repo, CARD):
+        return new
+    before, _, rest = Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return before + new[new.index(BEGIN) : new.index(END)] + end + after if end else None

@@ -1,7 +1,9 @@
 """The spec of a direction file: the JSON that says where it comes from and what is in it, checked before use."""
 
 import json
+import re
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ SPEC_FIELDS = ("base", "aligned", "rank", "svd", "modules", "tool", "created")
 MODULE_FIELDS = ("shape", "k", "energy", "bound")
 METRICS = ("activations", "fisher")  # that a file may hold
 MOST_ANSWERS, MOST_TEXT = 512, 10_000  # characters
+# Category Cc, which a terminal would obey, and lone surrogates (Cs), which none can be sent.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 REMAKE = "make it again with `axolotl asft extract`"
 
 
@@ -20,7 +24,8 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     """The spec of a file from its header's metadata.
 
     Raises:
-        AsftError: no direction file, another version, no JSON, or a value that is missing or of another kind.
+        AsftError: no direction file, another version, no JSON, a value that is missing or of another kind, or control
+            characters in one that is printed.
     """
     metadata = metadata or {}
     if metadata.get("format") != FORMAT:
@@ -39,6 +44,7 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     missing = [name for name in SPEC_FIELDS if not isinstance(spec, dict) or name not in spec]
     if missing:
         raise AsftError(f"{path}: its spec lacks {', '.join(missing)}; {REMAKE}")
+    _check_texts(path, {key: value for key, value in spec.items() if key != "own_answers"})
     modules = spec["modules"]
     if not isinstance(modules, dict) or not modules:
         raise AsftError(f"{path}: its spec names no modules; {REMAKE}")
@@ -62,6 +68,27 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise AsftError(f"{path}: its spec has relative_norm {shown(spec['relative_norm'])}; {REMAKE}")
     _check_own_answers(path, spec.get("own_answers", []))
     return spec
+
+
+def _check_texts(path: Path, spec: dict[str, Any]) -> None:
+    for text in _texts(spec):
+        if CONTROL.search(text):
+            raise AsftError(
+                f"{path}: its spec has control characters in {shown(text)}; expected text that can be printed; {REMAKE}"
+            )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every string in a JSON value, however deep, keys too."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
 
 
 def _check_own_answers(path: Path, turns: object) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.penalty import projector_eigenvalues
 from axolotl_asft.strengths import strengths
 
@@ -30,8 +31,11 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
             "paper": max(m["max_c_paper"] for m in modules),
             "over_2": sum(m["max_c_paper"] > 2 for m in modules),
         },
-        "metrics": spec.get("metrics", {}),
+        "metrics": {
+            name: {**entry, "layers": _layers_with(direction, name)} for name, entry in spec.get("metrics", {}).items()
+        },
         "own_answers": spec.get("own_answers", []),
+        "own_answers_declining": sum(is_refusal(answer) for _, answer in spec.get("own_answers", [])),
         "rank": spec["rank"],
         "svd": spec["svd"],
         "tool": spec["tool"],
@@ -48,6 +52,12 @@ def recommended(spec: Mapping[str, Any]) -> str:
     if not chosen.anchor_weight:
         return ""
     return f"  metric: fisher\n  lambda_reg: {chosen.lambda_reg:g}\n  anchor_weight: {chosen.anchor_weight:g}\n"
+
+
+def _layers_with(direction: AlignmentDirection, metric: str) -> int:
+    """In how many layers a metric is not empty: one of zeros, or of no columns, holds nothing."""
+    found = [module.metrics[metric] for module in direction.modules.values() if metric in module.metrics]
+    return sum(bool(of.inputs.any() and (of.outputs is None or of.outputs.any())) for of in found)
 
 
 def _module_summary(direction: AlignmentDirection, name: str) -> dict[str, Any]:
@@ -73,18 +83,18 @@ def summary_table(result: dict[str, Any]) -> str:
     """The first lines of `axolotl asft inspect`."""
     ranks = sorted({module["k"] for module in result["modules"]})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    relative = result["relative_norm"]
+    relative, layers = result["relative_norm"], len(result["modules"])
     lines = [
         ("file", f"{result['file']}, {size_text(result['bytes'])}"),
         ("sha256", result["sha256"]),
         ("base", model_text(result["base"])),
         ("aligned", model_text(result["aligned"])),
-        ("modules", f"{len(result['modules'])}, {rank} directions each"),
+        ("modules", f"{layers}, {rank} directions each"),
         ("difference", f"||d|| = {result['norm']:.4g}" + (f", {relative:.2%} of ||W||" if relative else "")),
         ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
         ("error bound", f"at most {result['max_bound']:.3g} of ||dW||^2 (paper penalty, worst layer)"),
-        ("metrics", ", ".join(["weights", *(_metric(name, of) for name, of in result["metrics"].items())])),
-        ("own answers", f"{len(result['own_answers'])}, for anchor_weight" if result["own_answers"] else "none"),
+        ("metrics", ", ".join(["weights", *(_metric(name, of, layers) for name, of in result["metrics"].items())])),
+        ("own answers", _answers(len(result["own_answers"]), result["own_answers_declining"])),
         ("paper max c", f"{result['max_c']['paper']:.4g}" + _over_two(result["max_c"]["over_2"])),
         ("made by", f"{result['tool']}, {result['created']}"),
     ]
@@ -111,8 +121,12 @@ def model_text(entry: dict[str, Any]) -> str:
     return f"{entry['id']}{revision}  ({weights}{entry.get('read_as')})"
 
 
-def _metric(name: str, of: dict[str, Any]) -> str:
-    return f"{name} (from {of.get('answers')} answers)"
+def _metric(name: str, of: dict[str, Any], layers: int) -> str:
+    return f"{name} in {of['layers']} of {layers} layers (from {of.get('answers')} answers)"
+
+
+def _answers(count: int, declining: int) -> str:
+    return f"{count}, of which {declining} decline; for anchor_weight" if count else "none"
 
 
 def _over_two(layers: int) -> str:

@@ -101,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(409, {"error": "exists", "url": f"{self.hub.endpoint}/{repo}"})
             self.hub.repos[repo] = {}
             self.hub.commit(repo, {})
+            if asked.get("visibility") == "private" or asked.get("private"):
+                self.hub.private.add(repo)
             return self._send(200, {"url": f"{self.hub.endpoint}/{repo}", "name": repo})
         if path == "/api/validate-yaml":
             return self._send(200, {"warnings": [], "errors": []})
@@ -170,7 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         if kind == "revision":
             siblings = [{"rfilename": name} for name in files]
-            return self._send(200, {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "private": False})
+            private = repo in self.hub.private
+            found = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "private": private}
+            return self._send(200, found)
         if kind == "paths-info":
             asked = json.loads(body)["paths"] if body.startswith(b"{") else re.findall(rb"paths=([^&]*)", body)
             asked = {unquote(p.decode() if isinstance(p, bytes) else p) for p in asked}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,18 @@ def _set(tensor, index, value):
         (lambda t, m, s: _set(t[f"{UP}.U"], (3, 2), float("nan")), r"U holds NaN or infinity"),
         (lambda t, m, s: _set(t[f"{UP}.S"], 0, float("inf")), r"S holds NaN or infinity"),
         (lambda t, m, s: t.update({f"{UP}.U": t[f"{UP}.U"] * 1.5}), "are not orthonormal"),
-        (lambda t, m, s: t.update({f"{UP}.U": t[f"{UP}.U"].to(torch.int8)}), "expected floating point"),
+        (
+            lambda t, m, s: t.update({f"{UP}.U": t[f"{UP}.U"].to(torch.int8)}),
+            "dtype I8; expected one of F32, BF16, F16",
+        ),
+        (lambda t, m, s: t.update({f"{UP}.U": t[f"{UP}.U"].to(torch.float8_e4m3fn)}), "dtype F8_E4M3; expected one of"),
+        (lambda t, m, s: s["aligned"].update(id="a\x1b[2Kb"), r"control characters in 'a\\x1b\[2Kb'"),
+        (lambda t, m, s: s["base"].update(revision="main\n"), "control characters in"),
+        (lambda t, m, s: s.update(tool="\x9b31m"), "control characters in"),
+        (lambda t, m, s: s.update(created="\ud800"), "control characters in"),
+        (lambda t, m, s: s.update(metrics={"fisher": {"answers": "\x07"}}), "control characters in"),
+        (lambda t, m, s: s["modules"].update({"x\r": s["modules"][UP]}), "control characters in"),
+        (lambda t, m, s: t.update({"\x1b[2K": torch.ones(1)}), r"has a tensor \\x1b\[2K that its spec does not name"),
         (lambda t, m, s: t.update({f"{UP}.S": t[f"{UP}.S"].flip(0).contiguous()}), "is not descending"),
         (lambda t, m, s: t.update({f"{UP}.norm": t[f"{UP}.norm"] * 0.1}), "less than the norm of its singular values"),
     ],
@@ -172,3 +184,40 @@ def test_the_recommended_block_is_one():
     block = parse_block({"direction": "d", **yaml.safe_load(recommended(spec))})
     assert (block.metric, block.lambda_reg, block.anchor_weight) == ("fisher", 0.1, 3)
     assert recommended({"metrics": {"fisher": {}}}) == recommended({}) == ""
+
+
+def test_own_answers_keep_their_newlines(direction_file, tmp_path):
+    direction = AlignmentDirection.load(direction_file)
+    spec = {**direction.spec, "own_answers": [["<|user|>\nask\t", "no\n\n"]]}
+    AlignmentDirection(direction.modules, spec).save(tmp_path / "kept.safetensors")
+    assert AlignmentDirection.load(tmp_path / "kept.safetensors").spec["own_answers"] == spec["own_answers"]
+
+
+def test_what_inspect_says_of_a_hollow_file(direction_file, tmp_path):
+    """How many of the kept answers decline, and in how many layers a metric holds anything."""
+    from click.testing import CliRunner
+
+    from axolotl_asft.cli import asft
+    from axolotl_asft.direction import Metric
+
+    direction = AlignmentDirection.load(direction_file)
+    fillings = [(torch.ones, 1), (torch.zeros, 1), (torch.ones, 0)]  # all other layers have no metric at all
+    modules, entries = dict(direction.modules), dict(direction.spec["modules"])
+    for (fill, m), (name, module) in zip(fillings, direction.modules.items(), strict=False):
+        metric = Metric(fill(module.in_features, m), torch.ones(()), torch.ones(module.shape[0], 1))
+        modules[name] = replace(module, metrics={"fisher": metric})
+        entries[name] = {**entries[name], "metrics": {"fisher": {"inputs": m, "outputs": 1}}}
+    answers = [
+        ["a", "I'm sorry, but I can't help with that."],
+        ["b", "Sure, here is a red house."],
+        ["c", "I cannot do that."],
+    ]
+    spec = {**direction.spec, "modules": entries, "metrics": {"fisher": {"answers": 2}}, "own_answers": answers}
+    path = tmp_path / "hollow.safetensors"
+    AlignmentDirection(modules, spec).save(path)
+    table = CliRunner().invoke(asft, ["inspect", str(path), "--no-modules"]).stdout
+    assert "metrics       weights, fisher in 1 of 14 layers (from 2 answers)\n" in table
+    assert "own answers   3, of which 2 decline; for anchor_weight\n" in table
+    found = json.loads(CliRunner().invoke(asft, ["inspect", str(path), "--json"]).stdout)
+    assert (found["own_answers_declining"], found["metrics"]["fisher"]["layers"]) == (2, 1)
+    assert found["own_answers"] == answers

@@ -230,6 +230,17 @@ def write_wide_checkpoint(folder: Path, layers: int, seed: int, side: int = 1024
     return folder
 
 
+def test_a_stale_index_beside_a_single_file_is_passed_over(pair, tmp_path):
+    """transformers takes the single file first, and so do we: the direction is that of the weights that train."""
+    folder = copied(pair[1], tmp_path / "both", lambda tensors: None)
+    stale = {name: torch.zeros_like(weight) for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(stale, str(folder / "old.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(stale, "old.safetensors")})
+    )
+    assert Checkpoint.open(folder).weight("model.layers.0.mlp.up_proj").any()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak")
 def test_memory_does_not_grow_with_the_model(tmp_path):

@@ -1,5 +1,6 @@
 """Directions on the Hub: loaded, pinned, refused and shared, over HTTP with a server of our own."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
-from tiny import ENVIRONMENT, axolotl, make_pair, write_config
+from tiny import ENVIRONMENT, OWN_ANSWERS, axolotl, make_pair, write_config
 
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.hub import HubFile, direction_path
+from axolotl_asft.strengths import WEIGHTS_ALONE
 
 LOCATE = """
 import logging, sys
@@ -227,9 +229,56 @@ def test_push_again(hub, environment, direction_file):
     assert set(files) == {"direction.safetensors", "second.safetensors", "README.md"}
     assert b"direction: me/new-asft:second.safetensors" in files["README.md"], "our card is brought up to date"
     hub.commit("me/new-asft", {"README.md": b"# My own words"})
-    third = push(environment, direction_file, "me/new-asft")
-    assert "the repository's own card was left as it is" in third.stdout
-    assert hub.repos["me/new-asft"][hub.head("me/new-asft")]["README.md"] == b"# My own words"
+    for own in (b"# My own words", b"---\nlibrary_name: axolotl-asft\n---\n# My own words"):
+        hub.commit("me/new-asft", {"README.md": own})
+        left = push(environment, direction_file, "me/new-asft")
+        assert "the repository's own card was left as it is" in left.stdout
+        assert hub.repos["me/new-asft"][hub.head("me/new-asft")]["README.md"] == own
+
+
+def test_push_renews_our_section_of_a_card_alone(hub, environment, direction_file, anchored_file):
+    """What is written before and behind it, and in the front matter, stays; so does what a training stamped there."""
+    environment["HF_TOKEN"] = "secret"
+    push(environment, direction_file, "me/new-asft")
+    card = hub.repos["me/new-asft"][hub.head("me/new-asft")]["README.md"].decode()
+    own = card.replace("license: other", "license: mit").replace(
+        "<!-- asft direction -->", "Mine.\n<!-- asft direction -->"
+    )
+    own += "\nMine, too.\n<!-- asft -->\nstamped\n<!-- /asft -->\n"
+    hub.commit("me/new-asft", {"README.md": own.encode()})
+    again = push(environment, anchored_file, "me/new-asft", "--json")
+    sha256 = json.loads(again.stdout)["sha256"]
+    renewed = hub.repos["me/new-asft"][hub.head("me/new-asft")]["README.md"].decode()
+    before, begin, _ = own.partition("<!-- asft direction -->")
+    _, end, after = own.partition("<!-- /asft direction -->")
+    assert renewed.startswith(before + begin)
+    assert renewed.endswith(end + after)
+    assert f"  direction_sha256: {sha256}\n" in renewed
+    assert renewed.count(begin) == renewed.count(end) == 1
+
+
+def test_push_says_what_it_publishes(hub, environment, anchored_file):
+    shared = push(environment | {"HF_TOKEN": "secret"}, anchored_file, "me/new-asft", "--json")
+    said = f"the file holds {len(OWN_ANSWERS)} requests and the model's answers, verbatim; see them with"
+    assert f"{said} `axolotl asft inspect {anchored_file} --json`" in shared.stderr
+    assert json.loads(shared.stdout)["card"]
+    card = hub.repos["me/new-asft"][hub.head("me/new-asft")]["README.md"].decode()
+    held = f"{len(OWN_ANSWERS)} requests and the model's answers, verbatim; answers that decline: 1"
+    assert f"| own answers | {held} |" in card
+
+
+def test_a_private_push_never_meets_a_public_repository(hub, environment, direction_file):
+    environment["HF_TOKEN"] = "secret"
+    for _ in range(2):
+        shared = push(environment, direction_file, "me/secret-asft", "--private")
+        assert shared.returncode == 0, shared.stderr
+    assert "me/secret-asft" in hub.private
+    before = hub.head("me/tiny-asft")
+    refused = push(environment, direction_file, "me/tiny-asft", "--private")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("asft: me/tiny-asft is there already and is public; expected a private repository")
+    assert refused.stderr.count("\n") == 1
+    assert hub.head("me/tiny-asft") == before, "and nothing is uploaded"
 
 
 @pytest.mark.parametrize(
@@ -305,10 +354,11 @@ def test_checking_a_recipe_from_the_hub(hub, environment, pair, dataset, directi
     branch, by_hash, by_commit, nowhere = json.loads(done.stdout)
     assert (branch["fine"], branch["model"]["revision"], len(branch["constrained"])) == (True, commit, 14)
     assert branch["warnings"] == [
-        f"direction is read at main of me/tiny-asft, which can change; pin it: direction_sha256: {sha256}"
+        WEIGHTS_ALONE,
+        f"direction is read at main of me/tiny-asft, which can change; pin it: direction_sha256: {sha256}",
     ]
     assert [found["direction"]["pinned"] for found in (branch, by_hash, by_commit)] == [False, True, True]
-    assert by_hash["warnings"] == by_commit["warnings"] == []
+    assert by_hash["warnings"] == by_commit["warnings"] == [WEIGHTS_ALONE]
     assert not nowhere["fine"]
     assert "no repository of that name on the Hub" in nowhere["errors"][0]
     assert not hub.bytes_sent("me/aligned/resolve/main/model.safetensors")
@@ -396,6 +446,24 @@ def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
     for line, message in zip(lines, messages.values(), strict=True):
         assert line.startswith("asft: ")
         assert message in line
+
+
+def test_a_stale_index_beside_a_single_file_on_the_hub(hub, environment, pair, tmp_path):
+    """Passed over, as transformers does: from the Hub, and from its cache."""
+    for folder in pair:
+        on_the_hub(hub, folder, f"org/{folder.name}")
+        hub.commit(f"org/{folder.name}", {"model.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'})
+    local = extract_direction(*pair, rank=4).spec["aligned"]["sha256"]
+    output = tmp_path / "x.safetensors"
+    for cached in (False, True):
+        if cached:
+            names = ["config.json", "model.safetensors", "model.safetensors.index.json"]
+            load = "import sys; from huggingface_hub import hf_hub_download; hf_hub_download(*sys.argv[1:])"
+            for repo, name in itertools.product(("org/base", "org/aligned"), names):
+                subprocess.run([sys.executable, "-c", load, repo, name], env=environment, check=True, timeout=120)
+        done = extract({**environment, "HF_HUB_OFFLINE": str(int(cached))}, "org/base", "org/aligned", output)
+        assert not done.stderr
+        assert AlignmentDirection.load(output).spec["aligned"]["sha256"] == local
 
 
 @pytest.mark.slow
