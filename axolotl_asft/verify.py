@@ -34,7 +34,7 @@ def verify_weights(
             compared += len(block)
     if not compared:
         raise AsftError(
-            "the model's weights are not loaded yet, or quantised in a way that cannot be compared with the direction's; "
+            "the model's weights are not loaded yet, or quantised in a way that cannot be compared with the direction; "
             "attach the constraint after loading them, or set verify_model: false"
         )
     _refuse_mismatch(direction, differing, compared)
