@@ -10,7 +10,7 @@ from typing import Any
 from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write, atomic_write_text
 
-DETAILS = ("-of-64", "-own-", "budget")  # in the table alone: the picture has room for the main ones
+DETAILS = ("-of-64", "-own-", "budget", "-lr-")  # in the table alone: the picture has room for the main ones
 DEFAULT = "fisher-0.1-anchor-3"
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
 LOWEST, HIGHEST = -4, 107
@@ -126,7 +126,8 @@ micro-batches of {batch}.
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; mix-N: N % of refusals
-- a method whose name ends in -long trains three epochs instead of one
+- a method whose name ends in -long trains three epochs instead of one, one that ends in -lr-R at a learning rate of R
+  instead of {settings["training"]["learning_rate"]:g}
 """
 
 
