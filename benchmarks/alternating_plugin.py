@@ -18,9 +18,9 @@ class AlternatingPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer):
         constraint = trainer.log.__self__
-        lambda_reg, penalty = constraint.lambda_reg, constraint.penalty
-        add_gradient = penalty.add_gradient
-        spent = {"penalty": 0.0}
+        lambda_reg, penalty, anchor = constraint.lambda_reg, constraint.penalty, constraint._anchor
+        add_gradient, ask = penalty.add_gradient, constraint._ask
+        spent = {"added": 0.0}
         record = []
 
         def no_waiting(*args, **kwargs):
@@ -31,24 +31,31 @@ class AlternatingPlugin(BasePlugin):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        def timed(*args, **kwargs):
-            started = clock()
-            result = (no_waiting if torch.cuda.is_available() else add_gradient)(*args, **kwargs)
-            spent["penalty"] = clock() - started
-            return result
+        def timed(function):
+            def called(*args, **kwargs):
+                started = clock()
+                result = function(*args, **kwargs)
+                spent["added"] += clock() - started
+                return result
 
-        penalty.add_gradient = timed
+            return called
+
+        penalty.add_gradient = timed(no_waiting if torch.cuda.is_available() else add_gradient)
+        constraint._ask = timed(ask)
 
         class Alternate(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
-                constraint.lambda_reg = lambda_reg if state.global_step % 2 == 0 else 0.0
-                spent["penalty"] = 0.0
+                constrained = state.global_step % 2 == 0
+                constraint.lambda_reg = lambda_reg if constrained else 0.0
+                constraint._anchor = anchor if constrained else None
+                spent["added"] = 0.0
                 reset_peak()
                 self.started = clock()
 
             def on_step_end(self, args, state, control, **kwargs):
                 seconds = clock() - self.started
                 line = {"constrained": constraint.lambda_reg > 0, "seconds": seconds, **spent, "peak": peak()}
+                constraint.lambda_reg, constraint._anchor = lambda_reg, anchor  # what the stamp speaks of
                 record.append(line)
                 Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
                 (Path(cfg.output_dir) / "steps.json").write_text(json.dumps(record))

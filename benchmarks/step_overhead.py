@@ -14,11 +14,13 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from axolotl_asft import AlignmentDirection
 from axolotl_asft.files import atomic_write_text
 from benchmarks.measuring import machine
 from benchmarks.penalty_cost import growth, memory, penalty_alone, startup
@@ -63,26 +65,44 @@ def keep(part: str, device: str, lines: list[dict[str, Any]]) -> None:
 # ---- a training step, through axolotl
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A kind of constraint, and what its cost depends on."""
+
+    r: int = 16
+    accumulation: int = 1
+    sketch: int = 0  # columns of a Fisher metric; 0: the metric of the weights, k = 64
+    anchored: bool = False  # with answers to ask for: what a block with nothing but a direction has by default
+
+    def __str__(self) -> str:
+        metric = f"fisher, {self.sketch} columns" if self.sketch else "weights, k = 64"
+        return f"r = {self.r}, accumulation {self.accumulation}, {metric}{', and the anchor' * self.anchored}"
+
+
+ON_A_CPU = [Variant(), Variant(sketch=256), Variant(sketch=256, anchored=True)]
+ON_A_GPU = [
+    *(replace(variant, r=r) for r in (16, 64) for variant in ON_A_CPU),
+    Variant(accumulation=4),
+    Variant(accumulation=4, sketch=256, anchored=True),
+]
+
+
 def step(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """One optimizer step with and without the constraint, in turns in one axolotl run; every kind of penalty."""
     on_gpu = asked.device == "cuda"
     lines = []
     with tempfile.TemporaryDirectory(prefix="asft-step-") as folder:
         model = _checkpoint(asked.model, Path(folder))
-        variants = [(r, 1, sketch) for r in (16, 64) for sketch in (0, 256)] + [(16, 4, 0)] * on_gpu
-        for r, accumulation, sketch in variants if on_gpu else [(16, 1, 0), (16, 1, 256)]:
-            record = _train(Path(folder), model, asked.model, r, accumulation, sketch, on_gpu)[
-                2:
-            ]  # the first two warm up
+        for variant in ON_A_GPU if on_gpu else ON_A_CPU:
+            record = _train(Path(folder), model, asked.model, variant, on_gpu)[2:]  # the first two warm up
             on, off = ([line for line in record if line["constrained"] == which] for which in (True, False))
-            penalty, without = (
-                statistics.median(line[key] for line in kind) for kind, key in ((on, "penalty"), (off, "seconds"))
+            added, without = (
+                statistics.median(line[key] for line in kind) for kind, key in ((on, "added"), (off, "seconds"))
             )
-            metric = f"fisher, {sketch} columns" if sketch else "weights, k = 64"
             lines.append({
-                "what": f"{asked.model}, r = {r}, accumulation {accumulation}, {metric}",
+                "what": f"{asked.model}, {variant}",
                 "step": without, "constrained step": statistics.median(line["seconds"] for line in on),
-                "penalty": penalty, "share": penalty / without,
+                "added": added, "share": added / without,
                 "steps": len(record),
                 "extra peak": max(line["peak"] for line in on) - max(line["peak"] for line in off) if on_gpu else None,
             })  # fmt: skip
@@ -104,16 +124,14 @@ def _checkpoint(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def _train(
-    folder: Path, model: Path, name: str, r: int, accumulation: int, sketch: int, on_gpu: bool
-) -> list[dict[str, Any]]:
+def _train(folder: Path, model: Path, name: str, variant: Variant, on_gpu: bool) -> list[dict[str, Any]]:
     from benchmarks.axolotl_runs import train, write_chats, write_config
     from benchmarks.safety_data import Example
 
-    direction = folder / f"{name}-{sketch}.safetensors"
+    r, accumulation = variant.r, variant.accumulation
+    direction = folder / f"{name}-{variant.sketch}-{variant.anchored}.safetensors"
     if not direction.is_file():
-        empty = lora_model(SHAPES[name].config(), 1)
-        random_direction(empty, 0 if sketch else 64, sketch, orthonormal=True).save(direction)
+        _write_direction(name, variant, direction)
     length, micro, steps = (2048, 1, 12) if on_gpu else (512, 4, 8)
     long = "Say it again, as you did before, and then once more. " * (length // 10)
     write_chats(folder / "long.jsonl", [Example(f"{i}: {long}", long) for i in range(micro * accumulation * steps)])
@@ -122,7 +140,7 @@ def _train(
     }  # fmt: skip
     settings = {
         "plugins": ["asft", "benchmarks.alternating_plugin.AlternatingPlugin"],
-        "asft": {"direction": str(direction), "verify_model": False, "lambda_reg": 1.0},
+        "asft": {"direction": str(direction), "verify_model": False},
         "lora_r": r,
         "lora_alpha": 2 * r,
         "lora_target_linear": True,
@@ -140,6 +158,21 @@ def _train(
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     train(config)
     return json.loads((folder / "out" / "steps.json").read_text())
+
+
+def _write_direction(name: str, variant: Variant, path: Path) -> None:
+    """Random directions of the model's shapes, and answers as many and as long as `extract` keeps."""
+    from axolotl_asft.evaluation.prompts import load_prompts
+    from axolotl_asft.metrics import OWN_WORDS
+
+    empty = lora_model(SHAPES[name].config(), 1)
+    direction = random_direction(empty, 0 if variant.sketch else 64, variant.sketch, orthonormal=True)
+    if variant.anchored:
+        chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+        prompts = [*load_prompts("harmful", "train"), *load_prompts("borderline", "train")]
+        answers = [(chat.format(prompt.prompt), " no" * OWN_WORDS) for prompt in prompts]
+        direction = AlignmentDirection(direction.modules, {**direction.spec, "own_answers": answers})
+    direction.save(path)
 
 
 if __name__ == "__main__":

@@ -44,16 +44,17 @@ def _mb(count: float) -> str:
 
 def _steps(lines: list[Line]) -> list[str]:
     rows = [
-        (line["what"], _ms(line["step"]), _ms(line["penalty"]), f"{line['share']:.2%}",
+        (line["what"], _ms(line["step"]), _ms(line["added"]), f"{line['share']:.2%}",
          "" if line["extra peak"] is None else _mb(line["extra peak"]))
         for line in lines
     ]  # fmt: skip
     note = (
-        "Constrained and unconstrained steps take turns in one run of axolotl; medians. The share is the penalty's "
-        "in an unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is slower, and the "
+        "Constrained and unconstrained steps take turns in one run of axolotl; medians. Added: the time of the "
+        "penalty's gradient, and of the anchor's forward and backward passes over 8 answers; the share is of an "
+        "unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is slower, and the "
         "share smaller). On a GPU: NF4, one micro-batch of 2048 tokens, gradient checkpointing."
     )
-    head = ("model", "step without", "penalty", "share of the step", "extra peak memory")
+    head = ("model", "step without", "added", "share of the step", "extra peak memory")
     return [note, _table(head, rows)]
 
 
