@@ -104,7 +104,7 @@ def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> li
             "lambda_reg is 0, and neither max_drift nor anchor_weight is set: nothing is constrained, numbers are "
             "logged alone"
         )
-    elif penalty.metric == "weights" and strength.max_drift is None and strength.anchor_weight == 0:
+    elif strength.holds_weights_alone(penalty.metric):
         found.append(WEIGHTS_ALONE)
     if weight and not low / FAR <= weight <= high * FAR:
         side = "less than a tenth of the smallest" if weight < low else "more than ten times the largest"

@@ -64,11 +64,12 @@ def attach(
         raise AsftError(budget_refused(taken[0]))
     if strength.anchor_weight > 0 and taken:
         raise AsftError(anchor_refused(taken[0]))
-    if penalty.metric == "weights" and strength.lambda_reg > 0 and max_drift is None and strength.anchor_weight == 0:
+    if strength.holds_weights_alone(penalty.metric):
         LOG.warning("AsFT: %s", WEIGHTS_ALONE)
-    held = strength.anchor_weight > 0 or penalty.metric != "weights"
-    if held and (warning := template_warning(getattr(trainer, "processing_class", None), direction.spec)):
-        LOG.warning("AsFT: %s", warning)
+    if strength.holds_answers(penalty.metric):
+        warning = template_warning(getattr(trainer, "processing_class", None), direction.spec)
+        if warning is not None:
+            LOG.warning("AsFT: %s", warning)
     constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, anchor_weight %g, projector %s, "

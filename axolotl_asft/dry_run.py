@@ -132,7 +132,7 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
     check.warnings += advice.on_pin(block, direction)
-    if strength.anchor_weight > 0 or penalty.metric != "weights":
+    if strength.holds_answers(penalty.metric):
         tokenizer = run_tokenizer(cfg)
         if strength.anchor_weight > 0:
             _try(check, lambda: text_tokenizer(tokenizer))

@@ -22,6 +22,14 @@ class Strengths:
     max_drift: float | None
     anchor_weight: float
 
+    def holds_weights_alone(self, metric: str | None) -> bool:
+        """Whether a penalty on the change of the weights is all there is; `WEIGHTS_ALONE` says what it is worth."""
+        return metric == "weights" and self.lambda_reg > 0 and self.max_drift is None and self.anchor_weight == 0
+
+    def holds_answers(self, metric: str | None) -> bool:
+        """Whether what the aligned model said to prompts is held, so that their chat template matters."""
+        return metric != "weights" or self.anchor_weight > 0
+
 
 def strengths(
     metric: str | None,
