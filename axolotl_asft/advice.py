@@ -6,6 +6,7 @@ from typing import Any
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchor import TEXTS
 from axolotl_asft.args import AsftArgs
+from axolotl_asft.cost import tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.guard import OUR_NAMES
 from axolotl_asft.hub import hub_file, is_commit
@@ -15,7 +16,6 @@ from axolotl_asft.strengths import WEIGHTS_ALONE, Strengths
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
 MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.1, 300.0)}
 FAR = 10
-LETTERS_A_TOKEN = 4  # roughly, of English
 NORMALISE_THE_UPDATE = ("muon", "dion")
 MEASURES = {
     "weights": "how far the weights move, ||(I - C) dW||",
@@ -44,13 +44,12 @@ def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenal
             f"{strength.max_drift:g} times what alignment moved it"
         )
     if strength.anchor_weight > 0:
-        turns = penalty.direction.spec.get("own_answers", [])
-        letters = sum(len(request) + len(answer) for request, answer in turns) / max(1, len(turns))
+        asked = tokens_asked(penalty.direction.spec.get("own_answers", []))
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
             f"anchor_weight {strength.anchor_weight:g}: at every step {TEXTS} of the aligned model's own answers are "
             "asked for, and the divergence from them joins the loss, nats a token; about "
-            f"{TEXTS * letters / LETTERS_A_TOKEN:.0f} tokens more a step, where the task has up to {most:,}"
+            f"{asked} tokens more a step, where the task has up to {most:,}"
         )
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")

@@ -1,11 +1,10 @@
 """The `asft:` block of an axolotl YAML."""
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, did_you_mean
 
 
 class AsftArgs(BaseModel):
@@ -72,8 +71,8 @@ class AsftArgs(BaseModel):
         if isinstance(block, dict):
             for key in block:
                 if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    known = f"known keys: {', '.join(cls.model_fields)}"
+                    hint = did_you_mean(str(key), cls.model_fields, known, cutoff=0.5)
                     raise ValueError(f"asft.{key} is no key of the asft block; {hint}")
         return block
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+from axolotl_asft.cost import Cost
 from axolotl_asft.dry_run import Check
 from axolotl_asft.summary import model_text, size_text
 
@@ -65,9 +66,14 @@ def _cost_lines(check: Check) -> list[tuple[str, str]]:
     return [
         ("memory", f"{size_text(sum(cost.memory.values()))} on the device ({held}),"),
         ("", f"and about {size_text(cost.temporary)} for a moment, a few layers at a time"),
-        ("step", f"about {cost.share:.2%} of its operations ({cost.penalty_flops:.2g}), estimated from sizes;"),
+        ("step", f"about {cost.share:.2%} of its operations ({_flops(cost)}), estimated from sizes;"),
         ("", "of its time more, since the constraint computes in fp32"),
     ]
+
+
+def _flops(cost: Cost) -> str:
+    anchor = f" of the penalty, {cost.anchor_flops:.2g} of the anchor" if cost.anchor_flops else ""
+    return f"{cost.penalty_flops:.2g}{anchor}"
 
 
 def _unconstrained(check: Check) -> str:

@@ -1,16 +1,29 @@
 """`axolotl asft check`, `recipes` and `schema`: the commands about configs. Heavy modules are imported inside them."""
 
+import builtins
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from axolotl_asft.console import OneLineErrors, quietly
 from axolotl_asft.files import atomic_write_text, refuse_to_replace
+from axolotl_asft.guard import OPTIONS, declarations
+
+
+def block_options(command: Callable) -> Callable:
+    """The options of `axolotl train` that set keys of the block; too many for the help of a command that looks."""
+    for key, kind in OPTIONS.items():
+        add = click.option(*declarations(key), key, type=getattr(builtins, kind), default=None, hidden=True)
+        command = add(command)
+    return command
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
+@block_options
 @click.option(
     "--trust-remote-code",
     "remote_code",
@@ -19,23 +32,25 @@ from axolotl_asft.files import atomic_write_text, refuse_to_replace
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context
-def check(ctx: click.Context, config: Path, remote_code: bool, as_json: bool) -> None:
+def check(ctx: click.Context, config: Path, remote_code: bool, as_json: bool, **block: Any) -> None:
     """Look at a config before it is run: what is constrained, at what cost, and what is wrong.
 
     A dry run in seconds. It reads the config as `axolotl train` does, builds the model without its weights, puts LoRA
     on it, and matches every layer with the direction file by the run's own rules. No GPU is needed, no data are read,
-    and nothing is written. Exit status: 0 the run would start (there may be warnings), 2 it would not.
+    and nothing is written. `--asft.lambda_reg 5` and its like are obeyed, as by `axolotl train`.
+
+    Exit status: 0 the run would start (there may be warnings), 2 it would not.
 
     \b
     Example:
       axolotl asft check config.yml
-      axolotl asft check config.yml --json
+      axolotl asft check config.yml --asft.lambda_reg 5 --json
     """
     with quietly():
         from axolotl_asft.check_text import check_text
         from axolotl_asft.dry_run import check_config
 
-        found = check_config(config, remote_code)
+        found = check_config(config, remote_code, {key: value for key, value in block.items() if value is not None})
     click.echo(json.dumps(found.as_dict()) if as_json else check_text(found))
     ctx.exit(0 if found.fine else 2)
 

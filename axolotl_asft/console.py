@@ -1,8 +1,10 @@
 """What the commands share at the terminal: errors in one line, progress bars. No torch."""
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, WorkFailed, one_line
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -27,7 +29,18 @@ class OneLineErrors(click.Group):
             return super().invoke(ctx)
         except AsftError as error:
             click.echo(f"asft: {error}", err=True)
-            ctx.exit(2)
+            ctx.exit(1 if isinstance(error, WorkFailed) else 2)
+        except Exception as error:
+            if not _no_room(error):
+                raise
+            click.echo(f"asft: {one_line(error)}; make room, or see what else takes it, and try again", err=True)
+            ctx.exit(1)
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether the disk or the GPU is full, which is nobody's mistake; told without importing torch or safetensors."""
+    full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return full or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextlib.contextmanager

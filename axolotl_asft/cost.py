@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from axolotl_asft.anchor import TEXTS
 from axolotl_asft.layer_groups import LayerGroup
 
 # Floating-point operations a parameter and token: forward 2, and backward 2, since frozen weights get no gradient.
 FORWARD, BACKWARD = 2, 2
+LETTERS_A_TOKEN = 4  # roughly, of English
 FP32 = 4  # bytes; the penalty is computed in fp32
 
 
@@ -17,19 +19,22 @@ class Cost:
     Attributes:
         memory: what stays there, in bytes: "U", "c", "X", "Y", and "initial" (A0 and B0 of PiSSA and its like).
         temporary: bytes while a few layers are worked on, about.
-        penalty_flops: floating-point operations of the constraint, an optimizer step.
+        penalty_flops: floating-point operations of the penalty, an optimizer step.
+        anchor_flops: of the model's passes over the anchor's answers, an optimizer step, about.
         task_flops: of the model's forward and backward passes, an optimizer step, about.
     """
 
     memory: dict[str, int]
     temporary: int
     penalty_flops: float
+    anchor_flops: float
     task_flops: float
 
     @property
     def share(self) -> float:
         """Of the constraint in a step's floating-point operations."""
-        return self.penalty_flops / (self.penalty_flops + self.task_flops)
+        ours = self.penalty_flops + self.anchor_flops
+        return ours / (ours + self.task_flops)
 
 
 def estimate(
@@ -41,6 +46,7 @@ def estimate(
     budget: bool = False,
     log_every: int = 1,
     taken_out: bool = False,
+    anchor_tokens: int = 0,
 ) -> Cost:
     """The cost of a run under the constraint.
 
@@ -53,6 +59,7 @@ def estimate(
         budget: whether the update is brought back to a budget after each step.
         log_every: steps from one log line, for which every layer is measured, to the next.
         taken_out: whether the update is B A - B0 A0, of twice the rank.
+        anchor_tokens: of the answers that are asked for, an optimizer step; see `tokens_asked`.
     """
     sizes = [(_Sizes.of(group, 2 if taken_out else 1), len(group.found)) for group in groups]
     memory = {
@@ -69,7 +76,14 @@ def estimate(
         for size, count in sizes
     )
     passes = FORWARD * (2 if checkpointing else 1) + BACKWARD
-    return Cost(memory, max(group.bytes_at_work for group in groups), flops, float(passes * parameters * tokens))
+    anchor, task = (float(passes * parameters * count) for count in (anchor_tokens, tokens))
+    return Cost(memory, max(group.bytes_at_work for group in groups), flops, anchor, task)
+
+
+def tokens_asked(answers: Sequence[Sequence[str]]) -> int:
+    """Tokens of the answers, with their requests, that an anchor asks for at a step; from their letters, about."""
+    letters = sum(len(request) + len(answer) for request, answer in answers) / max(1, len(answers))
+    return round(min(TEXTS, len(answers)) * letters / LETTERS_A_TOKEN)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A run's config looked at before it is run: what would be constrained, what it costs, what is wrong. No weights."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import anchor_refused, budget_refused
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
-from axolotl_asft.cost import Cost, estimate
+from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
@@ -66,24 +67,25 @@ class Check:
         return {"fine": self.fine, **{key: value for key, value in vars(self).items() if key != "cost"}, "cost": cost}
 
 
-def check_config(path: str | Path, remote_code: bool = False) -> Check:
+def check_config(path: str | Path, remote_code: bool = False, overrides: Mapping[str, Any] | None = None) -> Check:
     """Look at a config as `axolotl train` would, without its weights, its data or a GPU.
 
     Args:
         path: an axolotl YAML.
         remote_code: build the model with the code of its repository, where the YAML asks for it.
+        overrides: of keys of the block, as the command line of a run gives them.
     """
     check = Check(str(path))
     try:
-        _look(check, Path(path), remote_code)
+        _look(check, Path(path), remote_code, overrides or {})
     except AsftError as error:
         check.errors.append(str(error))
     return check
 
 
-def _look(check: Check, path: Path, remote_code: bool) -> None:
+def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, Any]) -> None:
     """Everything in the order of a run, as far as it can be had; raises the error after which nothing can."""
-    content = read_config(path)
+    content = read_config(path) | {f"asft.{key}": value for key, value in overrides.items()}
     check.warnings += advice.on_foreign_code(content, remote_code)
     if content.get("asft") is None and not any(str(key).startswith("asft.") for key in content):
         raise AsftError(
@@ -128,6 +130,7 @@ def _look(check: Check, path: Path, remote_code: bool) -> None:
         budget=block.max_drift is not None,
         log_every=max(1, int(cfg.logging_steps or 500)),
         taken_out=takes_out(initialisation),
+        anchor_tokens=tokens_asked(direction.spec.get("own_answers", [])) if strength.anchor_weight > 0 else 0,
     )
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, did_you_mean
 
 SHORT_NAME = "asft"
 PLUGIN = "axolotl_asft.AsftPlugin"
@@ -98,26 +98,34 @@ def fold_dotted_keys(cfg: dict[str, Any]) -> None:
         cfg[SHORT_NAME][dotted.partition(".")[2]] = cfg.pop(dotted)
 
 
+def spellings(key: str) -> list[str]:
+    """How a key of the block is spelt on the command line, without the leading dashes."""
+    return list(dict.fromkeys(f"{SHORT_NAME}.{name}" for name in (key.replace("_", "-"), key)))
+
+
+def declarations(key: str) -> tuple[str, ...]:
+    """The option of a key, as click declares it."""
+    yes_or_no = OPTIONS[key] == "bool"
+    return tuple(f"--{name}/--no-{name}" if yes_or_no else f"--{name}" for name in spellings(key))
+
+
 def add_options(options: tuple) -> tuple:
     """axolotl's table of command-line options, with `--asft.lambda-reg` and the block's other keys in it.
 
     Raises:
         AsftError: the command line has an `--asft.` option that is none; axolotl would ignore it.
     """
-    ours: list[tuple] = []
-    known: set[str] = set()
-    for key, kind in OPTIONS.items():
-        spellings = dict.fromkeys(f"{SHORT_NAME}.{name}" for name in (key.replace("_", "-"), key))
-        known.update(spellings)
-        declarations = tuple(f"--{name}/--no-{name}" if kind == "bool" else f"--{name}" for name in spellings)
-        kind_name = None if kind == "bool" else kind
-        ours.append((declarations, f"{SHORT_NAME}__{key}", kind_name, f"`{key}` of the asft block (AsFT constraint)"))
+    ours = [
+        (declarations(key), f"{SHORT_NAME}__{key}", None if kind == "bool" else kind, f"`{key}` of the asft: block")
+        for key, kind in OPTIONS.items()
+    ]
+    known = {name for key in OPTIONS for name in spellings(key)}
     for argument in sys.argv[1:]:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-")
         ours_by_name = name.startswith(tuple(f"{SHORT_NAME}{mark}" for mark in ".-_"))
         if argument.startswith("--") and ours_by_name and name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean --{near[0]}?" if near else f"set it in the {SHORT_NAME} block of the config"
+            spelt = [f"--{spelling}" for spelling in sorted(known)]
+            hint = did_you_mean(f"--{name}", spelt, f"set it in the {SHORT_NAME} block of the config")
             raise AsftError(f"--{name} is no option; {hint}")
     return (*options, *ours)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, WorkFailed
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -155,7 +155,7 @@ def fetch_range(file: HubFile, start: int, end: int) -> bytes:
         response = http_backoff("GET", url, headers=headers, timeout=30)
         hf_raise_for_status(response)
         if response.status_code != 206 or len(response.content) != end - start:
-            raise AsftError(
+            raise WorkFailed(
                 f"{file}: asked for {end - start} bytes, got {len(response.content)} (status {response.status_code}); "
                 "download the model first: hf download " + file.repo
             )
@@ -228,7 +228,7 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
             f"{wanted.repo} has no revision {wanted.revision}; give a branch, tag or commit of it"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise AsftError(
+        raise WorkFailed(
             f"{wanted} is not in the Hub's cache, and the Hub cannot be reached, or HF_HUB_OFFLINE is set; "
             "load it once while online"
         ) from error
@@ -241,9 +241,9 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
             raise AsftError(
                 f"{wanted.repo}: access refused ({_first_line(error)}); log in with `hf auth login`"
             ) from error
-        raise AsftError(f"{wanted}: the Hub failed ({_first_line(error)}); try again") from error
+        raise WorkFailed(f"{wanted}: the Hub failed ({_first_line(error)}); try again") from error
     except (httpx.HTTPError, OSError) as error:
-        raise AsftError(
+        raise WorkFailed(
             f"{wanted} cannot be downloaded ({_first_line(error)}); try again, what is there is kept"
         ) from error
 

@@ -1,13 +1,12 @@
 """The shipped configs: ordinary axolotl YAMLs, to be listed, read and copied."""
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.args import parse_block
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, did_you_mean
 from axolotl_asft.files import atomic_write_text, refuse_to_replace
 from axolotl_asft.yaml_config import read_config, read_text
 
@@ -66,8 +65,7 @@ def recipe(name: str) -> Recipe:
     known = {found.name: found for found in recipes()}
     wanted = name.removesuffix(".yml")
     if wanted not in known:
-        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "`axolotl asft recipes list` shows them"
+        hint = did_you_mean(wanted, known, "`axolotl asft recipes list` shows them", cutoff=0.4)
         raise AsftError(f"there is no recipe {name!r}; {hint}")
     return known[wanted]
 

@@ -1,7 +1,6 @@
 """An axolotl config as axolotl reads it, and the LoRA model that it asks for, without any weights."""
 
 import contextlib
-import difflib
 import os
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,7 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from torch import nn
 
-from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.errors import AsftError, did_you_mean, one_line
 from axolotl_asft.lora import takes_out
 
 # The machine that checks need not be the one that trains: what the YAML asks of its card is taken to be there.
@@ -122,9 +121,9 @@ def missed_targets(cfg: DictDefault, model: nn.Module) -> list[str]:
     lines = []
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            near = difflib.get_close_matches(str(target), parts, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            lines.append(f"lora_target_modules: {target!r} is no layer of the model, and is passed over{hint}")
+            hint = did_you_mean(str(target), parts)
+            line = f"lora_target_modules: {target!r} is no layer of the model, and is passed over"
+            lines.append(f"{line}; {hint}" if hint else line)
     return lines
 
 

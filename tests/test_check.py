@@ -14,7 +14,7 @@ from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
 from axolotl_asft.advice import on_origin, on_pin
 from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
-from axolotl_asft.cost import estimate
+from axolotl_asft.cost import estimate, tokens_asked
 from axolotl_asft.metrics import LayerMetric
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
@@ -34,12 +34,12 @@ def no_plugins_left():
 def checked(pair, dataset, direction_file, tmp_path):
     """Check these changes to a good config; exit status and result."""
 
-    def run(asft_changes: dict | None = None, **changes) -> tuple[int, dict]:
+    def run(asft_changes: dict | None = None, options: list[str] | None = None, **changes) -> tuple[int, dict]:
         block = {"direction": str(direction_file), **(asft_changes or {})}
         config = write_config(
             tmp_path, changes.pop("base_model", pair[1]), dataset, changes.pop("asft", block), **changes
         )
-        result = CliRunner().invoke(asft, ["check", str(config), "--json"])
+        result = CliRunner().invoke(asft, ["check", str(config), "--json", *(options or [])])
         return result.exit_code, json.loads(result.stdout)
 
     return run
@@ -184,6 +184,7 @@ def test_an_anchor_in_plain_words(checked, anchored_file):
     )
     assert not warned(found, "nothing is constrained")
     assert found["fine"]
+    assert found["cost"]["anchor_flops"] > 0
 
 
 def test_layers_that_the_block_leaves_out(checked):
@@ -295,10 +296,35 @@ def test_the_operations_are_those_that_torch_counts(pair, direction_file, fisher
     cost = estimate(penalty.groups, parameters=1000, tokens=10, checkpointing=False, log_every=10**9)
     assert cost.penalty_flops == pytest.approx(expected, rel=1e-6)
     assert cost.task_flops == 4 * 1000 * 10
+    assert cost.anchor_flops == 0
     every = estimate(penalty.groups, parameters=1000, tokens=10, checkpointing=True, log_every=1)
     assert every.penalty_flops == pytest.approx(expected + measured, rel=1e-6)
     assert every.task_flops == 6 * 1000 * 10
+    anchored = estimate(penalty.groups, parameters=1000, tokens=10, checkpointing=True, anchor_tokens=5)
+    assert anchored.anchor_flops == 6 * 1000 * 5
+    ours = anchored.penalty_flops + anchored.anchor_flops
+    assert anchored.share == pytest.approx(ours / (ours + 6 * 1000 * 10))
     assert cost.memory["U"] == sum(group.U.nbytes for group in penalty.groups)
+
+
+def test_an_anchor_asks_for_a_few_answers_a_step():
+    assert tokens_asked([]) == 0
+    assert tokens_asked([("r" * 30, "a" * 10)] * 3) == 3 * 40 / 4, "all, where there are fewer than a step asks for"
+    assert tokens_asked([("r" * 30, "a" * 10), ("r" * 90, "a" * 30)] * 100) == 8 * 80 / 4
+
+
+def test_options_of_a_run_are_obeyed(checked, fisher_file):
+    """`check` and `train` take the same ones, in both spellings, and both refuse what is none."""
+    block = {"direction": str(fisher_file), "lambda_reg": 1}
+    options = ["--asft.lambda_reg", "7", "--asft.metric=weights", "--no-asft.lora-scaling"]
+    status, found = checked(block, options=options)
+    assert (status, found["errors"]) == (0, [])
+    assert any(line.startswith("lambda_reg 7: loss = task loss + 7 x penalty") for line in found["settings"])
+    assert any(line.startswith("metric weights: ") for line in found["settings"])
+    assert any(line.startswith("lora_scaling false: ") for line in found["settings"])
+    status, found = checked(block, options=["--asft.lambda-reg", "-1"])
+    assert status == 2
+    assert found["errors"] == ["asft.lambda_reg is -1.0; input should be greater than or equal to 0"]
 
 
 CODE = """

@@ -307,6 +307,13 @@ def test_push_without_access(hub, environment, direction_file):
     assert refused.stderr.count("\n") == 1
 
 
+def test_a_hub_that_fails_is_no_mistake_of_the_user(hub, environment, direction_file):
+    hub.fault = lambda method, path, n: 500 if path == "/api/repos/create" else None
+    failed = push(environment, direction_file, "me/new-asft")
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1), failed.stderr
+    assert failed.stderr.startswith("asft: me/new-asft: the Hub failed (")
+
+
 @pytest.mark.slow
 def test_training_from_the_hub(hub, environment, pair, dataset, direction_file, tmp_path):
     """Pinned by revision and hash it trains; damaged on the way, or with another hash, it does not."""

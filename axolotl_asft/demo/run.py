@@ -13,7 +13,7 @@ from axolotl_asft import __version__
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.demo.configs import FineTuning, write_configs
 from axolotl_asft.demo.prompts import REFUSAL, DemoData, Turn, make_data
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, WorkFailed
 from axolotl_asft.files import atomic_write_text
 
 BASE_STEPS, BASE_RATE = 400, 3e-3
@@ -195,7 +195,7 @@ def _train(config: Path, steps: int, stage: Stage) -> None:
                     advance()
     if process.wait():
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise AsftError(f"axolotl train {config.name} failed: {''.join(last)} (whole log: {log})")
+        raise WorkFailed(f"axolotl train {config.name} failed: {''.join(last)} (whole log: {log})")
     _finish(config.parent, name)
 
 

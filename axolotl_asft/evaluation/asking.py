@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_asft.console import Stage, silent
-from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.errors import AsftError, WorkFailed, one_line
 from axolotl_asft.evaluation.models import within_memory
 from axolotl_asft.evaluation.refusals import split_thought
 from axolotl_asft.registration import TASKS
@@ -127,14 +127,15 @@ class Interviewer:
             num_fewshot: examples in the prompt.
 
         Raises:
-            AsftError: a task failed.
+            WorkFailed: a task failed.
         """
         try:
             results = self._run(tasks, _every_task(), limit=limit, num_fewshot=num_fewshot)["results"]
         except AsftError:
             raise
         except Exception as error:  # anybody's tasks, which may do anything
-            raise AsftError(f"lm-eval failed at {_said(tasks, error)}; see the task's YAML, or leave it out") from error
+            said = _said(tasks, error)
+            raise WorkFailed(f"lm-eval failed at {said}; see the task's YAML, or leave it out") from error
         return {task: _metrics(results[task]) for task in results}
 
     def _run(self, tasks: Sequence[str], manager: Any, **options: Any) -> Any:

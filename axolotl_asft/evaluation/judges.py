@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.evaluation.models import FAILURES, nf4, place, within_memory
 
 
@@ -132,7 +132,7 @@ class Judge:
             kind: Any = AutoModelForSequenceClassification if way.kind == "classifier" else AutoModelForCausalLM
             model, info = kind.from_pretrained(**place(name), **options)
         except FAILURES as error:
-            raise AsftError(f"the judge {name} cannot be loaded ({_first_line(error)})") from error
+            raise AsftError(f"the judge {name} cannot be loaded ({one_line(error)})") from error
         if info["missing_keys"]:
             raise AsftError(
                 f"the judge {name} is no {way.kind}: its checkpoint ({architecture or 'unknown architecture'}) lacks "
@@ -159,7 +159,7 @@ class Judge:
             architecture = (getattr(AutoConfig.from_pretrained(**place(name)), "architectures", None) or [""])[0]
             tokenizer = AutoTokenizer.from_pretrained(**place(name))
         except FAILURES as error:
-            raise AsftError(f"the judge {name} cannot be loaded ({_first_line(error)})") from error
+            raise AsftError(f"the judge {name} cannot be loaded ({one_line(error)})") from error
         way = _way(name, architecture, tokenizer, text, harmful)
         # an encoder classifies by its first token, at the first position; a guard writes on where its text ends
         tokenizer.padding_side = "right" if way.kind == "classifier" else "left"
@@ -275,10 +275,6 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise AsftError(f"--judge-harmful is {pattern!r}, no regular expression ({error})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or error.__class__.__name__
 
 
 def _called(name: str) -> str:

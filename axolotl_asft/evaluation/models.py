@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from axolotl_asft.direction import file_sha256
-from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.errors import AsftError, WorkFailed, one_line
 from axolotl_asft.hub import hub_file
 from axolotl_asft.templates import text_tokenizer
 
@@ -174,12 +174,12 @@ def within_memory(batch_size: int) -> Iterator[None]:
     """Asking a model, with so many texts at a time.
 
     Raises:
-        AsftError: the GPU's memory is not enough.
+        WorkFailed: the GPU's memory is not enough.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise AsftError(
+        raise WorkFailed(
             f"the GPU's memory is not enough for --batch-size {batch_size} ({one_line(error)[:60]}...); give a smaller "
             "one, or see what else is on the GPU"
         ) from error
