@@ -7,9 +7,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import ENVIRONMENT, ON_GPU, OWN_ANSWERS, make_dataset, make_pair
 
 os.environ.update(ENVIRONMENT)
+MOST_WORKERS = 8  # of 2 to 3 GB each
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker a core."""
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_configure() -> None:
+    """Under pytest-xdist: this worker's share of the cores, and a port of its own for what torchrun starts."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["PET_MASTER_PORT"] = str(29501 + int(worker.removeprefix("gw")))
 
 
 def pytest_collection_modifyitems(items):
@@ -53,7 +72,6 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
     """48 encoded rows of 8 words, for a transformers trainer."""
-    import torch
     from tiny import WORDS, make_tokenizer
 
     tokenizer = make_tokenizer()
@@ -97,7 +115,6 @@ def forked_train():
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory) -> Path:
     """A real sequence classifier that learned one thing: answers that say yes are harmful."""
-    import torch
     from tiny import make_tokenizer
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

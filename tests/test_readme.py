@@ -61,7 +61,8 @@ def test_every_command_is_listed():
 
 
 def test_the_two_commands_are_marked():
-    for marker, ending in (("<!-- demo -->", "axolotl asft demo"), ("<!-- tests -->", "python -m pytest")):
+    tests = "python -m pytest -n auto --dist loadfile"
+    for marker, ending in (("<!-- demo -->", "axolotl asft demo"), ("<!-- tests -->", tests)):
         command = README[README.index(marker) :].split("```")[1].removeprefix("bash\n").strip()
         assert command.endswith(ending)
         assert "\n" not in command
