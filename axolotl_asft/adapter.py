@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
+from axolotl_asft.diagnostics import LayerDrift
+from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
 from axolotl_asft.fingerprint import with_scales
-from axolotl_asft.layer_groups import ConstrainedLayer, LayerDrift, LayerGroup, grouped
+from axolotl_asft.layer_groups import ConstrainedLayer, LayerGroup, grouped
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.penalty import PROJECTORS, projector_eigenvalues, relative_drift
 from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
-
-ON_UNCOVERED = ("error", "warn", "ignore")
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Lazy reading of safetensors checkpoints, local or on the Hub: names and shapes at once, tensors one at a time."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import read_json
 from axolotl_asft.hub import HubFile, cached_folder, commit_of, small_file, weight_files
 from axolotl_asft.naming import model_names
 from axolotl_asft.tensor_files import DTYPES, LocalFile, RemoteFile, TensorFile
@@ -179,14 +179,8 @@ def _existing_folder(location: str | Path) -> Path:
     raise AsftError(f"no checkpoint folder at {location}; check the path, or give owner/name of a model on the Hub")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AsftError(f"{path} cannot be read as JSON ({error}); download the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise AsftError(f"{path} holds no JSON object; download the checkpoint again")
-    return content
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path, "download the checkpoint again")
 
 
 def _config(folder: Path) -> dict:

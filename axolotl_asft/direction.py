@@ -24,6 +24,7 @@ STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Wide types first, as safetensors itself lays them out, so that every tensor is aligned.
 STORE_ORDER = {"F32": 0, "BF16": 1, "F16": 2}
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+ON_UNCOVERED = ("error", "warn", "ignore")  # where LoRA has a layer and the file no direction for it
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
-from axolotl_asft.lora import FoundLayer, other_trainable_parameters, takes_out, trainable_lora_layers
+from axolotl_asft.initialisation import takes_out
+from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, run_tokenizer, validated_config
 from axolotl_asft.strengths import strengths
 from axolotl_asft.templates import template_warning, text_tokenizer

@@ -1,11 +1,13 @@
-"""Writing files so that they are never seen half-written."""
+"""Writing files so that they are never seen half-written, and reading JSON that may be damaged."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -37,6 +39,24 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     atomic_write(path, write)
+
+
+def read_json(path: Path, instead: str) -> dict[str, Any]:
+    """The keys of a JSON file.
+
+    Args:
+        instead: what to do where there are none.
+
+    Raises:
+        AsftError: no such file, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AsftError(f"{path} cannot be read as JSON ({one_line(error)}); {instead}") from error
+    if not isinstance(content, dict):
+        raise AsftError(f"{path} holds no JSON object; {instead}")
+    return content
 
 
 def writable_folder(path: Path) -> None:

@@ -11,7 +11,6 @@ from axolotl_asft.penalty import (
     lora_penalty,
     lora_penalty_gradient,
     orthogonal_part,
-    relative_drift,
     squared_norm,
 )
 from axolotl_asft.sharding import add_to_gradients, overwrite, whole
@@ -46,29 +45,6 @@ class ConstrainedLayer:
         (r, columns), out = self.found.A.shape, self.found.B.shape[0]
         m, n = (0 if factor is None else factor.shape[1] for factor in (self.X, self.Y))
         return 4 * (out * (self.U.shape[1] + n + 4 * r) + columns * (m + 3 * r))
-
-
-@dataclass(frozen=True)
-class LayerDrift:
-    """Squared norms of one layer's update dW = scaling B A.
-
-    Attributes:
-        orthogonal: ||(I - C) dW||_F^2.
-        total: ||dW||_F^2.
-        penalty: the layer's part of P: ||Y^T (I - C) dW X||_F^2, without the scaling where that is left out.
-        relative: ||Y^T (I - C) dW X||_F / ||Y^T d X||_F: how far off the direction, in units of what alignment did.
-    """
-
-    name: str
-    orthogonal: float
-    total: float
-    penalty: float
-    relative: float
-
-    @property
-    def drift(self) -> float:
-        """||(I - C) dW|| / ||dW||: 0 along the alignment direction, 1 orthogonal to it."""
-        return relative_drift(self.orthogonal, self.total)
 
 
 class LayerGroup:

@@ -9,11 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError
-
-# B A is the change from the original weight: it starts at zero, or the base weight is left alone.
-ADDED_TO_THE_WEIGHT = (True, False, "gaussian", "eva", "orthogonal")
-# B A starts as a part that is taken out of the base weight: the change is B A - B0 A0.
-TAKEN_OUT_OF_THE_WEIGHT = ("pissa", "olora", "loftq")
+from axolotl_asft.initialisation import ADDED_TO_THE_WEIGHT, takes_out
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class FoundLayer:
         name: full module name in the Hugging Face model.
         layer: PEFT's layer.
         adapter: name of its adapter that trains.
-        initialisation: how PEFT initialised that adapter: one of the two lists above.
+        initialisation: how PEFT initialised that adapter: one of the two lists of `initialisation`.
     """
 
     name: str
@@ -63,11 +59,6 @@ class FoundLayer:
     def was_taken_out(self) -> bool:
         """Whether the initial B A was taken out of the base weight (PiSSA and its like)."""
         return takes_out(self.initialisation)
-
-
-def takes_out(initialisation: str | bool) -> bool:
-    """Whether an initialisation subtracts its scaling B0 A0 from the base weight."""
-    return str(initialisation).partition("_niter_")[0] in TAKEN_OUT_OF_THE_WEIGHT
 
 
 def trainable_lora_layers(model: nn.Module) -> list[FoundLayer]:

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from axolotl_asft import __version__
-from axolotl_asft.adapter import ON_UNCOVERED
 from axolotl_asft.adapter_folder import check_output, write_projected
-from axolotl_asft.direction import AlignmentDirection
+from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import writable_folder
 from axolotl_asft.penalty import PROJECTORS, orthogonal_part, projector_eigenvalues, squared_norm

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from axolotl_asft.errors import AsftError, did_you_mean, one_line
-from axolotl_asft.lora import takes_out
+from axolotl_asft.initialisation import takes_out
 
 # The machine that checks need not be the one that trains: what the YAML asks of its card is taken to be there.
 CAPABLE = {"bf16": True, "fp8": True, "tf32": True, "compute_capability": "sm_90"}

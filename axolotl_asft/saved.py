@@ -1,6 +1,5 @@
 """A PEFT LoRA adapter as it lies on disk: its factors by the names of the Hugging Face model, without the model."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from axolotl_asft.errors import AsftError
-from axolotl_asft.lora import takes_out
+from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.files import read_json
+from axolotl_asft.initialisation import takes_out
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,11 +59,13 @@ class SavedAdapter:
             AsftError: no LoRA adapter there, or one whose B A is not the change from the original weight.
         """
         folder = Path(folder)
+        config = adapter_config(folder)
         try:
-            config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             tensors = load_file(str(folder / ADAPTER_WEIGHTS))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise AsftError(f"{folder} is no readable PEFT adapter ({error}); expected {ADAPTER_WEIGHTS}") from error
+        except (OSError, SafetensorError) as error:
+            raise AsftError(
+                f"{folder} is no readable PEFT adapter ({one_line(error)}); expected {ADAPTER_WEIGHTS}"
+            ) from error
         if str(config.get("peft_type", "LORA")).upper() != "LORA":
             raise AsftError(f"{folder} is an adapter of type {config['peft_type']}; expected LORA")
         if takes_out(config.get("init_lora_weights", True)):
@@ -73,6 +75,8 @@ class SavedAdapter:
             )
         if config.get("use_dora"):
             raise AsftError(f"{folder} uses DoRA, whose update is not scaling B A; train a plain LoRA")
+        if not isinstance(config.get("lora_alpha"), int | float):
+            raise AsftError(f"{folder}/{ADAPTER_CONFIG} has no number lora_alpha; expected a PEFT LoRA adapter")
         return cls(folder, config, tensors)
 
     def layers(self) -> Iterator[SavedLayer]:
@@ -93,10 +97,19 @@ class SavedAdapter:
         return [name.removeprefix(PREFIX) for name in sorted(set(self.tensors) - pairs)]
 
 
-def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    from peft.utils.other import get_pattern_key
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT adapter.
 
-    patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(list(patterns), name) if patterns else name
-    alpha = patterns.get(key, config["lora_alpha"])
+    Raises:
+        AsftError: there is none, or it is damaged.
+    """
+    return read_json(folder / ADAPTER_CONFIG, "expected the folder of a PEFT adapter")
+
+
+def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    alpha = config["lora_alpha"]
+    if patterns := config.get("alpha_pattern"):
+        from peft.utils.other import get_pattern_key  # with transformers behind it: seconds
+
+        alpha = patterns.get(get_pattern_key(list(patterns), name), alpha)
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, read_json
 
 STAMP_KEY = "asft"
 PICTURE = "asft_report_training.png"  # beside a model card, where the report was drawn
@@ -34,7 +34,7 @@ def add_to_config(path: Path, key: str, value: dict[str, Any]) -> bool:
     """Set one key of a JSON file, where there is one; returns whether there was."""
     if not path.is_file():
         return False
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "expected what PEFT saved")
     config[key] = value
     atomic_write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return True

@@ -252,11 +252,16 @@ def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
         (["--model", "{model}", "--device", "cuda:7"], "torch sees 0 GPUs"),
         (["--model", "{model}", "-o", "/proc/nothing"], "nothing can be written to /proc/nothing"),
         (["/no/config.yml"], "cannot be read"),
+        (["--model", "{model}", "--adapter", "{torn}"], "torn/adapter_config.json cannot be read as JSON"),
+        (["--model", "{model}", "--judge", "{torn}"], "the judge .*torn cannot be loaded"),
     ],
 )
 def test_bad_usage_is_one_line(pair, adapter, tmp_path, arguments, message):
     """Before anything long is begun: no model has answered."""
-    filled = [argument.format(model=pair[1], adapter=adapter) for argument in arguments]
+    shutil.copytree(adapter, tmp_path / "torn")
+    (tmp_path / "torn" / "adapter_config.json").write_text('{"peft_type": ')
+    (tmp_path / "torn" / "config.json").write_text("[]")
+    filled = [argument.format(model=pair[1], adapter=adapter, torn=tmp_path / "torn") for argument in arguments]
     result = CliRunner().invoke(asft, ["eval", "-o", str(tmp_path / "out"), *filled])
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()

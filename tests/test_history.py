@@ -9,8 +9,7 @@ import pytest
 from test_attach import make_trainer
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
-from axolotl_asft.adapter import LayerDrift
-from axolotl_asft.diagnostics import DriftReport
+from axolotl_asft.diagnostics import DriftReport, LayerDrift
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HISTORY_FILE, SNAPSHOTS, HistoryWriter, read_history
 

@@ -1,6 +1,8 @@
 """The arrows of import point one way: a module imports only what stands above it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "redaction", "yaml_config", "strengths", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
-    "direction", "metrics", "lora", "saved", "sources", "readahead", "partial", "devices", "extract", "verify",
-    "sharding", "layer_groups", "adapter", "diagnostics", "history", "stamp", "adapter_folder", "project", "engines",
+    "direction", "initialisation", "metrics", "lora", "saved", "diagnostics",
+    "sources", "readahead", "partial", "devices", "extract", "verify",
+    "sharding", "layer_groups", "adapter", "history", "stamp", "adapter_folder", "project", "engines",
     "templates", "quiet", "anchor", "constraint", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",
@@ -63,6 +66,15 @@ def test_only_the_plugin_and_the_reader_of_configs_import_axolotl(module):
 def test_the_maths_knows_torch_alone(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module}.py")}
     assert names <= {"torch", "math", "dataclasses", "collections", "functools"}
+
+
+def test_what_reads_files_waits_for_no_library_of_models():
+    """transformers and PEFT cost seconds, which an error in the arguments need not."""
+    homes = ["saved", "project", "diagnostics", "compare", "report.gather", "evaluation.models", "evaluation.judges"]
+    imports = "; ".join(f"import axolotl_asft.{home}" for home in homes)
+    code = f"import sys; {imports}; print(sorted({{'peft', 'transformers', 'lm_eval', 'axolotl'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_files_stay_readable():

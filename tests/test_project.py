@@ -227,7 +227,7 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
     def attempt(folder, **options):
         return project_adapter(folder, direction, tmp_path / "out", attenuate=1.0, **options)
 
-    with pytest.raises(AsftError, match="no readable PEFT adapter"):
+    with pytest.raises(AsftError, match=r"nothing/adapter_config.json cannot be read as JSON .*expected the folder of"):
         attempt(tmp_path / "nothing")
     with pytest.raises(AsftError, match="uses DoRA"):
         attempt(make_adapter(pair, tmp_path / "dora", use_dora=True, init_lora_weights=True))
@@ -241,6 +241,24 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
     alone = make_adapter(pair, tmp_path / "alone", target_modules=["lm_head"])
     with pytest.raises(AsftError, match=r"1 of 1 layers have no direction .*; use the direction of the adapter's mo"):
         attempt(alone, on_uncovered="ignore", force=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b'{"peft_type": "LORA", ', "cannot be read as JSON"),
+        ("adapter_config.json", b"[" * 100_000, "cannot be read as JSON"),
+        ("adapter_config.json", b"[]", "holds no JSON object"),
+        ("adapter_config.json", b"{}", "has no number lora_alpha"),
+        ("adapter_model.safetensors", b"\x00" * 4, "is no readable PEFT adapter"),
+    ],
+)
+def test_torn_adapters_are_refused(adapter, full_direction, tmp_path, name, content, message):
+    shutil.copytree(adapter, tmp_path / "torn")
+    (tmp_path / "torn" / name).write_bytes(content)
+    with pytest.raises(AsftError, match=message) as error:
+        project_adapter(tmp_path / "torn", full_direction[1], tmp_path / "out", attenuate=1.0)
+    assert "\n" not in str(error.value)
 
 
 UNCOVERED = {

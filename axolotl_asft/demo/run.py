@@ -14,7 +14,7 @@ from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.demo.configs import FineTuning, write_configs
 from axolotl_asft.demo.prompts import REFUSAL, DemoData, Turn, make_data
 from axolotl_asft.errors import AsftError, WorkFailed
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, read_json
 
 BASE_STEPS, BASE_RATE = 400, 3e-3
 ALIGNED_STEPS, ALIGNED_RATE = 200, 1e-3
@@ -106,7 +106,7 @@ def _claim(output: Path, settings: FineTuning) -> None:
     marker = output / "demo.json"
     wanted = {"recipe": RECIPE, "version": __version__, **asdict(settings)}
     if marker.is_file():
-        if json.loads(marker.read_text()) != wanted:
+        if read_json(marker, "give another --output, or delete it") != wanted:
             raise AsftError(f"{output} holds a demo with other settings; give another --output, or delete it")
         return
     if output.exists() and any(output.iterdir()):

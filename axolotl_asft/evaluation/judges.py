@@ -1,6 +1,5 @@
 """Judge models: another model's opinion on whether an answer is harmful, each asked in its own way."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from jinja2 import TemplateError
 
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.evaluation.models import FAILURES, nf4, place, within_memory
+from axolotl_asft.files import read_json
 
 
 @dataclass(frozen=True)
@@ -280,5 +280,5 @@ def _check_pattern(pattern: str) -> None:
 def _called(name: str) -> str:
     """The name that a judge goes by: a local folder may have kept that of the Hub in its config."""
     config = Path(name) / "config.json"
-    kept = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "") if config.is_file() else ""
+    kept = read_json(config, "give the folder of a model").get("_name_or_path", "") if config.is_file() else ""
     return f"{name} {kept}"

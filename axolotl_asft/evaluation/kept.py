@@ -12,8 +12,9 @@ from typing import Any
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import Answer
 from axolotl_asft.evaluation.judges import Way
-from axolotl_asft.evaluation.models import ADAPTER_CONFIG, Subject, model_state
+from axolotl_asft.evaluation.models import Subject, model_state
 from axolotl_asft.files import atomic_write_text
+from axolotl_asft.saved import adapter_config
 
 # Of adapter_config.json: our stamps, and what does not change what the model computes.
 NOT_COMPUTED = {"asft", "asft_projection", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
@@ -94,7 +95,7 @@ def answer_key(model: str, subject: Subject, how: dict[str, Any], template: str)
     """
     config = {}
     if subject.adapter is not None:
-        config = json.loads((subject.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = adapter_config(subject.adapter)
     computed = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
     return _hash([model, model_state(model), subject.sha256, computed, how, template])
 

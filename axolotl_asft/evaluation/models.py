@@ -1,7 +1,6 @@
 """The models that are asked: a chat model, and adapters on it, with the chat template that they were trained with."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from safetensors import SafetensorError
 
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
+from axolotl_asft.files import read_json
 from axolotl_asft.hub import hub_file
+from axolotl_asft.initialisation import takes_out
+from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from axolotl_asft.templates import text_tokenizer
 
-# as in `saved`, which imports PEFT: seconds that an error in the arguments need not cost
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # what transformers and PEFT raise for a bad checkpoint; a RuntimeError is torch's for a lack of memory, too
 FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
@@ -216,10 +216,7 @@ def changes_weights(subject: Subject) -> bool:
     """Whether putting the adapter on takes something out of the model's weights, for good: PiSSA and its like."""
     if subject.adapter is None:
         return False
-    from axolotl_asft.lora import takes_out
-
-    config = json.loads((subject.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return takes_out(config.get("init_lora_weights", True))
+    return takes_out(adapter_config(subject.adapter).get("init_lora_weights", True))
 
 
 def other_base(model: str, subject: Subject) -> str | None:
@@ -231,7 +228,7 @@ def other_base(model: str, subject: Subject) -> str | None:
     """
     if subject.adapter is None:
         return None
-    base = json.loads((subject.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = adapter_config(subject.adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         return None
     one, other = hub_file(base), hub_file(model)
@@ -248,7 +245,7 @@ def other_base(model: str, subject: Subject) -> str | None:
 def _shape(folder: Path) -> list[Any] | None:
     if not (folder / "config.json").is_file():
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", "give the folder of a model")
     return [config.get(key) for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")]
 
 

@@ -1,21 +1,16 @@
 """A run's folder, read: its history, its stamp and its final update, each where it is there."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.files import read_json
 from axolotl_asft.history import HISTORY_FILE, History, read_history
 from axolotl_asft.report.spectrum import Spectrum, update_spectrum
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter
 from axolotl_asft.stamp import STAMP_KEY
-
-CURVES = (
-    "loss", "eval_loss", "learning_rate",
-    "asft/penalty", "asft/anchor_kl", "asft/drift", "asft/update_norm", "asft/max_drift",
-)  # fmt: skip
 
 
 @dataclass
@@ -115,13 +110,7 @@ def add_spectra(run: Run, direction: AlignmentDirection | None) -> None:
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AsftError(f"{path} is no readable JSON ({one_line(error)}); the file is damaged") from error
-    if not isinstance(content, dict):
-        raise AsftError(f"{path} is no JSON object; the file is damaged")
-    return content
+    return read_json(path, "the file is damaged")
 
 
 def _trainer_log(folder: Path) -> list[dict[str, Any]]:
