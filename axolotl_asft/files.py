@@ -53,7 +53,8 @@ def read_json(path: Path, instead: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AsftError(f"{path} cannot be read as JSON ({one_line(error)}); {instead}") from error
+        why = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise AsftError(f"{path} cannot be read as JSON ({why}); {instead}") from error
     if not isinstance(content, dict):
         raise AsftError(f"{path} holds no JSON object; {instead}")
     return content

@@ -303,7 +303,7 @@ def test_an_adapter_that_never_moved(run):
         (["run", "-o", "report.pdf"], "expected a name that ends in .html"),
         (["unstamped"], "was trained without the constraint"),
         (["damaged"], "line 3 is no JSON"),
-        (["broken"], "adapter_config.json is no readable JSON"),
+        (["broken"], "adapter_config.json cannot be read as JSON"),
         (["run", "--eval", "odd.json"], "lacks what axolotl asft eval writes"),
     ],
 )
