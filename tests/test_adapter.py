@@ -154,7 +154,5 @@ def test_a_saved_adapter_measures_the_same(pair, direction, tmp_path, changes):
     for layer in saved.layers:
         assert layer.total == pytest.approx(live[layer.name].total, rel=1e-5)
         assert layer.orthogonal == pytest.approx(live[layer.name].orthogonal, rel=1e-4)
-    with pytest.raises(
-        AsftError, match=r"cannot be read as JSON \(No such file or directory\); expected the folder of a PEFT adapter"
-    ):
+    with pytest.raises(AsftError, match=r"JSON \(No such file or directory\); expected the folder of a PEFT adapter"):
         adapter_drift(tmp_path / "nothing", direction)
