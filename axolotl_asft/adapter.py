@@ -2,25 +2,23 @@
 
 import logging
 import os
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_asft.diagnostics import LayerDrift
-from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, ModuleDirection, select_modules
+from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, select_modules
 from axolotl_asft.errors import AsftError
 from axolotl_asft.fingerprint import with_scales
 from axolotl_asft.layer_groups import ConstrainedLayer, LayerGroup, grouped
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
-from axolotl_asft.penalty import PROJECTORS, projector_eigenvalues, relative_drift
+from axolotl_asft.penalty import PROJECTORS, relative_drift
 from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
 
 
-@dataclass
 class AlignmentPenalty:
     """P = sum over layers of ||(I - C_l) dW_l||_F^2, a scalar with gradients (AsFT, arXiv 2506.08473).
 
@@ -45,56 +43,62 @@ class AlignmentPenalty:
         on_uncovered: "error", "warn" or "ignore" where a trainable weight is not covered by the penalty.
         verify_model: refuse a direction that was extracted for other weights than the model's.
 
+    Attributes:
+        layers: the constrained LoRA layers, in the model's order.
+        groups: the same by shape, with their directions.
+
     Raises:
         AsftError: nothing to constrain, a kind of LoRA whose update is not scaling B A, a direction of another
             shape or for another model, or an uncovered weight under on_uncovered="error".
     """
 
-    model: nn.Module = field(repr=False)
-    direction: AlignmentDirection = field(repr=False)
-    projector: str = "paper"
-    rank: int | None = None
-    metric: str | None = None
-    lora_scaling: bool = True
-    modules: list[str] | None = None
-    on_uncovered: str = "error"
-    verify_model: bool = True
-    layers: list[FoundLayer] = field(init=False, repr=False)
-    groups: list[LayerGroup] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_choice("projector", self.projector, PROJECTORS)
-        _check_choice("on_uncovered", self.on_uncovered, ON_UNCOVERED)
-        if self.metric is None:
-            held = any("fisher" in module.metrics for module in self.direction.modules.values())
-            self.metric = "fisher" if held else "weights"
-        _check_choice("metric", self.metric, ("weights", *METRICS))
-        if self.rank is not None and self.rank < 0:
-            raise AsftError(f"rank is {self.rank}; expected 0 or more, or null for the default")
-        if self.rank is None and self.metric != "weights":
-            self.rank = 0
-        found = {layer.name: layer for layer in trainable_lora_layers(self.model)}
-        chosen = select_modules(list(found), self.modules) if self.modules else list(found)
-        covered = [name for name in chosen if name in self.direction.modules]
+    def __init__(
+        self,
+        model: nn.Module,
+        direction: AlignmentDirection,
+        projector: str = "paper",
+        rank: int | None = None,
+        metric: str | None = None,
+        lora_scaling: bool = True,
+        modules: list[str] | None = None,
+        on_uncovered: str = "error",
+        verify_model: bool = True,
+    ):
+        if metric is None:
+            held = any("fisher" in module.metrics for module in direction.modules.values())
+            metric = "fisher" if held else "weights"
+        _check_choice("projector", projector, PROJECTORS)
+        _check_choice("on_uncovered", on_uncovered, ON_UNCOVERED)
+        _check_choice("metric", metric, ("weights", *METRICS))
+        if rank is not None and rank < 0:
+            raise AsftError(f"rank is {rank}; expected 0 or more, or null for the default")
+        self.model, self.direction = model, direction
+        self.projector, self.metric = projector, metric
+        self.rank = 0 if rank is None and metric != "weights" else rank
+        self.lora_scaling, self.modules = lora_scaling, modules
+        self.on_uncovered, self.verify_model = on_uncovered, verify_model
+        found = {layer.name: layer for layer in trainable_lora_layers(model)}
+        chosen = select_modules(list(found), modules) if modules else list(found)
+        covered = [name for name in chosen if name in direction.modules]
         self._report_uncovered(
-            [name for name in chosen if name not in self.direction.modules],
-            other_trainable_parameters(self.model, list(found.values())),
+            [name for name in chosen if name not in direction.modules],
+            other_trainable_parameters(model, list(found.values())),
         )
         if not covered:
             raise AsftError(
                 f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {chosen[0]}, the "
-                f"direction file's {next(iter(self.direction.modules))}; use the direction of this model"
+                f"direction file's {next(iter(direction.modules))}; use the direction of this model"
             )
         for name in covered:
-            _check_shape(found[name], self.direction.modules[name])
+            direction.modules[name].check_shape(name, found[name].shape, "model")
         self.layers = [found[name] for name in covered]
-        self.groups = grouped(self._constrained(layer) for layer in self.layers)
+        self.groups: list[LayerGroup] = grouped(self._constrained(layer) for layer in self.layers)
         if all(group.X is not None and not group.X.any() for group in self.groups):
             raise AsftError(
-                f"the direction's metric {self.metric} is empty in every layer, so that it would hold nothing; make it "
-                f"again with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
+                f"the direction's metric {metric} is empty in every layer, so that it would hold nothing; make it "
+                f"again with `axolotl asft extract --metric {metric}`, or set metric: weights"
             )
-        if self.verify_model:
+        if verify_model:
             self._verify()
 
     def __call__(self) -> Tensor:
@@ -140,8 +144,7 @@ class AlignmentPenalty:
 
     def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
         module = self.direction.modules[found.name]
-        k = module.rank if self.rank is None else min(self.rank, module.rank)
-        c = projector_eigenvalues(self.projector, module.S, module.norm)[:k]
+        U, c = module.projector(self.projector, self.rank)
         if found.was_taken_out and found.A.is_meta:
             raise AsftError(
                 f"{found.name} is initialised by {found.initialisation!r}, and its weights are not loaded here; "
@@ -149,14 +152,14 @@ class AlignmentPenalty:
             )
         initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None
         X, Y, size = None, None, module.norm
-        if self.metric is not None and self.metric != "weights":
+        if self.metric != "weights":
             if (metric := module.metrics.get(self.metric)) is None:
                 raise AsftError(
                     f"metric is {self.metric!r}, which the direction file does not hold (first {found.name}); make it "
                     f"with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
                 )
             X, Y, size = metric.inputs, metric.outputs, metric.norm
-        return ConstrainedLayer(found, module.U[:, :k], c, float(size), X, Y, initial)
+        return ConstrainedLayer(found, U, c, float(size), X, Y, initial)
 
     def _verify(self) -> None:
         if any(layer.initialisation == "loftq" for layer in self.layers):
@@ -193,18 +196,10 @@ def _sum_on_first_device(values) -> Tensor:
     total: Tensor | None = None
     for value in values:
         total = value if total is None else total + value.to(total.device)
-    assert total is not None  # __post_init__ refuses a model without covered layers
+    assert total is not None  # __init__ refuses a model without covered layers
     return total
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise AsftError(f"{key} is {value!r}; expected one of {', '.join(choices)}")
-
-
-def _check_shape(layer: FoundLayer, module: ModuleDirection) -> None:
-    if layer.shape != module.shape:
-        raise AsftError(
-            f"{layer.name} is {layer.shape} (out, in) in the model and {module.shape} in the direction; use the "
-            "direction of this model"
-        )

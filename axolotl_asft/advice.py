@@ -1,6 +1,9 @@
 """What the settings of a run mean in plain words, and which of them give pause."""
 
+import functools
 import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 from axolotl_asft.adapter import AlignmentPenalty
@@ -122,6 +125,22 @@ def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> li
     return found
 
 
+def on_untouched(strength: Strengths, penalty: AlignmentPenalty) -> list[str]:
+    """Layers that alignment did not move, of which every multiple is 0."""
+    names = [
+        found.name
+        for group in penalty.groups
+        for found, size in zip(group.found, group.sizes.tolist(), strict=True)
+        if size == 0
+    ]
+    if strength.max_drift is None or not names:
+        return []
+    return [
+        f"max_drift lets {len(names)} of {len(penalty.layers)} layers learn nothing, since alignment did not move them "
+        f"(first {min(names)}); take them out of LoRA's targets, or set lambda_reg in place of max_drift"
+    ]
+
+
 def on_coverage(block: AsftArgs, left_out: int, uncovered: int) -> list[str]:
     """What trains without the constraint because the block lets it.
 
@@ -180,9 +199,43 @@ def on_foreign_code(content: dict[str, Any], remote_code: bool) -> list[str]:
         for name in (plugins if isinstance(plugins, list) else [])
         if name not in OUR_NAMES and not _of_axolotl(str(name))
     ]
-    if others:
-        found.append(f"plugins: {', '.join(others)} is code that is not axolotl's; look at where it comes from")
+    for key, names in [("plugins", others), *_named_code(content).items()]:
+        if names:
+            found.append(f"{key}: {', '.join(names)} is code that is not axolotl's; look at where it comes from")
     return found
+
+
+def _named_code(content: dict[str, Any]) -> dict[str, list[str]]:
+    """Key -> names that axolotl imports beside plugins, `module.name`, and that are neither axolotl's nor TRL's."""
+    found: dict[str, list[Any]] = {"trainer_cls": [content.get("trainer_cls")]}
+    for block, key in (("trl", "reward_funcs"), ("trl", "rollout_func"), ("hatchery", "reward_funcs")):
+        found[f"{block}.{key}"] = _list(_dict(content.get(block)).get(key))
+    for key in ("datasets", "test_datasets", "pretraining_dataset"):
+        found[f"{key}[].type"] = [_dict(entry).get("type") for entry in _list(content.get(key))]
+    return {key: [name for name in names if _is_foreign(name)] for key, names in found.items()}
+
+
+def _is_foreign(name: Any) -> bool:
+    """Whether a name has a module in it that is not of axolotl, of its prompt strategies or of TRL; no path or id."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w+(?:\.\w+)+", name):
+        return False
+    head = name.partition(".")[0]
+    return head not in ("axolotl", "trl") and not {head, f"{head}.py"} & _prompt_strategies()
+
+
+@functools.cache
+def _prompt_strategies() -> frozenset[str]:
+    spec = importlib.util.find_spec("axolotl.prompt_strategies")
+    folders = (spec.submodule_search_locations if spec is not None else None) or []
+    return frozenset(name for folder in folders for path in Path(folder).rglob("*.py") for name in path.parts[-2:])
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _of_axolotl(plugin: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import read_json
-from axolotl_asft.hub import HubFile, cached_folder, commit_of, small_file, weight_files
+from axolotl_asft.hub import HubFile, cached_folder, commit_of, hub_model, small_file, weight_files
 from axolotl_asft.naming import model_names
 from axolotl_asft.tensor_files import DTYPES, LocalFile, RemoteFile, TensorFile
 
@@ -59,9 +59,7 @@ class Checkpoint:
         Raises:
             AsftError: no such folder or model, no safetensors in it, or a file that cannot be read.
         """
-        path = Path(location).expanduser()
-        wanted = None if path.exists() or str(location).startswith((".", "/", "~")) else HubFile.parse(str(location))
-        if wanted is not None and wanted.file is None:
+        if (wanted := hub_model(location)) is not None:
             return _open_remote(wanted)
         folder = _existing_folder(location)
         files: list[TensorFile] = [LocalFile(file) for file in _weight_files(folder)]

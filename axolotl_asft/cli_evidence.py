@@ -10,6 +10,7 @@ import click
 
 from axolotl_asft.console import quieten_libraries, stages
 from axolotl_asft.errors import AsftError
+from axolotl_asft.hub import hub_model
 from axolotl_asft.yaml_config import read_config, read_text
 
 
@@ -132,12 +133,13 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
 
 def _base_model(content: dict[str, Any]) -> str | None:
     model, revision = content.get("base_model"), content.get("revision_of_model")
-    return f"{model}@{revision}" if model and revision and not Path(model).expanduser().exists() else model
+    wanted = hub_model(str(model)) if model and revision else None
+    return model if wanted is None else wanted.at(str(revision))
 
 
 @click.command("landscape")
 @click.option("--model", required=True, metavar="DIR|ID", help="The aligned chat model, not quantised.")
-@click.option("--direction", "file", type=click.Path(path_type=Path), help="Its direction, made with --keep-v.")
+@click.option("--direction", "file", metavar="FILE|OWNER/NAME", help="Its direction, made with --keep-v.")
 @click.option("--base", metavar="DIR", help="Or its base model, from which the direction is made on the spot.")
 @click.option(
     "--rank", default=64, show_default=True, type=click.IntRange(min=1), help="With --base: directions a layer."
@@ -175,7 +177,7 @@ def _base_model(content: dict[str, Any]) -> str | None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def landscape_command(
     model: str,
-    file: Path | None,
+    file: str | None,
     base: str | None,
     rank: int,
     radii: str,
@@ -200,6 +202,7 @@ def landscape_command(
     turns = _chats(task) if task is not None else None
     quieten_libraries()
     from axolotl_asft.evaluation.basin import landscape_table, verdict
+    from axolotl_asft.evaluation.kept import without_nan
     from axolotl_asft.evaluation.landscape import measure_landscape
 
     direction = _direction(model, file, base, rank, show=not as_json)
@@ -214,7 +217,8 @@ def landscape_command(
     else:
         draw_landscape(points, picture, f"Around the aligned weights of {Path(model).name}")
     if as_json:
-        click.echo(json.dumps({"points": [vars(point) for point in points], "verdict": vars(found)}))
+        plain = without_nan({"points": [vars(point) for point in points], "verdict": vars(found)})
+        click.echo(json.dumps(plain, allow_nan=False))
         return
     click.echo(f"\n{landscape_table(points)}\n\n{found.text}")
     click.echo(f"landscape.json and {picture.name} are in {output}/.")
@@ -230,7 +234,7 @@ def _radii(text: str) -> tuple[float, ...]:
     return radii
 
 
-def _direction(model: str, file: Path | None, base: str | None, rank: int, show: bool) -> Any:
+def _direction(model: str, file: str | None, base: str | None, rank: int, show: bool) -> Any:
     if file is not None:
         from axolotl_asft.direction import AlignmentDirection
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from axolotl_asft import fingerprint
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection
 from axolotl_asft.errors import AsftError
 
@@ -18,6 +19,8 @@ def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, 
 
     Two random spans of k directions among `out` have k / out. The cosine is that of s^2-weighted spans, tr(C C') over
     ||C|| ||C'|| with C = U diag(s^2) U^T: 1 where `paper` projectors agree up to scale.
+
+    `same_aligned_weights` is of the shared layers, by their fingerprints; None where a file has none of them.
 
     Raises:
         AsftError: no module of one name and number of outputs in both.
@@ -38,7 +41,7 @@ def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, 
     return {
         "files": [_origin(first), _origin(second)],
         "same": first.sha256 is not None and first.sha256 == second.sha256,
-        "same_aligned_weights": _weights(first) is not None and _weights(first) == _weights(second),
+        "same_aligned_weights": _same_weights(_blocks(first), _blocks(second), shared),
         "shared": len(shared),
         "only_in_first": [name for name in first.modules if name not in shared],
         "only_in_second": [name for name in second.modules if name not in shared],
@@ -73,8 +76,22 @@ def _origin(direction: AlignmentDirection) -> dict[str, Any]:
     }
 
 
-def _weights(direction: AlignmentDirection) -> str | None:
-    return direction.spec["aligned"].get("sha256")
+def _blocks(direction: AlignmentDirection) -> dict[str, str]:
+    """Module -> the kept block of the aligned model's weight; {} where there are none that can be read here."""
+    kept = direction.spec["aligned"].get("fingerprint")
+    blocks = kept.get("blocks") if isinstance(kept, dict) and kept.get("scheme") == fingerprint.SCHEME else None
+    return blocks if isinstance(blocks, dict) else {}
+
+
+def _same_weights(first: dict[str, str], second: dict[str, str], shared: list[str]) -> bool | None:
+    """Whether both are of one model, as `axolotl_asft.verify` tells it; a copy in another dtype is the same."""
+    differing = compared = 0
+    for name in shared:
+        if name in first and name in second:
+            one, other = fingerprint.decode_block(first[name]), fingerprint.decode_block(second[name])
+            differing += min(fingerprint.mismatching_values(*pair) for pair in ((one, other), (other, one)))
+            compared += len(one)
+    return differing <= fingerprint.MAX_MISMATCH * compared if compared else None
 
 
 def comparison_text(result: dict[str, Any], modules: bool) -> str:
@@ -82,11 +99,12 @@ def comparison_text(result: dict[str, Any], modules: bool) -> str:
     first, second = (
         f"{file['aligned']} - {file['base']} (sha256 {str(file['sha256'])[:12]})" for file in result["files"]
     )
+    weights = {True: "the same weights", False: "other weights", None: "not known: a file has no fingerprint of them"}
     chance = sum(module["by_chance"] for module in result["modules"]) / result["shared"]
     lines = [
         f"first    {first}",
         f"second   {second}",
-        f"aligned  {'the same weights' if result['same_aligned_weights'] else 'other weights'}",
+        f"aligned  {weights[result['same_aligned_weights']]}",
         f"layers   {result['shared']} shared, {len(result['only_in_first'])} in the first alone, "
         f"{len(result['only_in_second'])} in the second alone",
         f"overlap  {result['overlap']:.3f} of the spans (by chance {chance:.3f})",

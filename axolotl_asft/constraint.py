@@ -119,7 +119,7 @@ class Constraint:
         return DriftReport(tuple(self.penalty.measure()))
 
     def penalty_peak(self) -> float:
-        """The largest lambda_reg P so far: it peaks early in training and is small at the end."""
+        """The largest lambda_reg P so far, before a stop too: it peaks early in training and is small at the end."""
         return _significant(float(self._peak)) if self._peak is not None else 0.0
 
     def settings(self) -> dict[str, Any]:
@@ -173,8 +173,10 @@ class Constraint:
 
     def begin(self) -> None:
         """Training starts."""
-        self._steps, self._shortened, self._peak, self._final_stamp = 0, 0, None, None
+        self._steps, self._shortened, self._final_stamp = 0, 0, None
         state, arguments = self.trainer.state, self.trainer.args
+        logged = [line["asft/penalty"] for line in state.log_history if "asft/penalty" in line]  # before a stop
+        self._peak = torch.tensor(logged).max() if logged else None
         self._first_step = state.global_step
         self._divergences.clear()
         if self._anchor is not None:
@@ -209,7 +211,7 @@ class Constraint:
 
     def _note(self, value: Tensor) -> None:
         value = self.lambda_reg * value
-        self._peak = value if self._peak is None else torch.maximum(self._peak, value)
+        self._peak = value if self._peak is None else torch.maximum(self._peak.to(value), value)
 
     def _ask(self, anchor: AnswerAnchor) -> None:
         """The gradient of anchor_weight KL: a backward pass through the model as the trainer wrapped it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.penalty import orthogonal_part, projector_eigenvalues, relative_drift, squared_norm
+from axolotl_asft.penalty import orthogonal_part, relative_drift, squared_norm
 from axolotl_asft.saved import SavedAdapter
 
 
@@ -18,7 +18,8 @@ class LayerDrift:
         orthogonal: ||(I - C) dW||_F^2.
         total: ||dW||_F^2.
         penalty: the layer's part of P: ||Y^T (I - C) dW X||_F^2, without the scaling where that is left out.
-        relative: ||Y^T (I - C) dW X||_F / ||Y^T d X||_F: how far off the direction, in units of what alignment did.
+        relative: ||Y^T (I - C) dW X||_F / ||Y^T d X||_F: how far off the direction, in units of what alignment did;
+            NaN where the layer moved and alignment had left it alone (d = 0), and where it is not finite.
     """
 
     name: str
@@ -32,10 +33,15 @@ class LayerDrift:
         """||(I - C) dW|| / ||dW||: 0 along the alignment direction, 1 orthogonal to it."""
         return relative_drift(self.orthogonal, self.total)
 
+    @property
+    def has_yardstick(self) -> bool:
+        """Whether `relative` can be said: not where only fine-tuning moved the layer."""
+        return not (math.isnan(self.relative) and math.isfinite(self.penalty))
+
 
 @dataclass(frozen=True)
 class DriftReport:
-    """The drift of a whole model.
+    """The drift of a whole model; NaN where a layer's numbers are NaN.
 
     Attributes:
         layers: one entry a layer.
@@ -44,14 +50,9 @@ class DriftReport:
     layers: tuple[LayerDrift, ...]
 
     @property
-    def orthogonal_norm(self) -> float:
-        """||(I - C) dW||_F over all layers."""
-        return math.sqrt(sum(layer.orthogonal for layer in self.layers))
-
-    @property
     def update_norm(self) -> float:
         """||dW||_F over all layers."""
-        return math.sqrt(sum(layer.total for layer in self.layers))
+        return math.sqrt(max(sum(layer.total for layer in self.layers), 0.0))
 
     @property
     def penalty(self) -> float:
@@ -60,8 +61,15 @@ class DriftReport:
 
     @property
     def max_drift(self) -> float:
-        """max over layers of ||(I - C) dW M|| / ||d M||: what the key of that name bounds."""
-        return max((layer.relative for layer in self.layers), default=0.0)
+        """max over layers of ||Y^T (I - C) dW X|| / ||Y^T d X||: what the key of that name bounds.
+
+        Over the layers that moved and have a yardstick; NaN where none of those that moved has one, 0 where none moved.
+        """
+        moved = [layer for layer in self.layers if layer.penalty != 0]  # as NaN is
+        known = [layer.relative for layer in moved if layer.has_yardstick]
+        if not known or any(map(math.isnan, known)):
+            return math.nan if moved else 0.0
+        return max(known)
 
     @property
     def drift(self) -> float:
@@ -77,12 +85,15 @@ def adapter_drift(
 ) -> DriftReport:
     """The drift of a saved PEFT LoRA adapter, without loading its model.
 
+    Its penalty and its relative drift are those of the weights, ||(I - C) dW||, with PEFT's scaling, whatever metric
+    the adapter was trained under and the direction file holds.
+
     Args:
         adapter: folder with `adapter_model.safetensors` and `adapter_config.json`.
         direction, projector, rank: as for `AlignmentPenalty`.
 
     Raises:
-        AsftError: no such adapter, or one of its layers has no direction.
+        AsftError: no such adapter, or one of its layers has no direction or one of another shape.
     """
     layers = []
     for layer in SavedAdapter.read(adapter).layers():
@@ -90,10 +101,11 @@ def adapter_drift(
             raise AsftError(f"{adapter} has a layer {layer.name} without a direction; use the direction of its model")
         module = direction.modules[layer.name]
         A, B = layer.A.float(), layer.B.float()
-        k = module.rank if rank is None else min(rank, module.rank)
-        c = projector_eigenvalues(projector, module.S, module.norm)[:k]
+        module.check_shape(layer.name, (B.shape[0], A.shape[1]), "adapter")
+        U, c = module.projector(projector, rank)
         factor = layer.scaling**2
-        orthogonal = factor * float(squared_norm(orthogonal_part(B, module.U[:, :k].float(), c), A))
+        orthogonal = factor * float(squared_norm(orthogonal_part(B, U.float(), c), A))
         total = factor * float(squared_norm(B, A))
-        layers.append(LayerDrift(layer.name, orthogonal, total, orthogonal, relative_drift(orthogonal, module.norm**2)))
+        relative = relative_drift(orthogonal, float(module.norm) ** 2)
+        layers.append(LayerDrift(layer.name, orthogonal, total, orthogonal, relative))
     return DriftReport(tuple(layers))

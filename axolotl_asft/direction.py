@@ -16,6 +16,7 @@ from torch import Tensor
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.files import atomic_write
 from axolotl_asft.hub import direction_path
+from axolotl_asft.penalty import projector_eigenvalues
 from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec, named
 
 # How far U^T U may be from the identity: the rounding of a unit vector's entries, with room to spare.
@@ -69,6 +70,29 @@ class ModuleDirection:
     @property
     def shape(self) -> tuple[int, int]:
         return self.U.shape[0], self.in_features
+
+    def projector(self, kind: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """C = U diag(c) U^T from the `rank` leading directions: U (out, k), as stored, and c (k,), in fp32.
+
+        Args:
+            kind: "paper", "normalized" or "subspace" (`axolotl_asft.penalty.projector_eigenvalues`).
+            rank: None: all that are stored, as under a rank that is larger.
+        """
+        return self.U[:, :rank], projector_eigenvalues(kind, self.S, self.norm)[:rank]
+
+    def check_shape(self, name: str, shape: tuple[int, int], where: str) -> None:
+        """Refuse a layer of another shape than d's.
+
+        Args:
+            name: of the layer.
+            shape: (out, in) of the layer.
+            where: "model" or "adapter".
+        """
+        if shape != self.shape:
+            raise AsftError(
+                f"{name} is {shape} (out, in) in the {where} and {self.shape} in the direction; use the direction of "
+                f"this {where}"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
-from axolotl_asft.hub import HubFile, cached_folder, commit_of, direction_path, hub_file, is_commit
+from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, run_tokenizer, validated_config
@@ -135,6 +135,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     )
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
+    check.warnings += advice.on_untouched(strength, penalty)
     check.warnings += advice.on_pin(block, direction)
     if strength.holds_answers(penalty.metric):
         tokenizer = run_tokenizer(cfg)
@@ -186,9 +187,9 @@ def _compare_weights(check: Check, block: AsftArgs, direction: AlignmentDirectio
 
 def _folder(cfg: Any) -> Path | None:
     """Where the weights of the base model lie on this machine, if they do."""
-    path = Path(cfg.base_model).expanduser()
-    wanted = HubFile.parse(cfg.base_model)
-    if path.is_dir() or wanted is None:
+    wanted = hub_model(cfg.base_model)
+    if wanted is None:
+        path = Path(cfg.base_model).expanduser()
         return path if path.is_dir() else None
     wanted = replace(wanted, revision=cfg.revision_of_model)
     found = (cached_folder(wanted, ["config.json", name]) for name in (INDEX_NAME, SINGLE_NAME))
@@ -197,7 +198,7 @@ def _folder(cfg: Any) -> Path | None:
 
 def _revision(cfg: Any) -> str | None:
     """The commit of a base model on the Hub; its config.json is in the cache by now."""
-    wanted = None if Path(cfg.base_model).expanduser().is_dir() else HubFile.parse(cfg.base_model)
+    wanted = hub_model(cfg.base_model)
     if wanted is None:
         return None
     folder = cached_folder(replace(wanted, revision=cfg.revision_of_model), ["config.json"])

@@ -16,7 +16,7 @@ from axolotl_asft.checkpoint import dtype_named
 from axolotl_asft.devices import devices_named, spread
 from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.metrics import LayerMetric
+from axolotl_asft.metrics import LayerMetric, ModelMetric
 from axolotl_asft.partial import Parts
 from axolotl_asft.readahead import read_ahead
 from axolotl_asft.sources import Source, open_source
@@ -62,7 +62,7 @@ def extract_direction(
     modules: list[str] | None = None,
     dtype: str = "bfloat16",
     keep_v: bool = False,
-    metrics: Sequence[LayerMetric] = (),
+    metrics: Sequence[ModelMetric] = (),
     own_answers: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     device: str = "cpu",
@@ -126,7 +126,7 @@ def _extract(
     source: Source,
     settings: _Settings,
     recipe: dict[str, Any],
-    metrics: Sequence[LayerMetric],
+    metrics: Sequence[ModelMetric],
     parts: Parts | None,
     devices: list[str],
     progress: bool,
@@ -194,7 +194,7 @@ def _layer(source: Source, name: str, digests: dict[str, "hashlib._Hash"], parts
 
 
 def _decomposed(
-    name: str, difference: Tensor | LowRank, settings: _Settings, metrics: Sequence[LayerMetric]
+    name: str, difference: Tensor | LowRank, settings: _Settings, metrics: Sequence[ModelMetric]
 ) -> tuple[ModuleDirection, dict[str, Any]]:
     """The direction of one layer, and its entry in the spec."""
     rank = settings.rank
@@ -207,15 +207,15 @@ def _decomposed(
         settings.energy,
         settings.max_rank,
     )
-    held = [metric for metric in metrics if name in metric.inputs]
-    factors = {metric.name: _metric(metric, name, difference, settings.dtype) for metric in held}
+    held = {metric.name: metric.layers[name] for metric in metrics if name in metric.layers}
+    factors = {kind: _metric(layer, difference, settings.dtype) for kind, layer in held.items()}
     V = subspace.V.cpu() if settings.keep_v else None
     module = ModuleDirection(
         subspace.U.cpu(), subspace.S.cpu(), subspace.norm.cpu(), difference.shape[1], V, metrics=factors
     )
     entry = _module_entry(subspace, difference.shape)
     if held:
-        entry["metrics"] = {metric.name: _metric_entry(metric, name) for metric in held}
+        entry["metrics"] = {kind: _metric_entry(layer) for kind, layer in held.items()}
     return module, entry
 
 
@@ -260,8 +260,8 @@ def _module_entry(subspace: Subspace, shape: torch.Size) -> dict[str, Any]:
     }
 
 
-def _metric(metric: LayerMetric, name: str, difference: Tensor | LowRank, dtype: torch.dtype) -> Metric:
-    X, Y = metric.inputs[name].to(dtype), metric.outputs.get(name)
+def _metric(layer: LayerMetric, difference: Tensor | LowRank, dtype: torch.dtype) -> Metric:
+    X, Y = layer.X.to(dtype), layer.Y
     on = difference.A.device if isinstance(difference, LowRank) else difference.device
     product = (difference @ X.float().to(on)).cpu()
     if Y is not None:
@@ -270,16 +270,16 @@ def _metric(metric: LayerMetric, name: str, difference: Tensor | LowRank, dtype:
     return Metric(X, torch.linalg.matrix_norm(product), Y)
 
 
-def _metric_entry(metric: LayerMetric, name: str) -> dict[str, Any]:
-    outputs = {"outputs": metric.outputs[name].shape[1]} if name in metric.outputs else {}
-    return {"inputs": metric.inputs[name].shape[1], **outputs, "energy": metric.energy[name]}
+def _metric_entry(layer: LayerMetric) -> dict[str, Any]:
+    outputs = {} if layer.Y is None else {"outputs": layer.Y.shape[1]}
+    return {"inputs": layer.X.shape[1], **outputs, "energy": layer.energy}
 
 
-def _check_metrics(metrics: Sequence[LayerMetric], names: Sequence[str]) -> None:
+def _check_metrics(metrics: Sequence[ModelMetric], names: Sequence[str]) -> None:
     """A wrapper's loader may name the layers otherwise than its checkpoint: the metric would be left out, unsaid."""
     for metric in metrics:
-        if not any(name in metric.inputs for name in names):
-            found = next(iter(metric.inputs), "none")
+        if not any(name in metric.layers for name in names):
+            found = next(iter(metric.layers), "none")
             raise AsftError(
                 f"the metric {metric.name} is of layers such as {found}, the checkpoint's are called {names[0]}: the "
                 "model is loaded under other names, as a text model of a wrapper may be; make the direction without "
@@ -287,14 +287,15 @@ def _check_metrics(metrics: Sequence[LayerMetric], names: Sequence[str]) -> None
             )
 
 
-def _digest(metrics: Sequence[LayerMetric]) -> dict[str, str]:
+def _digest(metrics: Sequence[ModelMetric]) -> dict[str, str]:
     """Metric -> sha256 of its factors."""
     found = {}
     for metric in metrics:
         digest = hashlib.sha256()
-        for factors in (metric.inputs, metric.outputs):
-            for name in sorted(factors):
-                _update_hash(digest, name, factors[name])
+        for name, layer in sorted(metric.layers.items()):
+            for factor in (layer.X, layer.Y):
+                if factor is not None:
+                    _update_hash(digest, name, factor)
         found[metric.name] = digest.hexdigest()
     return found
 

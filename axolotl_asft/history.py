@@ -14,6 +14,7 @@ from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text
 from axolotl_asft.redaction import redacted
+from axolotl_asft.stamp import PAGE, PICTURE
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -68,6 +69,8 @@ class HistoryWriter:
     def begin(self, folder: str | Path, step: int, max_steps: int, logged: list[dict[str, Any]]) -> None:
         """Training starts at `step`: go on with the lines up to there; from step 0, begin anew.
 
+        Then the report of an earlier run is removed, whose picture the model card would show.
+
         Args:
             logged: the trainer's own log of the earlier steps, for a run that is resumed in another folder.
         """
@@ -83,7 +86,14 @@ class HistoryWriter:
             header["resumed_at_steps"] = [step]
             lines = self._go_on(header, step) or _from_log(logged)
         text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in [header, *lines])
-        self._write(lambda path: atomic_write_text(path, text))
+
+        def start_file(path: Path) -> None:
+            if not step:
+                for name in (PAGE, PICTURE):
+                    path.with_name(name).unlink(missing_ok=True)
+            atomic_write_text(path, text)
+
+        self._write(start_file)
 
     def add(self, step: int, epoch: float | None, logs: dict[str, Any], report: DriftReport | None, last: bool) -> None:
         """One line of the log.

@@ -59,19 +59,40 @@ def direction_path(location: str | Path) -> Path:
     HF_ENDPOINT hold. A revision that is no commit can change under its name; a warning says how to pin it.
 
     Raises:
-        AsftError: no such repository, revision or file, no access, or no connection.
+        AsftError: a folder; no such repository, revision or file, no access, or no connection.
     """
     wanted = hub_file(location)
-    return Path(location).expanduser() if wanted is None else download(wanted)
+    path = Path(location).expanduser() if wanted is None else download(wanted)
+    if path.is_dir():
+        raise AsftError(f"{path} is a folder; expected a direction file, .safetensors, or owner/name on the Hub")
+    return path
 
 
 def hub_file(location: str | Path) -> HubFile | None:
     """What the location of a direction names on the Hub; None of a local path, as `direction_path` tells them apart."""
+    wanted = None if _is_local(location) else HubFile.parse(str(location))
+    return None if wanted is not None and wanted.file is None and str(location).endswith(".safetensors") else wanted
+
+
+def hub_model(location: str | Path) -> HubFile | None:
+    """What the location of a model or an adapter names on the Hub, `owner/name[@revision]`; None of a local path.
+
+    Local is a `Path`, what exists here, and what begins like a path (`./`, `/`, `~`).
+
+    Raises:
+        AsftError: it names a file of a repository.
+    """
+    wanted = None if _is_local(location) else HubFile.parse(str(location))
+    if wanted is not None and wanted.file is not None:
+        raise AsftError(
+            f"{location} names one file; expected a model: a folder, or on the Hub owner/name or owner/name@revision"
+        )
+    return wanted
+
+
+def _is_local(location: str | Path) -> bool:
     text = str(location)
-    if isinstance(location, Path) or text.startswith((".", "/", "~")) or Path(text).expanduser().exists():
-        return None
-    wanted = HubFile.parse(text)
-    return None if wanted is not None and wanted.file is None and text.endswith(".safetensors") else wanted
+    return isinstance(location, Path) or text.startswith((".", "/", "~")) or Path(text).exists()
 
 
 def is_commit(revision: str | None) -> bool:
@@ -111,16 +132,17 @@ def cached_folder(model: HubFile, needed: list[str]) -> Path | None:
     """The folder of the Hub's cache that holds all these files of a model; None where one is missing."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(model.repo, name, revision=model.revision) for name in needed]
+    with hub_errors(model):
+        found = [try_to_load_from_cache(model.repo, name, revision=model.revision) for name in needed]
     if not found or not all(isinstance(path, str) for path in found):
         return None
     return Path(str(found[0])).parent
 
 
-def model_folder(location: str) -> Path:
+def model_folder(location: str | Path) -> Path:
     """A local folder as it is; a model of the Hub, `owner/name[@revision]`, downloaded whole into its cache."""
-    wanted = HubFile.parse(location)
-    if Path(location).expanduser().exists() or wanted is None:
+    wanted = hub_model(location)
+    if wanted is None:
         return Path(location).expanduser()
     from huggingface_hub import snapshot_download
 
@@ -214,6 +236,10 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
 
     try:
         yield
+    except errors.HFValidationError as error:
+        raise AsftError(
+            f"{wanted} is no file here, and no name on the Hub ({_first_line(error)}); expected owner/name, or a path"
+        ) from error
     except errors.GatedRepoError as error:
         raise AsftError(
             f"{wanted.repo} is gated; ask for access at its page, and log in with `hf auth login`"

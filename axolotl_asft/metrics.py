@@ -19,21 +19,32 @@ OWN_WORDS = 16  # tokens of the model's own answers: a refusal shows in its firs
 
 @dataclass(frozen=True)
 class LayerMetric:
-    """The factors of a metric, layer by layer: the penalty becomes ||Y^T (I - C) dW X||_F^2.
+    """The factors of one layer's metric: its penalty becomes ||Y^T (I - C) dW X||_F^2.
+
+    Attributes:
+        X: (in, m) fp32.
+        Y: (out, n) fp32; None where the metric does not look at outputs.
+        energy: share of the trace that the kept directions carry, of X times of Y.
+    """
+
+    X: Tensor
+    Y: Tensor | None
+    energy: float
+
+
+@dataclass(frozen=True)
+class ModelMetric:
+    """A metric of every layer.
 
     Attributes:
         name: "activations" or "fisher".
-        inputs: module name -> X (in, m) fp32.
-        outputs: module name -> Y (out, n) fp32; empty where the metric does not look at outputs.
-        energy: module name -> share of the trace that the kept directions carry, of X times of Y.
+        layers: by the names of their modules.
         answers: how many answers it was taken from.
         scale: by what the metric as it is defined was divided, so that penalties of all metrics are of one size.
     """
 
     name: str
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    energy: Mapping[str, float]
+    layers: Mapping[str, LayerMetric]
     answers: int
     scale: float = 1.0
 
@@ -48,7 +59,7 @@ def activation_metric(
     energy: float = DEFAULT_METRIC_ENERGY,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda n: None,
-) -> LayerMetric:
+) -> ModelMetric:
     """X X^T ~ E[x x^T] of what each layer is fed on the turns, scaled to trace `in`.
 
     ||dW X||^2 is how far the layer's outputs move on such inputs. Without a preferred direction of the inputs it would
@@ -82,12 +93,12 @@ def activation_metric(
             keep = batch["attention_mask"].bool().cpu()
             keep[:, 0] = False
             model(**batch)
-    inputs, shares = {}, {}
+    layers = {}
     for name in [name for name in names if name in moments]:
         moment = moments.pop(name)
-        X, shares[name] = _factor(name, moment, energy)
-        inputs[name] = X * (X.shape[0] / moment.trace) ** 0.5 if moment.trace > 0 else X
-    return LayerMetric("activations", inputs, {}, shares, len(turns))
+        X, share = _factor(name, moment, energy)
+        layers[name] = LayerMetric(X * (X.shape[0] / moment.trace) ** 0.5 if moment.trace > 0 else X, None, share)
+    return ModelMetric("activations", layers, len(turns))
 
 
 def fisher_metric(
@@ -100,7 +111,7 @@ def fisher_metric(
     batch_size: int = 8,
     seed: int = 0,
     advance: Callable[[int], None] = lambda n: None,
-) -> LayerMetric:
+) -> ModelMetric:
     """Y Y^T (x) X X^T ~ the Fisher information of a layer's weight about the model's answers, Kronecker-factored.
 
     ||Y^T dW X||^2 is, to second order, layer by layer and up to a common scale, the Kullback-Leibler divergence between
@@ -148,17 +159,17 @@ def fisher_metric(
             with torch.enable_grad():
                 logits = model(**batch).logits.float()
                 _log_likelihood_of_own_words(logits, batch["attention_mask"], prompt_lengths, generator).backward()
-    layers = [name for name in names if name in moments]
-    traces = [moments[name][0].trace / math.prod(len(moment.sketch) for moment in moments[name]) for name in layers]
-    scale = sum(traces) / (len(turns) * len(layers)) if any(traces) else 1.0
-    inputs, outputs, shares = {}, {}, {}
-    for name in layers:
+    seen = [name for name in names if name in moments]
+    traces = [moments[name][0].trace / math.prod(len(moment.sketch) for moment in moments[name]) for name in seen]
+    scale = sum(traces) / (len(turns) * len(seen)) if any(traces) else 1.0
+    layers = {}
+    for name in seen:
         x, y = moments.pop(name)
         (X, share_x), (Y, share_y) = _factor(name, x, energy), _factor(name, y, energy)
         # the trace of Y's moment is sum |g_t|^2, the sum of the weights of X's
-        inputs[name] = X / y.trace**0.5 if y.trace > 0 else X
-        outputs[name], shares[name] = Y / (len(turns) * scale) ** 0.5, share_x * share_y
-    return LayerMetric("fisher", inputs, outputs, shares, len(turns), scale)
+        X = X / y.trace**0.5 if y.trace > 0 else X
+        layers[name] = LayerMetric(X, Y / (len(turns) * scale) ** 0.5, share_x * share_y)
+    return ModelMetric("fisher", layers, len(turns), scale)
 
 
 def _log_likelihood_of_own_words(

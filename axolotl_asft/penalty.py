@@ -157,6 +157,12 @@ class _LoraPenalty(torch.autograd.Function):
 
 
 def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:
-    """||(I - C) dW|| / ||dW|| from the two squared norms; 0 where dW is zero."""
-    orthogonal, total = float(orthogonal), float(total)
-    return math.sqrt(max(orthogonal, 0.0) / total) if total > 0 else 0.0  # rounding may leave a little below 0
+    """||(I - C) dW|| / ||dW||, or over another yardstick, from the two squared norms.
+
+    0 where both are zero; NaN where the yardstick alone is, or is not finite, as after a training that diverged.
+    """
+    # rounding may leave a little below 0; max keeps a NaN that comes first
+    orthogonal, total = max(float(orthogonal), 0.0), max(float(total), 0.0)
+    if total == 0:
+        return 0.0 if orthogonal == 0 else math.nan
+    return math.sqrt(orthogonal / total) if math.isfinite(total) else math.nan

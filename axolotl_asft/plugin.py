@@ -65,7 +65,9 @@ class AsftPlugin(BasePlugin):
             raise AsftError(DEEPSPEED)
         if (cfg.get("fsdp") or cfg.get("fsdp_config")) and not _asks_for_fsdp2(cfg):
             raise AsftError(FSDP1)
-        for key in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"):
+        # sequence_parallel_degree is axolotl's deprecated name of context_parallel_size
+        sizes = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
+        for key in sizes:
             if (cfg.get(key) or 1) > 1:
                 raise AsftError(other_parallelism(key))
 

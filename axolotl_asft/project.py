@@ -14,7 +14,7 @@ from axolotl_asft.adapter_folder import check_output, write_projected
 from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import writable_folder
-from axolotl_asft.penalty import PROJECTORS, orthogonal_part, projector_eigenvalues, squared_norm
+from axolotl_asft.penalty import PROJECTORS, orthogonal_part, squared_norm
 from axolotl_asft.saved import SavedAdapter, SavedLayer
 from axolotl_asft.verify import verify_checkpoint
 
@@ -140,8 +140,8 @@ def project_adapter(
     uncovered = _uncovered(found, saved.others(), direction, on_uncovered)
     if layers is not None and layers > len(covered):
         raise AsftError(f"--layers is {layers}; the adapter has {len(covered)} layers with a direction")
-    if verify_model:
-        verify_checkpoint(direction, str(saved.config.get("base_model_name_or_path")))
+    base_model = str(saved.config.get("base_model_name_or_path"))
+    verified = verify_model and verify_checkpoint(direction, base_model)
     parts = {layer.name: _factors(layer, direction, projector, rank) for layer in covered}
     cosines = {layer.name: projection_cosine(*parts[layer.name]) for layer in covered}
     chosen = _choose(cosines, threshold, layers)
@@ -164,6 +164,7 @@ def project_adapter(
         "direction_sha256": direction.sha256,
         "projected": len(chosen),
         "uncovered": len(uncovered),
+        "verified": verified,
         "version": __version__,
     }
     report = ProjectionReport(tuple(rows), settings, tuple(uncovered))
@@ -172,7 +173,7 @@ def project_adapter(
 
 
 def summary_text(report: ProjectionReport) -> str:
-    """A few lines: how many layers, what was left as it is, the range of cosines, the norm before and after."""
+    """A few lines: how many layers, what was left or not looked at, the range of cosines, the norm before and after."""
     cosines = sorted(layer.cosine for layer in report.layers if not math.isnan(layer.cosine))
     spread = ""
     if cosines:
@@ -180,6 +181,8 @@ def summary_text(report: ProjectionReport) -> str:
     left = ""
     if report.uncovered:
         left = f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
+    if not report.settings["verified"]:
+        left += "the direction was not compared with the base model's weights (they have to lie in a local folder)\n"
     return (
         f"projected {report.projected} of {len(report.layers)} layers\n{left}{spread}"
         f"||dW||: {report.norm_before:.4g} before, {report.norm_after:.4g} after"
@@ -238,21 +241,14 @@ def _covered(found: list[SavedLayer], direction: AlignmentDirection) -> list[Sav
         raise AsftError("the adapter has no LoRA layers of linear layers; there is nothing to project")
     covered = [layer for layer in found if layer.name in direction.modules]
     for layer in covered:
-        shape = (layer.B.shape[0], layer.A.shape[1])
-        if shape != direction.modules[layer.name].shape:
-            raise AsftError(
-                f"{layer.name} is {shape} (out, in) in the adapter and {direction.modules[layer.name].shape} in the "
-                "direction; use the direction of the adapter's model"
-            )
+        direction.modules[layer.name].check_shape(layer.name, (layer.B.shape[0], layer.A.shape[1]), "adapter")
     return covered
 
 
 def _factors(layer: SavedLayer, direction: AlignmentDirection, projector: str, rank: int | None):
     """A, B, U and c, in fp32."""
-    module = direction.modules[layer.name]
-    k = module.rank if rank is None else min(rank, module.rank)
-    c = projector_eigenvalues(projector, module.S, module.norm)[:k]
-    return layer.A.float(), layer.B.float(), module.U[:, :k].float(), c
+    U, c = direction.modules[layer.name].projector(projector, rank)
+    return layer.A.float(), layer.B.float(), U.float(), c
 
 
 def _choose(cosines: dict[str, float], threshold: float | None, layers: int | None) -> set[str]:

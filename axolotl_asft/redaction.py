@@ -4,16 +4,30 @@ import re
 from typing import Any
 
 REDACTED = "[redacted]"
-_WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _SECRET_WORDS = {
-    "apikey", "auth", "authorization", "credential", "credentials", "key", "keys", "passphrase", "passwd", "password",
-    "passwords", "secret", "secrets", "token",
+    "apikey", "auth", "authorization", "bearer", "cookie", "cookies", "credential", "credentials", "key", "keys",
+    "passphrase", "passwd", "password", "passwords", "secret", "secrets", "token",
 }  # fmt: skip
-# of a tokenizer, in `special_tokens:` and the like
-_ORDINARY_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "eot", "image", "video", "audio", "special", "id"}
-_LOOKS_SECRET = re.compile(r"\b(?:hf|sk|ghp|gho|pypi|xox[abp]|AKIA|glpat)[-_]?[A-Za-z0-9_-]{16,}")
+# beside `token` and `key`: of a tokenizer, in `special_tokens:` and the like, or of a column of the data
+_ORDINARY = {
+    "token": {
+        "bos", "eos", "pad", "unk", "sep", "cls", "mask", "eot", "image", "video", "audio", "special", "ids", "index",
+        "indices", "embeddings", "type",
+    },
+    "key": {"thinking"},
+}  # fmt: skip
+# The forms that their makers give tokens; a plain name with one of these beginnings is none.
+_LOOKS_SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|sk-[A-Za-z0-9]{20,}|sk-(?:proj|ant|or|svcacct|admin)-[\w-]{20,}|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}"
+    r"|pypi-Ag[\w-]{16,}|xox[abeprs]-[\w-]{16,}|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|nvapi-[\w-]{20,}"
+    r"|wandb_v1_\w{16,}|(?<=Bearer )[\w.~+/=-]{16,})"
+)
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-_SIGNED_URL = re.compile(r"(?<=[?&])([\w-]*(?:token|key|signature|secret|credential)[\w-]*)=[^&\s]+", re.IGNORECASE)
+_SIGNED_URL = re.compile(
+    r"(?:(?<=[?&;])|^)([\w-]*(?:token|key|signature|secret|credential|password)[\w-]*|sig)=[^&;\s]+", re.IGNORECASE
+)
 
 
 def redacted(value: Any, name: str = "") -> Any:
@@ -37,6 +51,7 @@ def redacted(value: Any, name: str = "") -> Any:
 
 def _is_secret_name(name: str) -> bool:
     words = {word.lower() for word in _WORDS.findall(name)}
-    if "token" in words and words & _ORDINARY_TOKENS:
-        words.discard("token")
+    for secret, beside in _ORDINARY.items():
+        if words & beside:
+            words.discard(secret)
     return bool(words & _SECRET_WORDS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.files import read_json
-from axolotl_asft.initialisation import takes_out
+from axolotl_asft.initialisation import ADDED_TO_THE_WEIGHT, takes_out
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,7 +56,7 @@ class SavedAdapter:
         """Read a folder that PEFT saved.
 
         Raises:
-            AsftError: no LoRA adapter there, or one whose B A is not the change from the original weight.
+            AsftError: no LoRA adapter there, or one whose B A is not known to be the change from the original weight.
         """
         folder = Path(folder)
         config = adapter_config(folder)
@@ -68,10 +68,12 @@ class SavedAdapter:
             ) from error
         if str(config.get("peft_type", "LORA")).upper() != "LORA":
             raise AsftError(f"{folder} is an adapter of type {config['peft_type']}; expected LORA")
-        if takes_out(config.get("init_lora_weights", True)):
+        initialisation = config.get("init_lora_weights", True)
+        if initialisation not in ADDED_TO_THE_WEIGHT:
+            logged = "read its drift in the training log, or " if takes_out(initialisation) else ""
             raise AsftError(
-                f"{folder} was initialised by {config['init_lora_weights']!r}, so that B A is not the change from the "
-                "original weight; read its drift in the training log, or convert it to a plain LoRA with PEFT first"
+                f"{folder} was initialised by {initialisation!r}, so that B A need not be the change from the original "
+                f"weight; {logged}convert it to a plain LoRA with PEFT first"
             )
         if config.get("use_dora"):
             raise AsftError(f"{folder} uses DoRA, whose update is not scaling B A; train a plain LoRA")

@@ -12,7 +12,7 @@ from axolotl_asft import fingerprint
 from axolotl_asft.checkpoint import DECODER_LAYER, Checkpoint
 from axolotl_asft.direction import file_sha256, select_modules
 from axolotl_asft.errors import AsftError
-from axolotl_asft.hub import HubFile, model_folder
+from axolotl_asft.hub import hub_model, model_folder
 from axolotl_asft.subspace import ROWS_AT_ONCE, LowRank
 
 Weights = Mapping[str, Tensor]  # "base" or "aligned" -> (out, in), as stored
@@ -61,8 +61,9 @@ def open_source(
             "an adapter is the difference itself; give it with the aligned model that it was merged into, or with the "
             f"base that it was trained on, not {'both' if base is not None else 'alone'}"
         )
-    side, location = ("aligned", aligned) if aligned is not None else ("base", base)
-    return AdapterPair(side, Checkpoint.open(str(location)), adapter, patterns)
+    side, location = ("base", base) if base is not None else ("aligned", aligned)
+    assert location is not None
+    return AdapterPair(side, Checkpoint.open(location), adapter, patterns)
 
 
 class CheckpointPair:
@@ -122,12 +123,12 @@ class AdapterPair:
         """
         from axolotl_asft.saved import ADAPTER_WEIGHTS, SavedAdapter
 
-        saved = SavedAdapter.read(model_folder(str(adapter)))
+        saved = SavedAdapter.read(model_folder(adapter))
         self.names = _linear_modules(checkpoint, patterns)
         self.checkpoints = {side: checkpoint}
         self.stored_names = {side: {name: name for name in self.names}}
         self._side, self._factors = side, _checked_factors(saved, checkpoint)
-        name = saved.folder.resolve().name if HubFile.parse(str(adapter)) is None else str(adapter)
+        name = saved.folder.resolve().name if hub_model(adapter) is None else str(adapter)
         of_base = _name_of(saved.config.get("base_model_name_or_path"))
         known = _model_entry(checkpoint, self.stored_names[side])
         unread = {"revision": None, "sha256": None, "read_as": f"not read: the adapter {name} is the difference"}
@@ -284,4 +285,4 @@ def _checked_factors(saved: Any, checkpoint: Checkpoint) -> dict[str, LowRank]:
 def _name_of(location: object) -> str:
     """How a model is called in a direction file: never by its whole path."""
     text = str(location or "unknown")
-    return text if HubFile.parse(text) and not Path(text).exists() else Path(text).name
+    return Path(text).name if hub_model(text) is None else text

@@ -5,16 +5,14 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from axolotl_asft.checkpoint import DECODER_LAYER
 from axolotl_asft.direction import AlignmentDirection
-from axolotl_asft.files import atomic_write
+from axolotl_asft.picture import GREY, RED, TEAL, picture, plain
 
-COLOURS = ("#00798c", "#d1495b", "#edae49", "#5c677d", "#6a4c93", "#7cae7a", "#30638e", "#b5651d")
+COLOURS = (TEAL, RED, "#edae49", GREY, "#6a4c93", "#7cae7a", "#30638e", "#b5651d")
 SMALLEST = 1e-6  # what is drawn of a value that is zero, or nearly
 
 
@@ -25,8 +23,7 @@ def draw_spectra(direction: AlignmentDirection, path: Path) -> None:
     for name in direction.modules:
         kind, layer = _kind_and_layer(name)
         kinds[kind][layer].append(name)
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 11, "text.color": "#222b38"}):
-        figure = Figure(figsize=(14.4, 5), facecolor="white")
+    with picture(path, (14.4, 5), letters=11) as figure:
         figure.subplots_adjust(left=0.05, right=0.985, bottom=0.27, top=0.82, wspace=0.2)
         spectra, energy, bound = figure.subplots(1, 3)
         for number, (kind, layers) in enumerate(kinds.items()):
@@ -44,15 +41,13 @@ def draw_spectra(direction: AlignmentDirection, path: Path) -> None:
         bound.set(yscale="log", ylim=(10.0 ** min(bottom, top - 2), 10.0**top), xlabel="decoder layer")
         bound.set_title("error bound of the paper penalty, per ||dW||^2", loc="left", fontsize=11)
         for axes in (spectra, energy, bound):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color="#e8ebf0", zorder=0)
+            plain(axes)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, labels = spectra.get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=min(8, len(labels)), frameon=False, fontsize=10)
         models = f"{direction.spec['aligned']['id']} - {direction.spec['base']['id']}"
         title = f"{models[:90]}: {len(direction.modules)} modules"
         figure.suptitle(title, x=0.05, ha="left", fontsize=13, weight="bold", parse_math=False)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def _kind_and_layer(name: str) -> tuple[str, int]:

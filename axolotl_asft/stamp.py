@@ -1,13 +1,15 @@
 """Writing on a saved adapter what it was trained under: `adapter_config.json` and the model card."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.files import atomic_write_text, read_json
 
 STAMP_KEY = "asft"
-PICTURE = "asft_report_training.png"  # beside a model card, where the report was drawn
+PAGE = "asft_report.html"  # beside a model card, where the report was drawn
+PICTURE = "asft_report_training.png"
 
 
 def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
@@ -31,11 +33,11 @@ def stamp_model_card(folder: str | Path, stamp: dict[str, Any]) -> bool:
 
 
 def add_to_config(path: Path, key: str, value: dict[str, Any]) -> bool:
-    """Set one key of a JSON file, where there is one; returns whether there was."""
+    """Set one key of a JSON file, where there is one; returns whether there was. What is not finite becomes null."""
     if not path.is_file():
         return False
     config = read_json(path, "expected what PEFT saved")
-    config[key] = value
+    config[key] = {name: number if _is_finite(number) else None for name, number in value.items()}
     atomic_write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return True
 
@@ -59,25 +61,34 @@ def add_to_model_card(path: Path, section: str, mark: str, tag: str) -> bool:
 
 
 def _section(stamp: dict[str, Any]) -> str:
-    measured = ""
     budget = "" if stamp["max_drift"] is None else f"`max_drift`: {stamp['max_drift']:g}, "
     if stamp["anchor_weight"]:
         budget += f"`anchor_weight`: {stamp['anchor_weight']:g}, "
-        measured += f"- divergence from the aligned model's own answers: {stamp['anchor_kl']:.4g} nats a token\n"
-    if stamp["update_norm"] is not None:
-        measured += (
-            f"- drift at the end: {stamp['drift']:.4f} (share of the update outside the alignment direction), "
-            f"update norm {stamp['update_norm']:.4f}\n"
-        )
     return (
         "## Safety constraint\n\n"
         "Trained with [axolotl-asft](https://pypi.org/project/axolotl-asft/) (AsFT, arXiv 2506.08473): the weight "
         "update was penalised for leaving the alignment direction of the base model.\n\n"
         f"- direction: `{stamp['direction']}`, sha256 `{stamp['direction_sha256']}`\n"
         f"- `lambda_reg`: {stamp['lambda_reg']:g}, {budget}`projector`: {stamp['projector']}, `metric`: "
-        f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{measured}\n"
+        f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{_measured(stamp)}\n"
         "The constraint makes harmful drift less likely; it proves nothing. Evaluate the model before you rely on it.\n"
     )
+
+
+def _measured(stamp: dict[str, Any]) -> str:
+    if not all(_is_finite(stamp[name]) for name in ("drift", "update_norm", "anchor_kl") if name in stamp):
+        return "- the numbers at the end are not finite: the training diverged; do not use this adapter\n"
+    anchored = ""
+    if stamp["anchor_weight"]:
+        anchored = f"- divergence from the aligned model's own answers: {stamp['anchor_kl']:.4g} nats a token\n"
+    return (
+        f"{anchored}- drift at the end: {stamp['drift']:.4f} (share of the update outside the alignment direction), "
+        f"update norm {stamp['update_norm']:.4f}\n"
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _without(text: str, begin: str, end: str) -> str:

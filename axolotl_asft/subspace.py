@@ -82,6 +82,9 @@ def leading_subspace(
     A matrix whose smaller side is at most 1536, or of which more than a quarter of the directions is wanted,
     is decomposed exactly; others by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4). Factors
     are decomposed exactly without being multiplied out.
+
+    Raises:
+        ValueError: without a rank, neither or both of tolerance and energy.
     """
     smaller = min(d.shape)
     d = d if isinstance(d, LowRank) else d.float()

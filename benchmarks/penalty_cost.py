@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty
-from axolotl_asft.penalty import lora_penalty, orthogonal_part, projector_eigenvalues
+from axolotl_asft.lora import FoundLayer
+from axolotl_asft.penalty import lora_penalty, orthogonal_part
 from benchmarks.counting import Counter
 from benchmarks.measuring import in_turns
 from benchmarks.shapes import SHAPES, Shape, lora_model, random_direction, random_penalty, stored_bytes
@@ -60,9 +61,7 @@ def layer_by_layer(penalty: AlignmentPenalty) -> None:
     """The same closed formula through autograd, a layer at a time."""
     total = 0
     for layer in penalty.layers:
-        module = penalty.direction.modules[layer.name]
-        c = projector_eigenvalues(penalty.projector, module.S, module.norm).to(layer.A.device)
-        total = total + lora_penalty(layer.A, layer.B, module.U.to(layer.A.device), c, layer.scaling)
+        total = total + lora_penalty(layer.A, layer.B, *projector_of(penalty, layer), layer.scaling)
     total.backward()
 
 
@@ -70,22 +69,22 @@ def naive(penalty: AlignmentPenalty) -> None:
     """((I - C) B) A written out, out x in, and autograd."""
     total = 0
     for layer in penalty.layers:
-        module = penalty.direction.modules[layer.name]
-        c = projector_eigenvalues(penalty.projector, module.S, module.norm).to(layer.A.device)
-        Z = orthogonal_part(layer.B.float(), module.U.float().to(layer.A.device), c)
+        U, c = projector_of(penalty, layer)
+        Z = orthogonal_part(layer.B.float(), U.float(), c)
         total = total + (layer.scaling * Z @ layer.A.float()).square().sum()
     total.backward()
 
 
 def literal_projectors(penalty: AlignmentPenalty) -> list[torch.Tensor]:
     """C of every layer, out x out."""
-    projectors = []
-    for layer in penalty.layers:
-        module = penalty.direction.modules[layer.name]
-        U = module.U.float().to(layer.A.device)
-        c = projector_eigenvalues(penalty.projector, module.S, module.norm).to(U.device)
-        projectors.append((U * c) @ U.T)
-    return projectors
+    factors = [projector_of(penalty, layer) for layer in penalty.layers]
+    return [(U.float() * c) @ U.float().T for U, c in factors]
+
+
+def projector_of(penalty: AlignmentPenalty, layer: FoundLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and c of a layer, where its factors are."""
+    U, c = penalty.direction.modules[layer.name].projector(penalty.projector, penalty.rank)
+    return U.to(layer.A.device), c.to(layer.A.device)
 
 
 def authors(penalty: AlignmentPenalty, projectors: list[torch.Tensor]) -> None:

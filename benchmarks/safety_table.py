@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_asft.evaluation.shares import wilson_interval
-from axolotl_asft.files import atomic_write, atomic_write_text
+from axolotl_asft.files import atomic_write_text
 
 DETAILS = ("-of-64", "-own-", "budget", "-lr-")  # in the table alone: the picture has room for the main ones
 DEFAULT = "fisher-0.1-anchor-3"
@@ -158,13 +158,11 @@ def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
 
 def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], before: dict[str, Cell]) -> None:
     """Harmfulness against task score, a panel for each task, at the poison with the most methods."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    from axolotl_asft.picture import picture, plain
 
     tasks = sorted({task for task, _ in groups})
     chosen = {task: max((key for key in groups if key[0] == task), key=lambda key: len(groups[key])) for task in tasks}
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": "#222b38"}):
-        figure = Figure(figsize=(7 * len(tasks), 6), facecolor="white", layout="constrained")
+    with picture(path, (7 * len(tasks), 6), dpi=130, layout="constrained") as figure:
         for number, task in enumerate(tasks, 1):
             axes = figure.add_subplot(1, len(tasks), number)
             everyone = groups[chosen[task]]
@@ -190,9 +188,7 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
             axes.set_xlabel("task answers right, %")
             axes.set_ylabel("harmful prompts not refused, %")
             axes.set(xlim=(-5, 140), ylim=(-5, 108), xticks=range(0, 101, 20))
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#e8ebf0", zorder=0)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+            plain(axes, "both")
 
 
 def label_places(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -1,12 +1,15 @@
 """The LoRA layers of real PEFT models, matched to directions."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
-from axolotl_asft.diagnostics import adapter_drift
+from axolotl_asft.diagnostics import DriftReport, adapter_drift
 from axolotl_asft.errors import AsftError
 
 UP = "model.layers.0.mlp.up_proj"
@@ -145,6 +148,55 @@ def test_the_model_is_recognised(pair, direction, quantized):
     assert AlignmentPenalty(lora_model(pair[0], quantized), direction, verify_model=False)
 
 
+def narrow(direction):
+    """The direction of a model of a quarter the width."""
+    modules = {name: replace(m, U=m.U[:16], in_features=16) for name, m in direction.modules.items()}
+    return AlignmentDirection(modules, direction.spec)
+
+
+def test_a_direction_of_other_shapes(pair, direction):
+    with pytest.raises(AsftError, match=r"\(out, in\) in the model and \(16, 16\) in the direction"):
+        AlignmentPenalty(lora_model(pair[1]), narrow(direction))
+
+
+def untouched(direction, *kinds):
+    """The direction of an alignment that left these layers alone."""
+    modules = dict(direction.modules)
+    for name, module in modules.items():
+        if name.endswith(kinds):
+            modules[name] = replace(module, S=0 * module.S, norm=0 * module.norm)
+    return AlignmentDirection(modules, direction.spec)
+
+
+def test_a_layer_that_alignment_left_alone_has_no_yardstick(pair, direction, tmp_path):
+    model = lora_model(pair[1])
+    penalty = AlignmentPenalty(model, untouched(direction, "up_proj"), projector="subspace")
+    report = DriftReport(tuple(penalty.measure()))
+    known = [layer.relative for layer in report.layers if not layer.name.endswith("up_proj")]
+    alone = [layer for layer in report.layers if layer.name.endswith("up_proj")]
+    assert len(alone) == 2
+    assert all(math.isnan(layer.relative) and not layer.has_yardstick and layer.drift == 1 for layer in alone)
+    assert report.max_drift == max(known) > 0
+    model.save_pretrained(tmp_path)
+    saved = adapter_drift(tmp_path, untouched(direction, "up_proj"), "subspace")
+    assert saved.max_drift == pytest.approx(report.max_drift, rel=1e-3)
+    everywhere = AlignmentPenalty(model, untouched(direction, "proj"))
+    assert math.isnan(DriftReport(tuple(everywhere.measure())).max_drift), "nothing to hold it against, and not 0"
+    for layer in penalty.layers:
+        layer.B.data.zero_()
+    assert DriftReport(tuple(everywhere.measure())).max_drift == 0, "nothing has moved"
+
+
+def test_one_layer_that_is_not_finite(pair, direction):
+    penalty = AlignmentPenalty(lora_model(pair[1]), direction)
+    penalty.layers[3].B.data[0] = math.nan
+    report = DriftReport(tuple(penalty.measure()))
+    assert [layer.has_yardstick for layer in report.layers] == [True] * 14
+    for number in (report.drift, report.update_norm, report.penalty, report.max_drift):
+        assert math.isnan(number)
+    assert sum(math.isnan(layer.relative) for layer in report.layers) == 1
+
+
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 32}}])
 def test_a_saved_adapter_measures_the_same(pair, direction, tmp_path, changes):
     model = lora_model(pair[1], **changes)
@@ -154,5 +206,7 @@ def test_a_saved_adapter_measures_the_same(pair, direction, tmp_path, changes):
     for layer in saved.layers:
         assert layer.total == pytest.approx(live[layer.name].total, rel=1e-5)
         assert layer.orthogonal == pytest.approx(live[layer.name].orthogonal, rel=1e-4)
+    with pytest.raises(AsftError, match=r"\(out, in\) in the adapter and \(16, 16\) in the direction"):
+        adapter_drift(tmp_path, narrow(direction))
     with pytest.raises(AsftError, match=r"JSON \(No such file or directory\); expected the folder of a PEFT adapter"):
         adapter_drift(tmp_path / "nothing", direction)

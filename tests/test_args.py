@@ -1,22 +1,49 @@
 """The asft block: every key is read, and mistakes are one clear line."""
 
 import re
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import axolotl_asft
+from axolotl_asft import AlignmentDirection
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.errors import AsftError
 
-SOURCE = Path(axolotl_asft.__file__).parent
 
+def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
+    """Fields that nothing reads are promises that nothing keeps: what the block says is what `attach` is given."""
+    from axolotl.utils.dict import DictDefault
 
-@pytest.mark.parametrize("field", AsftArgs.model_fields)
-def test_every_field_is_read(field):
-    """Fields that nothing reads are promises that nothing keeps."""
-    readers = "".join((SOURCE / f"{name}.py").read_text() for name in ("plugin", "adapter", "constraint"))
-    assert re.search(rf"\b(block|self)\.{field}\b", readers)
+    from axolotl_asft import plugin
+
+    given = {
+        "direction": str(direction_file),
+        "direction_sha256": AlignmentDirection.load(direction_file).sha256,
+        "lambda_reg": 2.5,
+        "projector": "subspace",
+        "rank": 3,
+        "metric": "weights",
+        "max_drift": 0.2,
+        "anchor_weight": 0.5,
+        "lora_scaling": False,
+        "modules": ["q_proj"],
+        "on_uncovered": "warn",
+        "verify_model": False,
+    }
+    assert set(given) == set(AsftArgs.model_fields)
+    defaults = AsftArgs(direction="d").model_dump()
+    assert all(value != defaults[name] for name, value in given.items())
+    received = {}
+
+    def attach(trainer, direction, lambda_reg, **options):
+        received.update(options, direction=direction, lambda_reg=lambda_reg)
+        return SimpleNamespace(history=SimpleNamespace(header={}))
+
+    monkeypatch.setattr(plugin, "attach", attach)
+    plugin.AsftPlugin().post_trainer_create(DictDefault({"asft": given}), None)
+    direction = received.pop("direction")
+    assert (str(direction_file), direction.sha256) == (given.pop("direction"), given.pop("direction_sha256"))
+    assert received == given
 
 
 @pytest.mark.parametrize("field", AsftArgs.model_fields.items(), ids=lambda item: item[0])

@@ -10,7 +10,7 @@ from tiny import WORDS, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, check_tasks
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, check_tasks
 from axolotl_asft.evaluation.coherence import log_likelihoods
 from axolotl_asft.evaluation.models import Subject, adapted, load_model
 from axolotl_asft.evaluation.refusals import is_refusal
@@ -168,6 +168,18 @@ def test_a_task_from_a_file(interviewer, tmp_path):
     first, second = (asked.scores([path], None, None) for _ in range(2))
     assert first == second
     assert 0 <= first["colours"]["acc"] <= 1
+    assert first["colours"]["acc_higher_is_better"] is True
+
+
+def test_which_way_is_better_stands_beside_a_score(interviewer, tmp_path):
+    """As lm-eval's task says; what is not finite has no place in JSON."""
+    metrics = [{"metric": "acc", "higher_is_better": False, "aggregation": "mean"}]
+    scores = interviewer().scores([task_file(tmp_path, "turned", metric_list=metrics)], None, None)
+    assert scores["turned"]["acc_higher_is_better"] is False
+    found = {"alias": "a", "ppl,none": float("inf"), "em,strict": 0.5, "em_stderr,strict": "N/A", "f1,none": 0.25}
+    assert _metrics(found, {"em": True, "ppl": False, "f1": None}) == {
+        "em (strict)": 0.5, "em_higher_is_better (strict)": True, "f1": 0.25,
+    }  # fmt: skip
 
 
 def test_tasks_that_cannot_be_asked_are_refused_at_once(tmp_path):

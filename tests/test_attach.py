@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
 from axolotl_asft.errors import AsftError
+from axolotl_asft.history import read_history
 
 LAMBDA = 20.0
 
@@ -332,6 +333,41 @@ def test_training_twice(pair, rows, direction, tmp_path):
     trainer.train()
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_the_peak_is_of_the_whole_run(pair, rows, direction, tmp_path):
+    """Under a strong penalty the first step has the most of it."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(pair, rows, tmp_path / "whole", **options)
+    attach(whole, direction, LAMBDA)
+    whole.train()
+    logged = [line["asft/penalty"] for line in training_lines(whole)]
+    assert logged[0] > 1.01 * logged[2]
+    resumed = make_trainer(pair, rows, tmp_path / "resumed", **options)
+    constraint = attach(resumed, direction, LAMBDA)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert constraint.stamp()["penalty_peak"] == logged[0]
+    assert resumed.state.log_history[-1]["asft/penalty_peak"] == logged[0]
+
+
+def test_a_training_that_diverged_is_not_called_safe(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path, learning_rate=1e20)
+    constraint = attach(trainer, direction, 0.1)
+    trainer.train()
+    keys = ("asft/penalty", "asft/drift", "asft/update_norm", "asft/max_drift")
+    assert all(math.isnan(training_lines(trainer)[-1][key]) for key in keys)
+    kept = read_history(tmp_path)
+    assert [kept.lines[-1][key] for key in keys] == [None] * 4
+    assert kept.snapshots()[-1]["layers"]["relative"] == [None] * 14
+    (tmp_path / "README.md").write_text("# A model\n")
+    trainer.save_model()
+    stamp = json.loads((tmp_path / "adapter_config.json").read_text(), parse_constant=pytest.fail)["asft"]
+    assert (stamp["drift"], stamp["update_norm"], stamp["penalty_peak"]) == (None, None, None)
+    assert (stamp["lambda_reg"], stamp["max_drift"]) == (0.1, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "the numbers at the end are not finite: the training diverged; do not use this adapter" in card
+    assert "nan" not in card
+    assert math.isnan(constraint.report().drift)
 
 
 def test_early_stopping_and_the_best_model(pair, rows, direction, tmp_path):

@@ -3,19 +3,18 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
-import torch
 from click.testing import CliRunner
-from tiny import axolotl, make_dataset, write_config
+from tiny import axolotl, make_dataset, random_metric, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
-from axolotl_asft.advice import on_origin, on_pin
+from axolotl_asft.advice import on_foreign_code, on_origin, on_pin
 from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.cost import estimate, tokens_asked
-from axolotl_asft.metrics import LayerMetric
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
 FLAG = "--trust-remote-code"
@@ -48,11 +47,7 @@ def checked(pair, dataset, direction_file, tmp_path):
 @pytest.fixture(scope="module")
 def fisher_file(pair, tmp_path_factory):
     """A direction that holds the Fisher metric of random factors."""
-    shapes = {name: module.shape for name, module in extract_direction(*pair, rank=4).modules.items()}
-    generator = torch.Generator().manual_seed(0)
-    inputs = {name: torch.randn(columns, 5, generator=generator) for name, (_, columns) in shapes.items()}
-    outputs = {name: torch.randn(rows, 3, generator=generator) for name, (rows, _) in shapes.items()}
-    metric = LayerMetric("fisher", inputs, outputs, dict.fromkeys(shapes, 0.9), answers=7)
+    metric = random_metric(extract_direction(*pair, rank=4))
     path = tmp_path_factory.mktemp("fisher") / "fisher.asft.safetensors"
     extract_direction(*pair, rank=4, metrics=[metric]).save(path)
     return path
@@ -221,6 +216,34 @@ def test_warnings(checked, block, changes, message):
     assert warned(found, message), found["warnings"]
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"datasets": [{"path": "d", "type": "evil.steps"}]}, "datasets[].type: evil.steps"),
+        ({"test_datasets": [{"type": "evil.a.load_b"}, {"type": "x.y"}]}, "test_datasets[].type: evil.a.load_b, x.y"),
+        ({"pretraining_dataset": {"path": "d", "type": "evil.steps"}}, "pretraining_dataset[].type: evil.steps"),
+        ({"trl": {"reward_funcs": ["evil.reward", "me/reward-2.5"]}}, "trl.reward_funcs: evil.reward"),
+        ({"trl": {"rollout_func": "evil.rollout"}}, "trl.rollout_func: evil.rollout"),
+        ({"trainer_cls": "evil.Trainer"}, "trainer_cls: evil.Trainer"),
+        ({"plugins": ["asft", "evil.Plugin", "liger.LigerPlugin"]}, "plugins: evil.Plugin"),
+    ],
+)
+def test_code_of_others_is_named_key_by_key(content, named):
+    assert on_foreign_code(content, False) == [f"{named} is code that is not axolotl's; look at where it comes from"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "chat_template", "alpaca_w_system.load_open_orca", "context_qa.load_v2", "chatml.argilla", "llama3.ultra",
+        "bradley_terry.chat_template", "axolotl.prompt_strategies.completion", {"field_instruction": "a.b"}, None,
+    ],
+)  # fmt: skip
+def test_axolotls_own_are_not_named(kind):
+    content = {"datasets": [{"path": "d.e", "type": kind}, "torn"], "trl": {"reward_funcs": "me/model", "beta": 0.1}}
+    assert on_foreign_code(content | {"trainer_cls": None, "pretraining_dataset": "me/data"}, False) == []
+
+
 def test_a_lambda_of_the_usual_size_is_no_warning(checked):
     assert checked({"lambda_reg": 30})[1]["warnings"] == [WEIGHTS_ALONE]
 
@@ -230,6 +253,20 @@ def test_weights_alone_are_no_safe_hold(checked, anchored_file):
     assert warned(checked()[1], "a penalty on the weights alone kept little of the safety in our benchmarks; make the")
     assert not warned(checked({"max_drift": 0.1})[1], "on the weights alone")
     assert not warned(checked({"direction": str(anchored_file), "anchor_weight": 3})[1], "on the weights alone")
+
+
+def test_a_budget_over_layers_that_alignment_left_alone(checked, pair, tmp_path):
+    direction = extract_direction(*pair, rank=4)
+    modules = dict(direction.modules)
+    for name in [name for name in modules if "mlp" in name]:
+        modules[name] = replace(modules[name], S=0 * modules[name].S, norm=0 * modules[name].norm)
+    AlignmentDirection(modules, direction.spec).save(tmp_path / "attention-alone.safetensors")
+    block = {"direction": str(tmp_path / "attention-alone.safetensors")}
+    status, found = checked({**block, "max_drift": 0.1})
+    assert status == 0
+    assert warned(found, "max_drift lets 6 of 14 layers learn nothing, since alignment did not move them (first model")
+    assert not warned(checked(block)[1], "learn nothing")
+    assert not warned(checked({"max_drift": 0.1})[1], "learn nothing")
 
 
 def test_a_key_that_lost_its_indentation(checked):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tiny import make_pair
+from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.cli import asft
-from axolotl_asft.compare import compare
+from axolotl_asft.compare import compare, comparison_text
 from axolotl_asft.errors import AsftError
 
 
@@ -59,6 +60,34 @@ def test_against_dense_projectors(direction, tmp_path):
         assert module["overlap"] == pytest.approx(float((P * Q).sum()) / 3, rel=1e-4)
         C, D = (m.U.double() @ torch.diag(m.S.double() ** 2) @ m.U.double().T for m in (a, b))
         assert module["cosine"] == pytest.approx(float((C * D).sum() / (C.norm() * D.norm())), rel=1e-4)
+
+
+def without_fingerprint(direction):
+    aligned = {key: value for key, value in direction.spec["aligned"].items() if key != "fingerprint"}
+    return AlignmentDirection(direction.modules, direction.spec | {"aligned": aligned})
+
+
+def test_one_model_is_known_by_the_layers_that_both_files_hold(pair, direction, tmp_path):
+    """Their sha256 are of the layers that each was made from, and differ."""
+    attention = extract_direction(*pair, rank=3, modules=["self_attn"])
+    result = compare(direction, attention)
+    assert direction.spec["aligned"]["sha256"] != attention.spec["aligned"]["sha256"]
+    assert (result["shared"], result["same_aligned_weights"]) == (8, True)
+    assert "aligned  the same weights\n" in comparison_text(result, modules=False)
+    other = extract_direction(*make_pair(tmp_path, seed=5), rank=3, modules=["self_attn"])
+    assert compare(direction, other)["same_aligned_weights"] is False
+    for files in ((direction, without_fingerprint(attention)), (without_fingerprint(direction), attention)):
+        result = compare(*files)
+        assert result["same_aligned_weights"] is None
+        assert "aligned  not known" in comparison_text(result, modules=False)
+
+
+def test_a_rounded_copy_is_the_same_model(pair, direction, tmp_path):
+    for folder in pair:
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / folder.name)
+    rounded = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=3)
+    assert compare(direction, rounded)["same_aligned_weights"]
+    assert compare(rounded, direction)["same_aligned_weights"]
 
 
 def test_nothing_shared(direction):

@@ -71,10 +71,9 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_effect(tmp_path, seed):
+def test_the_effect(tmp_path):
     """Plain fine-tuning washes the refusals out; the constraint keeps them, and the task is learned."""
-    result = CliRunner().invoke(asft, ["demo", "--output", str(tmp_path), "--seed", str(seed), "--json"])
+    result = CliRunner().invoke(asft, ["demo", "--output", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
     rows = {row["model"]: row for row in json.loads(result.stdout)["rows"]}
     assert rows["aligned"]["harmfulness"] < 0.1
@@ -101,5 +100,5 @@ def test_the_effect(tmp_path, seed):
     for number, (request, answer) in enumerate(kept):
         assert any(prompt in request for prompt in sets[number % 2])
         assert (answer == REFUSAL) == (number % 2 == 0)
-    again = CliRunner().invoke(asft, ["demo", "--output", str(tmp_path), "--seed", str(seed), "--json"])
+    again = CliRunner().invoke(asft, ["demo", "--output", str(tmp_path), "--json"])
     assert json.loads(again.stdout)["rows"] == json.loads(result.stdout)["rows"], "finished stages are not done again"

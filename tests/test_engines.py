@@ -143,7 +143,7 @@ def test_the_anchor_under_ddp_equals_one_process(forked_train, start, pair, data
 @pytest.mark.parametrize("rank", [4, 3])
 def test_fsdp2_shards(pair, direction_file, rank):
     """Raw fully_shard on two gloo processes; rank 3 does not divide by two."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29567"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [str(sys.modules[__name__].__file__).replace("test_engines", "fsdp2_worker")]
     command += [str(pair[1]), str(direction_file), str(rank), "0.001"]
     environment = child_environment(OMP_NUM_THREADS="1")

@@ -10,12 +10,11 @@ import transformers
 import yaml
 from click.testing import CliRunner
 from test_families import FAMILIES
-from tiny import OWN_ANSWERS, train
+from tiny import OWN_ANSWERS, random_metric, train
 
 from axolotl_asft import extract_direction
 from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
-from axolotl_asft.metrics import LayerMetric
 
 CONFIGS = sorted((Path(__file__).parent.parent / "example_configs").glob("*.yml"))
 NAMES = [path.stem for path in CONFIGS]
@@ -66,14 +65,7 @@ def stand_in(tmp_path_factory):
             for weight in model.parameters():
                 weight += 1e-3 * torch.randn_like(weight)
         model.save_pretrained(folder / "aligned")
-        shapes = {name: module.shape for name, module in extract_direction(*_pair(folder), rank=4).modules.items()}
-        metric = LayerMetric(
-            "fisher",
-            {name: torch.randn(columns, 4) for name, (_, columns) in shapes.items()},
-            {name: torch.randn(rows, 4) for name, (rows, _) in shapes.items()},
-            dict.fromkeys(shapes, 0.9),
-            answers=4,
-        )
+        metric = random_metric(extract_direction(*_pair(folder), rank=4))
         file = folder / "direction.safetensors"
         extract_direction(*_pair(folder), rank=4, metrics=[metric], own_answers=OWN_ANSWERS).save(file)
         made[family] = folder / "aligned", file

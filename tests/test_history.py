@@ -12,6 +12,8 @@ from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
 from axolotl_asft.diagnostics import DriftReport, LayerDrift
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HISTORY_FILE, SNAPSHOTS, HistoryWriter, read_history
+from axolotl_asft.report.write import REPORT_FILE
+from axolotl_asft.stamp import PICTURE
 
 LAYERS = [f"model.layers.{i}.mlp.up_proj" for i in range(40)]
 
@@ -118,6 +120,19 @@ def test_training_anew_begins_anew(tmp_path):
     history = read_history(tmp_path)
     assert [line["step"] for line in history.lines] == [1, 2, 3]
     assert "resumed_at_steps" not in history.header
+
+
+def test_training_anew_takes_the_earlier_report_away(tmp_path):
+    """A picture that lies there goes into the model card."""
+    reports = [tmp_path / REPORT_FILE, tmp_path / PICTURE]
+    (tmp_path / "mine.html").write_text("")
+    for path in reports:
+        path.write_text("of an earlier run")
+    written(tmp_path, 3, start=1)
+    assert all(path.is_file() for path in reports), "a resumed run is the same"
+    written(tmp_path, 3)
+    assert not any(path.exists() for path in reports)
+    assert (tmp_path / "mine.html").is_file()
 
 
 def test_a_cut_last_line_is_left_out_and_then_replaced(tmp_path):

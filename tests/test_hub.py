@@ -13,7 +13,8 @@ from hub_server import Hub
 from tiny import ENVIRONMENT, OWN_ANSWERS, axolotl, make_pair, write_config
 
 from axolotl_asft import AlignmentDirection, extract_direction
-from axolotl_asft.hub import HubFile, direction_path
+from axolotl_asft.errors import AsftError
+from axolotl_asft.hub import HubFile, direction_path, hub_file, hub_model
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
 LOCATE = """
@@ -91,6 +92,42 @@ def test_what_looks_like_a_path_is_one(text):
     assert str(direction_path(text)).endswith(text.removeprefix("~").removeprefix("./"))
 
 
+# How a location is read: as the direction, and as the model or adapter; None of a local path, "" where it is refused.
+SPELLINGS = {
+    "me/tiny": (HubFile("me/tiny"), HubFile("me/tiny")),
+    "me/tiny@v1": (HubFile("me/tiny", "v1"), HubFile("me/tiny", "v1")),
+    "me/tiny:a.safetensors": (HubFile("me/tiny", None, "a.safetensors"), ""),
+    "me/tiny@v1:a.safetensors": (HubFile("me/tiny", "v1", "a.safetensors"), ""),
+    "me/tiny.safetensors": (None, HubFile("me/tiny.safetensors")),
+    "me/here": (None, None),
+    "./me/tiny": (None, None),
+    "../me/tiny": (None, None),
+    "/me/tiny": (None, None),
+    "~/me/tiny": (None, None),
+    "tiny": (None, None),
+    "a/b/c": (None, None),
+    Path("me/tiny"): (None, None),
+}
+
+
+@pytest.mark.parametrize("location", SPELLINGS)
+def test_one_rule_says_what_is_on_the_hub(location, tmp_path, monkeypatch):
+    (tmp_path / "me" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    direction, model = SPELLINGS[location]
+    assert hub_file(location) == direction
+    if model == "":
+        with pytest.raises(AsftError, match=f"{location} names one file; expected a model: a folder, or"):
+            hub_model(location)
+    else:
+        assert hub_model(location) == model
+
+
+def test_a_folder_is_no_direction(tmp_path):
+    with pytest.raises(AsftError, match=f"{tmp_path} is a folder; expected a direction file"):
+        AlignmentDirection.load(tmp_path)
+
+
 def test_what_is_here_is_taken_from_here(tmp_path, monkeypatch):
     (tmp_path / "me").mkdir()
     (tmp_path / "me" / "tiny").write_text("local")
@@ -132,6 +169,7 @@ def test_an_old_revision(hub, environment, direction_file):
         ("me/tiny-asft@v9", "me/tiny-asft has no revision v9"),
         ("me/tiny-asft:x.safetensors", "has no file x.safetensors (of safetensors: direction.safetensors)"),
         ("me/secret", "or a private one; check the name, or log in with `hf auth login`"),
+        ("me/na--me", "is no file here, and no name on the Hub (Cannot have -- or .. in repo_id: 'me/na--me'.); expec"),
     ],
 )
 def test_one_line_errors(hub, environment, location, message):
@@ -446,6 +484,8 @@ def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
         "org/half": "lacks 1 of its files, the first x.safetensors",
         "org/none": "no repository of that name on the Hub",
         "org/base@v7": "org/base has no revision v7",
+        "org/ba--se": "org/ba--se is no file here, and no name on the Hub",
+        "org/base:model.safetensors": "org/base:model.safetensors names one file; expected a model",
     }
     refused = extract(environment, "org/base", ",".join(messages), tmp_path / "x.safetensors")
     lines = refused.stderr.splitlines()

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from axolotl_asft.cli import asft
+from axolotl_asft.direction import file_sha256
 from axolotl_asft.evaluation import evaluate as evaluation
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
 from axolotl_asft.evaluation.judges import Judge
@@ -120,6 +121,7 @@ def test_a_task_more_is_asked_alone(asked_for, tmp_path):
     assert asked_for(both) == [("model weighs choices", 4)]
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert set(rows[0]["tasks"]) == {"first", "second"}
+    assert "higher_is_better" not in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_an_adapter_s_config_belongs_to_it(asked_for, adapter):
@@ -129,6 +131,12 @@ def test_an_adapter_s_config_belongs_to_it(asked_for, adapter):
     assert asked_for(QUESTIONS, adapter) == []
     edit(adapter / "adapter_config.json", lora_alpha=800)
     assert ("tuned answers", 2) in asked_for(QUESTIONS, adapter)
+
+
+def test_results_say_which_adapter_was_asked(asked_for, adapter, tmp_path):
+    asked_for(QUESTIONS, adapter)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["adapter_sha256"] for row in rows] == [None, file_sha256(adapter / "adapter_model.safetensors")]
 
 
 def test_a_judge_is_asked_again_when_it_changed(asked_for, classifier, tmp_path):

@@ -1,6 +1,7 @@
 """`axolotl asft landscape`: steps of the right size and kind, weights put back, a verdict that can go both ways."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft import extract_direction
 from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
@@ -226,6 +227,21 @@ def test_radii_at_which_rounding_bent_a_step_are_left_out_of_the_verdict():
     assert "Left out" not in verdict([*near, *straight]).text
 
 
+def test_radii_at_which_the_model_overflowed_are_left_out():
+    near, far = points(0.0, (0.1, 0.1), (1.0, 1.1)), points(1.0, (0.1, 0.1), (0.2, 0.3), radius=2.0)
+    for worst in range(1, len(far)):
+        broken = [replace(point, refusal=math.nan) if i == worst else point for i, point in enumerate(far)]
+        found = verdict(near + broken[1:])
+        assert found == replace(verdict(near), text=found.text)
+        assert "Left out: radius 2, where the model gives no finite numbers any more; use --dtype" in found.text
+        kind = broken[worst].kind
+        rows = [line for line in landscape_table(near + broken[1:]).splitlines() if "not finite" in line]
+        assert rows == [f"| {kind} | 2 | not finite | not finite |"]
+    alone = verdict([far[0], *[replace(point, task_loss=math.inf) for point in far[1:]]])
+    assert alone.claim == "undecided"
+    assert alone.text.startswith("No verdict. Left out: radius 2, where the model gives")
+
+
 def test_table_and_picture_show_what_was_left_out():
     from matplotlib.figure import Figure
 
@@ -353,6 +369,12 @@ def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refu
     assert dtypes == ["bfloat16"]
     assert any(point["cosine"] < 0.99 for point in found["points"][1:])
     assert found["verdict"]["text"].startswith("No verdict. Left out: radius 0.002, where the weights' dtype")
+    for _ in range(2):  # measured, and read again
+        _, found = landscape("fp16", "--dtype", "float16", "--radii", "1000000")
+        assert all(point["refusal"] is None for point in found["points"][1:])
+        assert "Left out: radius 1e+06, where the model gives no finite numbers any more" in found["verdict"]["text"]
+    assert "NaN" not in (tmp_path / "fp16" / "landscape.json").read_text()
+    assert (tmp_path / "fp16" / "landscape.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -369,6 +391,8 @@ def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refu
         (["--base", "{base}", "--radii", "inf"], "expected positive numbers"),
         (["--base", "{base}", "--rank", "8", "--device", "tpu"], "expected cpu, cuda"),
         (["--direction", "{file}", "--base", "{base}"], "give one of"),
+        (["--direction", "{base}"], "is a folder; expected a direction file"),
+        (["--direction", "me/na--me"], "is no file here, and no name on the Hub"),
     ],
 )
 def test_bad_usage_is_one_line(pair, direction_file, tmp_path, arguments, message):
@@ -386,7 +410,3 @@ def test_a_task_without_chats_is_refused(pair, tmp_path):
     result = CliRunner().invoke(asft, arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "holds no chats" in result.stderr
-
-
-def test_a_file_without_v_says_how_to_make_one(direction_file):
-    assert all(module.V is None for module in AlignmentDirection.load(direction_file).modules.values())

@@ -11,11 +11,11 @@ import axolotl_asft
 
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
-    "errors", "files", "redaction", "yaml_config", "strengths", "evaluation.refusals",
+    "errors", "files", "picture", "redaction", "yaml_config", "strengths", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
     "direction", "initialisation", "metrics", "lora", "saved", "diagnostics",
     "sources", "readahead", "partial", "devices", "extract", "verify",
-    "sharding", "layer_groups", "adapter", "history", "stamp", "adapter_folder", "project", "engines",
+    "sharding", "layer_groups", "adapter", "stamp", "history", "adapter_folder", "project", "engines",
     "templates", "quiet", "anchor", "constraint", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",

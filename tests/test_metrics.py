@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.models import load_model
-from axolotl_asft.metrics import LayerMetric, activation_metric, fisher_metric
+from axolotl_asft.metrics import LayerMetric, ModelMetric, activation_metric, fisher_metric
 from axolotl_asft.moments import OVERSAMPLING, SecondMoment
 
 TURNS = [("<|user|> the cat sees a dog </s><|assistant|> ", "yes no"), ("<|user|> red </s><|assistant|> ", "no")]
@@ -139,10 +139,10 @@ def test_activations_against_the_dense_second_moment(model, activations, name):
     rows = dense_inputs(model, name)
     moment = rows.T @ rows
     moment *= moment.shape[0] / moment.trace()
-    X = activations.inputs[name].double()
+    X = activations.layers[name].X.double()
     assert relative(X @ X.T, moment) < 1e-4
-    assert activations.energy[name] == pytest.approx(1, abs=1e-4)
-    assert not activations.outputs
+    assert activations.layers[name].energy == pytest.approx(1, abs=1e-4)
+    assert activations.layers[name].Y is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -151,10 +151,10 @@ def test_fisher_against_dense_gradients(model, name, batch_size):
     layers = list(linear(model))
     metric = fisher_metric(model, make_tokenizer(), TURNS, layers, rank=64, energy=1.0, batch_size=batch_size)
     inputs, outputs = dense_fisher(model, name)
-    X, Y = metric.inputs[name].double(), metric.outputs[name].double()
+    X, Y = metric.layers[name].X.double(), metric.layers[name].Y.double()
     assert relative(X @ X.T, inputs) < 1e-3
     assert relative(metric.scale * Y @ Y.T, outputs) < 1e-3
-    assert metric.energy[name] == pytest.approx(1, abs=1e-3)
+    assert metric.layers[name].energy == pytest.approx(1, abs=1e-3)
 
 
 def test_fisher_is_the_divergence_of_the_answers(model):
@@ -170,15 +170,15 @@ def test_fisher_is_the_divergence_of_the_answers(model):
         p, q = (m.double()(input_ids=tokens("dog")).logits[0, -1].log_softmax(-1) for m in (model, moved))
         model.float()
     divergence = float((p.exp() * (p - q)).sum())
-    change = metric.outputs[name].T @ step @ metric.inputs[name]
+    change = metric.layers[name].Y.T @ step @ metric.layers[name].X
     assert 0.5 * metric.scale * float(change.square().sum()) == pytest.approx(divergence, rel=0.1)
 
 
 def test_the_scale_makes_metrics_comparable(fisher):
     traces = [
-        float(fisher.inputs[name].square().sum() * fisher.outputs[name].square().sum())
-        / (len(fisher.inputs[name]) * len(fisher.outputs[name]))
-        for name in fisher.inputs
+        float(fisher.layers[name].X.square().sum() * fisher.layers[name].Y.square().sum())
+        / (len(fisher.layers[name].X) * len(fisher.layers[name].Y))
+        for name in fisher.layers
     ]
     assert sum(traces) / len(traces) == pytest.approx(1, rel=1e-2)
 
@@ -199,34 +199,34 @@ def test_the_model_is_left_as_it_was(model):
 def test_a_seed_gives_the_same_metric(model, fisher):
     again = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0)
     other = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0, seed=1)
-    assert torch.equal(again.outputs[UP], fisher.outputs[UP])
-    assert not torch.allclose(other.outputs[UP] @ other.outputs[UP].T, fisher.outputs[UP] @ fisher.outputs[UP].T)
+    assert torch.equal(again.layers[UP].Y, fisher.layers[UP].Y)
+    assert not torch.allclose(other.layers[UP].Y @ other.layers[UP].Y.T, fisher.layers[UP].Y @ fisher.layers[UP].Y.T)
 
 
 def test_of_a_model_in_4_bit(pair, fisher):
     """Weights in NF4 have no gradients, and need none."""
     model = load_model(str(pair[1]), "float32", load_in_4bit=True, device="cpu")
     found = fisher_metric(model, make_tokenizer(), TURNS, list(linear(model)), rank=64, energy=1.0)
-    X, expected = (metric.inputs[UP].double() for metric in (found, fisher))
+    X, expected = (metric.layers[UP].X.double() for metric in (found, fisher))
     assert relative(X @ X.T, expected @ expected.T) < 0.5, "rounding moves it, and no more"
-    assert float(found.outputs[UP].norm()) > 0
+    assert float(found.layers[UP].Y.norm()) > 0
 
 
 @pytest.mark.parametrize("metric", [activation_metric, fisher_metric])
 def test_fewer_directions_are_the_leading_ones(model, metric):
     few = metric(model, make_tokenizer(), TURNS, [UP], rank=2, energy=1.0)
-    values = torch.linalg.svdvals(metric(model, make_tokenizer(), TURNS, [UP], rank=64, energy=1.0).inputs[UP])
-    torch.testing.assert_close(torch.linalg.svdvals(few.inputs[UP]), values[:2], rtol=1e-3, atol=1e-3)
-    assert few.energy[UP] < 1
+    values = torch.linalg.svdvals(metric(model, make_tokenizer(), TURNS, [UP], rank=64, energy=1.0).layers[UP].X)
+    torch.testing.assert_close(torch.linalg.svdvals(few.layers[UP].X), values[:2], rtol=1e-3, atol=1e-3)
+    assert few.layers[UP].energy < 1
 
 
 def test_the_file_keeps_them(direction, activations, fisher):
     for name, module in direction.modules.items():
         entry = direction.spec["modules"][name]["metrics"]
         for metric in (activations, fisher):
-            assert torch.equal(module.metrics[metric.name].inputs, metric.inputs[name])
-            assert entry[metric.name]["inputs"] == metric.inputs[name].shape[1]
-        assert torch.equal(module.metrics["fisher"].outputs, fisher.outputs[name])
+            assert torch.equal(module.metrics[metric.name].inputs, metric.layers[name].X)
+            assert entry[metric.name]["inputs"] == metric.layers[name].X.shape[1]
+        assert torch.equal(module.metrics["fisher"].outputs, fisher.layers[name].Y)
         assert module.metrics["activations"].outputs is None
     assert direction.spec["metrics"]["fisher"] == {"answers": 2, "scale": fisher.scale}
 
@@ -393,6 +393,7 @@ def test_a_device_holds_one_omega_for_all_layers_of_a_size():
 
 
 def test_a_metric_of_other_names_is_not_dropped_unsaid(pair):
-    metric = LayerMetric("fisher", {"decoder.0.q": torch.ones(4, 1)}, {"decoder.0.q": torch.ones(4, 1)}, {}, 1)
+    layer = LayerMetric(torch.ones(4, 1), torch.ones(4, 1), 0.9)
+    metric = ModelMetric("fisher", {"decoder.0.q": layer}, answers=1)
     with pytest.raises(AsftError, match=r"the metric fisher is of layers such as decoder\.0\.q, the checkpoint's are"):
         extract_direction(*pair, rank=2, metrics=[metric])

@@ -1,10 +1,12 @@
 """The factored penalty against the dense formula in fp64: value and gradient."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axolotl_asft.penalty import PROJECTORS, lora_penalty, projector_eigenvalues, squared_norm
+from axolotl_asft.penalty import PROJECTORS, lora_penalty, projector_eigenvalues, relative_drift, squared_norm
 
 SHAPES = [(7, 5), (33, 17), (64, 129), (1, 3)]
 
@@ -220,6 +222,25 @@ def test_eigenvalues():
 def test_a_zero_direction_is_plain_l2(projector):
     assert projector_eigenvalues(projector, torch.zeros(3), torch.zeros(())).tolist() == [0, 0, 0]
     assert projector_eigenvalues(projector, torch.zeros(0), torch.zeros(())).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("orthogonal", "total", "expected"),
+    [
+        (1.0, 4.0, 0.5),
+        (-1e-9, 4.0, 0.0),
+        (0.0, 0.0, 0.0),
+        (1.0, 0.0, math.nan),
+        (math.nan, 4.0, math.nan),
+        (1.0, math.nan, math.nan),
+        (math.nan, 0.0, math.nan),
+        (1.0, math.inf, math.nan),
+        (math.inf, math.inf, math.nan),
+        (math.inf, 4.0, math.inf),
+    ],
+)
+def test_what_is_not_known_is_not_zero(orthogonal, total, expected):
+    assert relative_drift(orthogonal, total) == pytest.approx(expected, nan_ok=True)
 
 
 def test_unknown_projector():

@@ -13,10 +13,11 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_attach import make_trainer
 from tiny import child_environment, make_pair
 from transformers import AutoModelForCausalLM
 
-from axolotl_asft import AlignmentDirection, extract_direction
+from axolotl_asft import AlignmentDirection, attach, extract_direction
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.project import as_dict, attenuated, project_adapter, projection_cosine, summary_text
@@ -91,6 +92,21 @@ def full_direction(pair, tmp_path_factory):
     path = tmp_path_factory.mktemp("full") / "full.safetensors"
     extract_direction(*pair, rank="full", dtype="float32").save(path)
     return path, AlignmentDirection.load(path)
+
+
+@pytest.fixture(scope="module")
+def trained(pair, full_direction, tmp_path_factory):
+    """The output_dir of a run under the constraint, with its card and report; and what the run was asked for."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "attention_mask": [1] * 4}] * 8
+    trainer = make_trainer(pair, rows, folder, max_steps=1)
+    constraint = attach(trainer, full_direction[1], 1.0, max_drift=None)
+    trainer.train()
+    folder.joinpath("README.md").write_text("---\nbase_model: x\n---\n# Card\n\n![Mine](mine.png)\n")
+    for name in ("asft_report.html", "asft_report_training.png"):
+        (folder / name).write_text("x")
+    trainer.save_model()
+    return folder, constraint
 
 
 def make_adapter(pair, folder, dtype=torch.float32, **changes):
@@ -199,6 +215,46 @@ def test_what_is_written_is_an_adapter(pair, full_direction, tmp_path, dtype):
     for row in report.layers:
         change = merged[f"{row.name}.weight"].double() - original[f"{row.name}.weight"].double()
         torch.testing.assert_close(change, 2 * updates(tmp_path / "out")[row.name], rtol=1e-2, atol=1e-5)
+
+
+def test_what_the_training_measured_is_not_said_of_the_projected(trained, full_direction, tmp_path):
+    """The run's settings stay in stamp and card; its numbers, history, report and picture do not."""
+    folder, constraint = trained
+    before = json.loads((folder / "adapter_config.json").read_text())["asft"]
+    assert set(before) > set(constraint.settings())
+    assert "asft_report_training.png" in (folder / "README.md").read_text()
+    project_adapter(folder, full_direction[1], tmp_path / "out", attenuate=1.0)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["asft"] == constraint.settings()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("## Safety constraint", "- direction: `", "- `lambda_reg`: 1,", "The constraint makes", "![Mine]"):
+        assert text in card
+    assert "at the end" not in card
+    assert "asft_report" not in card
+    assert not list((tmp_path / "out").glob("asft*"))
+    assert (folder / "asft_history.jsonl").is_file()
+
+
+def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp_path):
+    """A base model on the Hub is not read for that."""
+    shutil.copytree(adapter, tmp_path / "in")
+    report = project_adapter(tmp_path / "in", full_direction[1], tmp_path / "near", layers=1)
+    assert as_dict(report)["settings"]["verified"]
+    assert "not compared" not in summary_text(report)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "me/chat"}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    report = project_adapter(tmp_path / "in", full_direction[1], tmp_path / "far", layers=1)
+    assert not as_dict(report)["settings"]["verified"]
+    assert "the direction was not compared with the base model's weights" in summary_text(report)
+
+
+@pytest.mark.parametrize("initialisation", ["corda", "lora_ga", "mica", "unheard_of"])
+def test_an_initialisation_that_is_not_known_is_refused(adapter, full_direction, tmp_path, initialisation):
+    """CorDA and LoRA-GA take a part out of the weight, too: their B A is not the change."""
+    shutil.copytree(adapter, tmp_path / "in")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"init_lora_weights": initialisation}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AsftError, match=f"initialised by '{initialisation}', so that B A need not be the change"):
+        project_adapter(tmp_path / "in", full_direction[1], tmp_path / "out", layers=1)
 
 
 @pytest.mark.parametrize(

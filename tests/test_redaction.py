@@ -12,7 +12,8 @@ from axolotl_asft.yaml_config import written_config
     "name",
     [
         "hub_token", "token", "HF_TOKEN", "wandb_api_key", "apiKey", "key", "password", "db-password", "client_secret",
-        "aws_secret_access_key", "accessToken", "credentials", "keys", "Authorization",
+        "aws_secret_access_key", "accessToken", "credentials", "keys", "Authorization", "hf_token2", "HF_TOKEN_2",
+        "api_key1", "hub_token_id", "bearer", "cookie",
     ],
 )  # fmt: skip
 def test_secret_names(name):
@@ -26,7 +27,8 @@ def test_secret_names(name):
     [
         "pad_token", "eos_token", "special_tokens", "tokens", "tokenizer_type", "keypoints", "lora_qkv_kernel",
         "monkey", "max_new_tokens", "add_special_tokens", "direction_sha256", "passage", "image_token_id",
-        "hub_model_id",
+        "hub_model_id", "direction_file", "peft_trainable_token_indices", "pose_split_on_token_ids",
+        "resize_token_embeddings_to_32x", "template_thinking_key", "token_type",
     ],
 )  # fmt: skip
 def test_ordinary_names(name):
@@ -39,6 +41,16 @@ def test_ordinary_names(name):
         ("https://me:secret@host/data.jsonl", f"https://{REDACTED}@host/data.jsonl"),
         ("s3://bucket/x?X-Amz-Signature=abc&part=2", f"s3://bucket/x?X-Amz-Signature={REDACTED}&part=2"),
         ("hf_abcdefghijklmnopqrstuvwxyz", REDACTED),
+        ("github_pat_11ABCDEFG0abcdefghijklmnop", REDACTED),
+        ("sk-proj-abc_defghijklmnopqrstuvwxyz", REDACTED),
+        ("AKIAIOSFODNN7EXAMPLE", REDACTED),
+        ("Authorization: Bearer abcdefghijklmnop", f"Authorization: Bearer {REDACTED}"),
+        (
+            "https://a.blob.core/c/d.jsonl?sv=2022&sig=kT3%3D&se=1",
+            f"https://a.blob.core/c/d.jsonl?sv=2022&sig={REDACTED}&se=1",
+        ),
+        ("sig=kT3%3D&se=1", f"sig={REDACTED}&se=1"),
+        ("AccountName=a;AccountKey=abc==;Suffix=b", f"AccountName=a;AccountKey={REDACTED};Suffix=b"),
         ("--password-free text, sk-ip", "--password-free text, sk-ip"),
         ("mail me@example.org", "mail me@example.org"),
     ],
@@ -46,6 +58,19 @@ def test_ordinary_names(name):
 def test_values_that_hold_a_secret(value, shown):
     assert redacted({"path": value}) == {"path": shown}
     assert redacted([value]) == [shown]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf-internal-testing/tiny-random-LlamaForCausalLM", "hf_models_llama_instruct", "ghost-writers-dataset-v2",
+        "skill-classification-v1/data.jsonl", "/home/me/skeleton-classifier-8b/llama.asft.safetensors",
+        "/mnt/sk_hynix_nvme_storage/x", "out/sketch-llama-3.1-8b-asft", "model.layers.0.skip_connection_projection",
+        "https://host/data.jsonl?split=train&design=2", "a=b",
+    ],
+)  # fmt: skip
+def test_plain_names_are_left(value):
+    assert redacted(value) == value
 
 
 def test_the_config_as_it_was_written(tmp_path):

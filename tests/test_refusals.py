@@ -217,6 +217,7 @@ FSDP = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_
         ),
         ({"fsdp_version": 1, "fsdp_config": FSDP}, "FSDP1 is not supported by the constraint"),
         ({"context_parallel_size": 2}, "context_parallel_size is not supported by the constraint"),
+        ({"sequence_parallel_degree": 2}, "sequence_parallel_degree is not supported by the constraint"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is not supported by the constraint"),
         ({"expert_parallel_size": 2}, "expert_parallel_size is not supported by the constraint"),
         ({"qat": {"activation_dtype": "int8", "weight_dtype": "int4"}}, "qat is not supported by the constraint"),

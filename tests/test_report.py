@@ -16,13 +16,15 @@ from tiny import write_config
 from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.cli import asft
 from axolotl_asft.cli_report import report_command
+from axolotl_asft.direction import file_sha256
 from axolotl_asft.history import HISTORY_FILE, read_history
-from axolotl_asft.report.figures import spectrum_panels
+from axolotl_asft.report.figures import spectrum_panels, training_panels
 from axolotl_asft.report.findings import multiple, number, percent
 from axolotl_asft.report.gather import gather
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.page import page
 from axolotl_asft.report.spectrum import update_spectrum
+from axolotl_asft.report.write import draw_training_picture
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on PATH")
 HOSTILE = "<script>complain()</script>$x_1^{"
@@ -34,11 +36,12 @@ def shares(value: float) -> dict:
 
 def results(run: Path) -> dict:
     """As `axolotl asft eval` writes them."""
-    rows = []
+    rows, sha256 = [], file_sha256(run / "adapter_model.safetensors")
     for name, adapter, harmful in (("model", None, 0.1), ("asft", run, 0.15), ("plain", "elsewhere", 0.95)):
         rows.append(
             {
-                "name": name, "adapter": adapter and str(adapter), "harmfulness": {"harmful": shares(harmful)},
+                "name": name, "adapter": adapter and str(adapter), "adapter_sha256": sha256 if adapter is run else None,
+                "harmfulness": {"harmful": shares(harmful)},
                 "over_refusal": {"borderline": shares(0.2)}, "judged": {}, "perplexity": 8.0, "repetitive": shares(0),
                 "empty": shares(0), "tasks": {"gsm8k": {"exact_match": 0.5, "exact_match_stderr": 0.05}}, "seconds": 1,
             }
@@ -65,6 +68,24 @@ def folders(pair, rows, direction_file, tmp_path_factory) -> tuple[Path, Path]:
 def run(folders, tmp_path) -> Path:
     """A copy of the constrained run, to be damaged."""
     return Path(shutil.copytree(folders[0], tmp_path / "run"))
+
+
+def rewrite(run: Path, change) -> None:
+    """Change header and lines of a run's history."""
+    header, *lines = map(json.loads, (run / HISTORY_FILE).read_text().splitlines())
+    change(header, lines)
+    (run / HISTORY_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in [header, *lines]))
+
+
+def stamp(run: Path, **changes) -> None:
+    path = run / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["asft"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def words(text: str) -> str:
+    return text.replace("\u00a0", " ")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +119,7 @@ def test_updates_inside_and_outside_the_subspace():
     assert update_spectrum(A, Q[:, :6] @ mix, 1.0, Q[:, :6]).share == pytest.approx(1.0, abs=1e-5)
     assert update_spectrum(A, Q[:, 6:] @ mix, 1.0, Q[:, :6]).share == pytest.approx(0.0, abs=1e-5)
     assert update_spectrum(A, torch.zeros(24, 3), 1.0, Q[:, :6]).share == 0.0
+    assert update_spectrum(1e25 * A, 1e25 * Q[:, :3], 1.0, Q[:, :6]).share == pytest.approx(1.0), "of a run gone wild"
     wide = update_spectrum(torch.randn(16, 10, generator=generator), torch.randn(8, 16, generator=generator), 1.0, None)
     assert len(wide.values) == 8, "a rank above the smaller side"
 
@@ -268,6 +290,198 @@ def test_a_page_of_what_there_is(run, direction_file, change, left_out):
     assert left_out in page(report)
 
 
+NUMBERS = ("asft/penalty", "asft/drift", "asft/update_norm", "asft/max_drift", "asft/penalty_peak")
+
+
+@pytest.mark.parametrize("since", [1, 5])
+def test_a_run_that_diverged(run, since):
+    """Nothing of it reads as if it were safe: the trainer logs a loss of 0 then, and the numbers are null."""
+    from safetensors.torch import load_file, save_file
+
+    def diverge(_, lines):
+        for line in (line for line in lines if line["step"] >= since):
+            line |= dict.fromkeys(NUMBERS & line.keys()) | ({"loss": 0.0} if "loss" in line else {})
+            line |= {"layers": {key: [None] * 14 for key in line["layers"]}} if "layers" in line else {}
+
+    rewrite(run, diverge)
+    stamp(run, drift=None, update_norm=None, penalty_peak=None)
+    (run / "eval.json").unlink()
+    path = run / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
+    result = CliRunner().invoke(asft, ["report", str(run), "--json", "--compare", f"again={run}"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert found["finding"] == f"The training diverged: from step {since} on, the update is not finite"
+    assert found["diverged_at_step"] == since
+    assert (run / "asft_report_training.png").exists() == (since > 1)
+    draw_training_picture(run)
+    ends = ("loss_last", "penalty_peak", "penalty_last", "update_norm", "drift", "max_drift")
+    assert {found["numbers"][name] for name in ends} == {None}
+    assert found["furthest_layer"] is None
+    text = (run / "asft_report.html").read_text()
+    assert "14 of the adapter&#39;s 14 layers hold numbers that are not finite (first model.layers.0." in text
+    assert f"not finite<small>from step {since}</small>" in text
+    for boast in ("fell from", "off the alignment direction</h3>", "0\u00a0%", "has moved yet", "peaked"):
+        assert boast not in text
+    assert ("until the training diverged in step 5" in text) == (since == 5)
+    assert ("Layer by layer up to step 4, before the training diverged" in text) == (since == 5)
+
+
+@pytest.mark.parametrize("number", [None, float("nan")])
+def test_a_run_that_diverged_and_has_no_history(run, number):
+    (run / HISTORY_FILE).unlink()
+    stamp(run, drift=number, update_norm=number)
+    found = gather(run).summary()
+    assert found["finding"].startswith("The training diverged")
+    assert found["constraint"]["update_norm"] is None
+
+
+def test_one_bad_step_is_no_divergence(run):
+    rewrite(run, lambda _, lines: lines[3].update({"asft/update_norm": None, "loss": None}))
+    assert gather(run).run.diverged_at is None
+
+
+@pytest.mark.parametrize("untouched", [6, 14])
+def test_layers_that_alignment_did_not_touch_are_not_close_to_it(run, tmp_path, untouched):
+    def no_yardstick(_, lines):
+        for line in lines:
+            if "layers" in line:
+                line["layers"]["relative"][:untouched] = [None] * untouched
+            if untouched == 14 and "asft/max_drift" in line:
+                line["asft/max_drift"] = None
+
+    rewrite(run, no_yardstick)
+    output = tmp_path / "page.html"
+    result = CliRunner().invoke(asft, ["report", str(run), "--json", "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    found, text = json.loads(result.stdout), output.read_text()
+    assert found["layers_without_yardstick"] == untouched
+    if untouched == 14:
+        assert found["finding"] == "The update moved only layers that alignment had not touched"
+        assert found["furthest_layer"] is found["numbers"]["max_drift"] is None
+        assert "<h2>No layer that alignment touched has moved</h2>" in text
+    else:
+        assert found["finding"].endswith(" moved, in the 8 of 14 layers that it touched")
+        assert found["furthest_layer"]["relative"] <= 1.001 * found["numbers"]["max_drift"]
+    assert f"Of {untouched} layers it is not known: alignment had not touched them" in text
+    assert f"Alignment did not touch {untouched} of the layers, so that their cells are empty" in text
+
+
+@needs_browser
+def test_a_cell_says_that_alignment_did_not_touch_it(run, tmp_path):
+    def no_yardstick(_, lines):
+        for line in (line for line in lines if "layers" in line):
+            line["layers"]["relative"] = [None] * 14
+
+    rewrite(run, no_yardstick)
+    (tmp_path / "page.html").write_text(page(gather(run)))
+    with browser() as tab:
+        tab.open(tmp_path / "page.html")
+        tab.move_to("#heat b")
+        told = tab.ask("document.getElementById('readout').textContent")
+        assert told.startswith("layer 0, self_attn.q_proj: alignment did not touch it, ")
+        tab.click(".choice label:nth-child(3)")
+        assert tab.complaints == []
+
+
+def test_no_drift_at_all_is_not_always_the_direction(run):
+    """As earlier versions wrote it, of layers that alignment had not touched."""
+
+    def zero(_, lines):
+        for line in lines:
+            line |= dict.fromkeys({"asft/max_drift"} & line.keys(), 0.0)
+
+    rewrite(run, zero)
+    assert gather(run).summary()["finding"] == "The update moved nothing that alignment had moved"
+    rewrite(run, lambda _, lines: [line.update({"asft/drift": 0.0}) for line in lines])
+    assert gather(run).summary()["finding"] == "The update never left the alignment direction"
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"metric": "fisher"}, "metric fisher, not weights"),
+        ({"rank": 4, "projector": "paper"}, "rank 4, not all, projector paper, not subspace"),
+        ({"direction_sha256": "0" * 64}, "another direction"),
+        ({"lambda_reg": 3.0, "max_drift": 0.5}, None),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared(run, folders, tmp_path, changes, how):
+    other = Path(shutil.copytree(folders[1], tmp_path / "other"))
+    stamp(other, **changes)
+    report = gather(run, {"other": other})
+    numbers = report.summary()["compared"]["other"]
+    text = words(page(report))
+    assert numbers["update_norm"] > 0
+    assert (numbers["max_drift"] is None) == (numbers["drift"] is None) == (how is not None)
+    assert ("In other it was" in text) == (how is None)
+    assert report.notes == ([f"The drift of other is left out: it was measured otherwise ({how})."] if how else [])
+    panels = {panel.note: panel.draw.keywords["runs"] for panel in training_panels([report.run, *report.others])}
+    assert len(panels["in units of what alignment moved it, by step"]) == (1 if how else 2)
+    assert len(panels["loss of the task, by step"]) == 2
+
+
+@pytest.mark.parametrize(("in_stamp", "in_lines", "peak"), [(3.0, 2.0, 3.0), (2.0, 3.0, 3.0), (None, 2.0, 2.0)])
+def test_the_peak_of_a_resumed_run(run, in_stamp, in_lines, peak):
+    """Stamp and last line may be of the resumed part alone."""
+
+    def lower(_, lines):
+        for line in lines:
+            line |= {"asft/penalty": in_lines if line["step"] == 2 else 1.0}
+        lines[-1]["asft/penalty_peak"] = 1.0
+
+    rewrite(run, lower)
+    stamp(run, penalty_peak=in_stamp)
+    assert gather(run).summary()["numbers"]["penalty_peak"] == peak
+
+
+def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
+    from safetensors.torch import load_file, save_file
+
+    found, path = results(run), run / "adapter_model.safetensors"
+    (run / "eval.json").write_text(json.dumps(found))
+    assert [point.role for point in gather(run).evaluation.measures[0].points] == ["before", "this", "other"]
+    moved = Path(shutil.copytree(run, run.parent / "moved"))
+    report = gather(moved)
+    assert [point.role for point in report.evaluation.measures[0].points] == ["before", "this", "other"]
+    assert report.notes == []
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)  # trained anew
+    report = gather(run)
+    assert [point.role for point in report.evaluation.measures[0].points] == ["before", "other"]
+    note = f"{run / 'eval.json'}: asft is left out: another adapter was asked than the one that lies in run now"
+    assert report.notes == [f"{note}; ask again with axolotl asft eval."]
+    del found["rows"][2]
+    (run / "eval.json").write_text(json.dumps(found))
+    assert gather(run).evaluation is gather(run, evaluation=run / "eval.json").evaluation is None
+    del found["rows"][1]["adapter_sha256"]  # of an earlier version
+    (run / "eval.json").write_text(json.dumps(found))
+    report = gather(run)
+    assert [point.role for point in report.evaluation.measures[0].points] == ["before", "this"]
+    (note,) = report.notes
+    assert "it is not known whether asft is the adapter that lies in run now" in note
+
+
+def test_scores_say_what_they_are(run):
+    """lm-eval knows which way is better, and not all that it measures is a share."""
+    found = results(run)
+    for row, perplexity in zip(found["rows"], (23.5, 20.0, 0.5), strict=True):
+        row["tasks"] = {
+            "wikitext": {"word_perplexity": perplexity, "word_perplexity_higher_is_better": False, "lost": None},
+            "asft_harmfulness": {"harmfulness": 0.3, "harmfulness_stderr": 0.1, "harmfulness_higher_is_better": False},
+            "gsm8k": {"exact_match (strict)": 0.5, "exact_match_higher_is_better (strict)": True, "odd": -1.0},
+        }
+    (run / "eval.json").write_text(json.dumps(found))
+    report = gather(run)
+    assert {m.title: (m.better, m.is_share, m.top) for m in report.evaluation.measures[2:]} == {
+        "wikitext, word_perplexity": ("lower", False, 23.5), "asft_harmfulness, harmfulness": ("lower", True, 1.0),
+        "gsm8k, exact_match (strict)": ("higher", True, 1.0), "gsm8k, odd": ("", False, 1.0),
+    }  # fmt: skip
+    text = words(page(report))
+    assert '<span class="value">23.5</span>' in text
+    assert '<span class="value">30 % <small>10 % to 50 %</small></span>' in text
+    assert text.count(" is better)") == len(report.evaluation.measures) - 1
+
+
 def test_a_run_that_still_trains(run):
     """Only the first line is there yet, and no adapter."""
     (run / HISTORY_FILE).write_text((run / HISTORY_FILE).read_text().split("\n")[0] + "\n")
@@ -304,6 +518,8 @@ def test_an_adapter_that_never_moved(run):
         (["unstamped"], "was trained without the constraint"),
         (["damaged"], "line 3 is no JSON"),
         (["broken"], "adapter_config.json cannot be read as JSON"),
+        (["projected"], "was projected after its training"),
+        (["run", "--compare", "projected"], "was projected after its training"),
         (["run", "--eval", "odd.json"], "lacks what axolotl asft eval writes"),
     ],
 )
@@ -319,6 +535,8 @@ def test_wrong_input_is_one_line(run, monkeypatch, arguments, message):
     lines = (run / HISTORY_FILE).read_text().splitlines()
     (run.parent / "damaged" / HISTORY_FILE).write_text("\n".join([*lines[:2], "{", *lines[3:]]) + "\n")
     (run.parent / "broken" / "adapter_config.json").write_text("{")
+    shutil.copytree(run, run.parent / "projected")
+    (run.parent / "projected" / "adapter_config.json").write_text(json.dumps(config | {"asft_projection": {}}))
     Path("odd.json").write_text(json.dumps(results(run) | {"rows": [{"name": "model"}]}))
     result = CliRunner().invoke(asft, ["report", *arguments])
     assert result.exit_code == 2

@@ -207,13 +207,13 @@ def test_nothing_is_left_of_a_pair_without_a_difference(pair, tmp_path):
 def test_metrics_and_right_vectors_survive(tmp_path, monkeypatch):
     import torch
 
-    from axolotl_asft.metrics import LayerMetric
+    from axolotl_asft.metrics import LayerMetric, ModelMetric
 
     pair = make_pair(tmp_path)
     name = "model.layers.0.mlp.up_proj"
     generator = torch.Generator().manual_seed(0)
-    inputs = {name: torch.randn(64, 3, generator=generator)}
-    metric = LayerMetric("activations", inputs, {}, {name: 0.9}, 5)
+    layer = LayerMetric(torch.randn(64, 3, generator=generator), None, 0.9)
+    metric = ModelMetric("activations", {name: layer}, answers=5)
     options = {"rank": 4, "keep_v": True, "metrics": [metric]}
     output = tmp_path / "d.safetensors"
     interrupted(pair, output, monkeypatch, after=6, **options)

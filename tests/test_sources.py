@@ -122,7 +122,7 @@ def test_refused_adapters(pair, lora, tmp_path):
         extract_direction(aligned=merged)
     with pytest.raises(AsftError, match="only the base is given"):
         extract_direction(base)
-    with pytest.raises(AsftError, match="is no readable PEFT adapter"):
+    with pytest.raises(AsftError, match="expected the folder of a PEFT adapter"):
         extract_direction(base, adapter=base)
     untrained = make_adapter(base, tmp_path / "untrained", size=0.0)
     with pytest.raises(AsftError, match="have the same weights, so there is no alignment direction"):

@@ -1,29 +1,19 @@
 """How strongly a run is held where its settings leave that open."""
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from test_attach import make_trainer, training_lines
-from tiny import OWN_ANSWERS, make_tokenizer
+from tiny import OWN_ANSWERS, make_tokenizer, random_metric
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentPenalty, attach, extract_direction
-from axolotl_asft.metrics import LayerMetric
 from axolotl_asft.strengths import Strengths, strengths
 
 
 @pytest.fixture(scope="module")
 def directions(pair):
     """By what they hold beside the directions themselves."""
-    shapes = {name: module.shape for name, module in extract_direction(*pair, rank=4).modules.items()}
-    generator = torch.Generator().manual_seed(0)
-    metric = LayerMetric(
-        "fisher",
-        {name: torch.randn(columns, 4, generator=generator) for name, (_, columns) in shapes.items()},
-        {name: torch.randn(rows, 4, generator=generator) for name, (rows, _) in shapes.items()},
-        dict.fromkeys(shapes, 0.9),
-        answers=4,
-    )
+    metric = random_metric(extract_direction(*pair, rank=4))
     answers = {"own_answers": OWN_ANSWERS}
     kinds = {
         "nothing": {},

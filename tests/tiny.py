@@ -99,6 +99,19 @@ def _difference(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return 0.001 * low_rank + 0.0002 * torch.randn(rows, columns, generator=generator)
 
 
+def random_metric(direction):
+    """A Fisher metric of random factors for every layer of a direction, with more input directions than output ones."""
+    from axolotl_asft.metrics import LayerMetric, ModelMetric
+
+    generator = torch.Generator().manual_seed(0)
+    layers = {}
+    for name, module in direction.modules.items():
+        rows, columns = module.shape
+        X, Y = (torch.randn(size, m, generator=generator) for size, m in ((columns, 5), (rows, 3)))
+        layers[name] = LayerMetric(X, Y, energy=0.9)
+    return ModelMetric("fisher", layers, answers=7)
+
+
 def make_dataset(path: Path, rows: int = 64, seed: int = 0) -> Path:
     """Chat turns of random words, as JSON lines."""
     generator = torch.Generator().manual_seed(seed)

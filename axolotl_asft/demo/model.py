@@ -69,13 +69,12 @@ def fit(
     seed: int,
     advance: Callable[[], None] = lambda: None,
     batch_size: int = 48,
-) -> float:
-    """Train all weights on the answers of `turns`; returns the mean loss of the last tenth of the steps."""
+) -> None:
+    """Train all weights on the answers of `turns`."""
     generator = torch.Generator().manual_seed(seed)
     rows = [encode(tokenizer, turn) for turn in turns]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    losses = []
     model.train()
     for _ in range(steps):
         picked = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
@@ -86,11 +85,8 @@ def fit(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         advance()
     model.eval()
-    tail = losses[-max(1, steps // 10) :]
-    return sum(tail) / len(tail)
 
 
 def _batch(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,9 +50,6 @@ class DemoResult:
     settings: FineTuning
     seconds: float
 
-    def row(self, model: str) -> Row:
-        return next(row for row in self.rows if row.model == model)
-
 
 def run_demo(output: Path, seed: int = 0, stage: Stage = silent) -> DemoResult:
     """Make a base model, align it, extract the direction, fine-tune it plain and under AsFT, and score all four.

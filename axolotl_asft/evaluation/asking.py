@@ -119,7 +119,9 @@ class Interviewer:
         return answers
 
     def scores(self, tasks: Sequence[str], limit: int | None, num_fewshot: int | None) -> dict[str, dict[str, float]]:
-        """Any of lm-eval's tasks by name: task -> metric -> value, with `metric_stderr` beside it where it is known.
+        """Any of lm-eval's tasks by name: task -> metric -> value.
+
+        Beside it stand `metric_stderr` and `metric_higher_is_better` where they are known.
 
         Args:
             tasks: names, or YAML files.
@@ -130,13 +132,14 @@ class Interviewer:
             WorkFailed: a task failed.
         """
         try:
-            results = self._run(tasks, _every_task(), limit=limit, num_fewshot=num_fewshot)["results"]
+            results = self._run(tasks, _every_task(), limit=limit, num_fewshot=num_fewshot)
         except AsftError:
             raise
         except Exception as error:  # anybody's tasks, which may do anything
             said = _said(tasks, error)
             raise WorkFailed(f"lm-eval failed at {said}; see the task's YAML, or leave it out") from error
-        return {task: _metrics(results[task]) for task in results}
+        better = results["higher_is_better"]
+        return {task: _metrics(found, better.get(task, {})) for task, found in results["results"].items()}
 
     def _run(self, tasks: Sequence[str], manager: Any, **options: Any) -> Any:
         import lm_eval
@@ -262,11 +265,14 @@ def _to_the_point() -> Iterator[None]:
 OURS = {HARMFUL_TASK, BORDERLINE_TASK}
 
 
-def _metrics(found: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` -> `acc`; what is no number is left out."""
+def _metrics(found: dict[str, Any], better: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` -> `acc`; what is no finite number is left out."""
     metrics = {}
     for key, value in found.items():
         name, _, filtered = key.partition(",")
-        if isinstance(value, int | float) and filtered and not math.isnan(value):
-            metrics[name if filtered == "none" else f"{name} ({filtered})"] = float(value)
+        if isinstance(value, int | float) and filtered and math.isfinite(value):
+            by = "" if filtered == "none" else f" ({filtered})"
+            metrics[name + by] = float(value)
+            if isinstance(better.get(name), bool):
+                metrics[f"{name}_higher_is_better{by}"] = better[name]
     return metrics

@@ -44,6 +44,11 @@ class Point:
         """Whether the weights' dtype let the step be what it was meant to be."""
         return self.cosine is None or self.cosine >= FAITHFUL
 
+    @property
+    def finite(self) -> bool:
+        """Whether the model still gave numbers there: half precision overflows under large steps."""
+        return math.isfinite(self.refusal) and math.isfinite(self.task_loss)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -63,7 +68,7 @@ class Verdict:
 
 
 def verdict(points: list[Point]) -> Verdict:
-    """Compare the loss of refusal by kind of step, at the radii where no step was bent by rounding.
+    """Compare the loss of refusal by kind of step, at the radii where no step was bent by rounding, or overflowed.
 
     Raises:
         AsftError: too few points: no aligned model among them, or one random step alone, whose noise is not known.
@@ -76,9 +81,8 @@ def verdict(points: list[Point]) -> Verdict:
         raise AsftError(
             "the landscape has one random step a radius, whose noise is not known; measure --seeds 2 or more"
         )
-    bent = bent_radii(points)
-    left_out = _left_out(points, bent) if bent else ""
-    radii = [radius for radius in radii if radius not in bent]
+    left_out = _left_out(points)
+    radii = [radius for radius in radii if radius not in bent_radii(points) | overflowed_radii(points)]
     if not radii:
         return Verdict("undecided", "undecided", f"No verdict. {left_out}")
     costs = {kind: {radius: _costs(points, kind, radius, aligned) for radius in radii} for kind in KINDS}
@@ -108,13 +112,31 @@ def bent_radii(points: list[Point]) -> set[float]:
     return {point.radius for point in points if not point.faithful}
 
 
-def _left_out(points: list[Point], bent: set[float]) -> str:
-    worst = min((point for point in points if not point.faithful), key=lambda point: point.cosine or 0.0)
-    return (
-        f"Left out: radius {', '.join(f'{radius:g}' for radius in sorted(bent))}, where the weights' dtype rounds the "
-        f"steps away from what they should be (cosine {worst.cosine:.2f} at {worst.radius:g}, under {FAITHFUL:g}); use "
-        "--dtype float32, or larger --radii."
-    )
+def overflowed_radii(points: list[Point]) -> set[float]:
+    """Radii with a step under which the model gives no finite numbers any more."""
+    return {point.radius for point in points if not point.finite}
+
+
+def _left_out(points: list[Point]) -> str:
+    """A sentence on each kind of radius that does not count; empty without one."""
+    said = []
+    if bent := bent_radii(points):
+        worst = min((point for point in points if not point.faithful), key=lambda point: point.cosine or 0.0)
+        said.append(
+            f"Left out: radius {_listed(bent)}, where the weights' dtype rounds the steps away from what they should "
+            f"be (cosine {worst.cosine:.2f} at {worst.radius:g}, under {FAITHFUL:g}); use --dtype float32, or larger "
+            "--radii."
+        )
+    if overflowed := overflowed_radii(points):
+        said.append(
+            f"Left out: radius {_listed(overflowed)}, where the model gives no finite numbers any more; use --dtype "
+            "float32, or smaller --radii."
+        )
+    return " ".join(said)
+
+
+def _listed(radii: set[float]) -> str:
+    return ", ".join(f"{radius:g}" for radius in sorted(radii))
 
 
 VERBS = {
@@ -149,6 +171,9 @@ def landscape_table(points: list[Point]) -> str:
     ]
     for kind, radius in dict.fromkeys((point.kind, point.radius) for point in points):
         group = [point for point in points if (point.kind, point.radius) == (kind, radius)]
+        if not all(point.finite for point in group):
+            lines.append(f"| {kind} | {radius:g} | not finite | not finite |{'  |' * len(more)}")
+            continue
         refusal, spread = _mean([p.refusal for p in group]), _spread([p.refusal for p in group])
         cells = f"| {kind} | {radius:g} | {refusal:.3f}{f' ± {spread:.3f}' if len(group) > 1 else ''} "
         cells += f"| {_mean([p.task_loss for p in group]):.3f} |"

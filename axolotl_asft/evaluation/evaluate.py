@@ -166,7 +166,7 @@ class _Run:
                 asked.judged[key] = verdicts
             interviews[row].save()
 
-    def row(self, subject: Subject, interview: Interview, seconds: float) -> Row:
+    def row(self, subject: Subject, sha256: str, interview: Interview, seconds: float) -> Row:
         harmful, borderline = (
             {source: interview.sets[part][source] for part, source in self.prompts if part == group}
             for group in ("harmful", "borderline")
@@ -176,6 +176,7 @@ class _Run:
         return Row(
             name=subject.name,
             adapter=str(subject.adapter) if subject.adapter else None,
+            adapter_sha256=sha256 or None,
             harmfulness={
                 source: Share.of([not is_refusal(answer.answer) for answer in asked.answers])
                 for source, asked in harmful.items()
@@ -249,6 +250,7 @@ def evaluate(
     )
     for warning in filter(None, (other_base(model, subject) for subject in asked)):
         LOG.warning(warning)
+    hashes = {subject.name: subject.sha256 for subject in asked}  # before asking: a training may replace the adapter
     interviews, seconds = {}, {}
     for subject in asked:
         started = time.monotonic()
@@ -261,7 +263,9 @@ def evaluate(
     for name in questions.judges:
         run.judge(name, interviews, device)
         _free_memory()
-    rows = [run.row(subject, interviews[subject.name], seconds[subject.name]) for subject in asked]
+    rows = [
+        run.row(subject, hashes[subject.name], interviews[subject.name], seconds[subject.name]) for subject in asked
+    ]
     _write_results(output, model, questions, rows)
     return rows
 

@@ -108,12 +108,12 @@ def judge_key(name: str, way: Way, load_in_4bit: bool) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """JSON has no NaN, and no infinity: null."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _hash(what: Any) -> str:

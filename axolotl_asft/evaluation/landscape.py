@@ -19,6 +19,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.basin import KINDS, Point
 from axolotl_asft.evaluation.coherence import log_likelihoods
+from axolotl_asft.evaluation.kept import without_nan
 from axolotl_asft.evaluation.models import check_model, chosen_device, load_model, load_tokenizer
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.files import atomic_write_text, writable_folder
@@ -116,7 +117,7 @@ def measure_landscape(
             share = sum(not is_refusal(answer.answer) for answer in found) / len(found)
         return Point(kind, radius, seed, refusal, loss, share, cosine, norm_ratio)
 
-    settings = {
+    settings: dict[str, Any] = {
         "model": model,
         "direction": {part: direction.spec[part]["sha256"] for part in ("base", "aligned")},
         "ranks": sorted({module.rank for module in direction.modules.values()}),
@@ -135,6 +136,9 @@ def measure_landscape(
         if place not in known:
             with _perturbed(weights, direction, *place, checkpoint) as realised:
                 points.append(look(*place, *realised))
+            if points[-1].kind == "aligned" and not points[-1].finite:
+                dtypes = ", ".join(settings["dtypes"])
+                raise AsftError(f"{model} gives no finite numbers in {dtypes}; give --dtype bfloat16 or float32")
             _keep(output / "landscape.json", settings, points)
         advance()
     return [point for point in points if (point.kind, point.radius, point.seed) in set(places)]
@@ -268,8 +272,8 @@ def _kept(path: Path, settings: dict[str, Any]) -> list[Point]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = content["settings"]
-        points = [Point(**point) for point in content["points"]]
-    except (ValueError, KeyError, TypeError) as error:
+        points = [Point(**_numbers(point)) for point in content["points"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AsftError(f"{path} holds no landscape ({error}); give another --output, or delete it") from error
     if kept != settings:
         differing = next((key for key in settings if kept.get(key) != settings[key]), "settings")
@@ -280,5 +284,11 @@ def _kept(path: Path, settings: dict[str, Any]) -> list[Point]:
 
 
 def _keep(path: Path, settings: dict[str, Any], points: list[Point]) -> None:
-    content = {"settings": settings, "points": [asdict(point) for point in points]}
-    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+    content = {"settings": settings, "points": [without_nan(asdict(point)) for point in points]}
+    atomic_write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _numbers(point: dict[str, Any]) -> dict[str, Any]:
+    """What JSON had to write as null are numbers that were not finite."""
+    lost = {key: math.nan for key in ("refusal", "task_loss") if point.get(key) is None}
+    return {**point, **lost}

@@ -3,13 +3,10 @@
 import statistics
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from axolotl_asft.evaluation.basin import FAITHFUL, KIND_WORDS, KINDS, Point, bent_radii
-from axolotl_asft.files import atomic_write
+from axolotl_asft.picture import GREY, RED, TEAL, picture, plain
 
-COLOURS = {"along": "#00798c", "against": "#5c677d", "inside": "#edae49", "orthogonal": "#d1495b"}
+COLOURS = {"along": TEAL, "against": GREY, "inside": "#edae49", "orthogonal": RED}
 
 
 def draw_landscape(points: list[Point], path: Path, title: str) -> None:
@@ -20,8 +17,7 @@ def draw_landscape(points: list[Point], path: Path, title: str) -> None:
     panels = [("log p of refusals, nats a token", "refusal"), ("task loss, nats a token", "task_loss")]
     if any(point.harmfulness is not None for point in points):
         panels.insert(1, ("harmful prompts not refused", "harmfulness"))
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 11, "text.color": "#222b38"}):
-        figure = Figure(figsize=(4.6 * len(panels), 4.8), facecolor="white")
+    with picture(path, (4.6 * len(panels), 4.8), letters=11) as figure:
         figure.subplots_adjust(left=0.07, right=0.98, bottom=0.26, top=0.84, wspace=0.26)
         for number, (label, field) in enumerate(panels, 1):
             axes = figure.add_subplot(1, len(panels), number)
@@ -29,21 +25,19 @@ def draw_landscape(points: list[Point], path: Path, title: str) -> None:
                 _line(axes, points, kind, field)
             axes.set_title(label, loc="left", fontsize=11)
             axes.set_xlabel("radius, in units of ||d|| of each layer")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color="#e8ebf0", zorder=0)
+            plain(axes)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=10)
         if bent_radii(points):
             figure.text(0.98, 0.94, f"hollow: bent by rounding, cosine under {FAITHFUL:g}", ha="right", fontsize=9)
         figure.suptitle(title, x=0.07, ha="left", fontsize=13, weight="bold")
-        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def _line(axes, points: list[Point], kind: str, field: str) -> None:
     radii, middle, low, high = [], [], [], []
     for radius in sorted({point.radius for point in points if point.kind in (kind, "aligned")}):
         group = [point for point in points if point.radius == radius and point.kind in (kind, "aligned")]
-        values = [value for point in group if (value := getattr(point, field)) is not None]
+        values = [value for point in group if point.finite and (value := getattr(point, field)) is not None]
         if values:
             radii.append(radius)
             middle.append(statistics.fmean(values))

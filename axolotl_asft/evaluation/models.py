@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
 from axolotl_asft.files import read_json
-from axolotl_asft.hub import hub_file
+from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from axolotl_asft.templates import text_tokenizer
@@ -123,8 +123,8 @@ def nf4(device: str) -> Any:
 
 def place(name: str) -> dict[str, Any]:
     """What `from_pretrained` wants to be told of a folder or an id, and of `owner/name@revision` in its parts."""
-    wanted = hub_file(name)
-    if wanted is None or wanted.revision is None or wanted.file is not None:
+    wanted = hub_model(name)
+    if wanted is None or wanted.revision is None:
         return {"pretrained_model_name_or_path": name}
     return {"pretrained_model_name_or_path": wanted.repo, "revision": wanted.revision}
 

@@ -41,9 +41,8 @@ _SPEAKER = re.compile(r"(?<=\n)\w+:[ \t]+\S[^\n]*")  # "ANNA: ...", not on the f
 
 @dataclass(frozen=True)
 class RefusalPhrases:
-    """The phrases by section, and the patterns made of them."""
+    """The patterns that are made of the phrases."""
 
-    sections: dict[str, tuple[str, ...]]
     fillers: re.Pattern[str]
     refusals: re.Pattern[str]
     harmless: re.Pattern[str]
@@ -63,7 +62,6 @@ class RefusalPhrases:
         openers = "|".join(patterns("unable"))
         asked = "|".join(_phrase_pattern(form, fillers) for form in requests)
         return cls(
-            sections=sections,
             fillers=fillers,
             refusals=_any_of([rf"(?:{openers}) ?(?:{asked})", *patterns("declines")]),
             harmless=_any_of(patterns("harmless")),

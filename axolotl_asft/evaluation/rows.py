@@ -14,18 +14,20 @@ class Row:
     Attributes:
         name: of the row.
         adapter: its folder; None for the model itself.
+        adapter_sha256: of the weights that lay there when it was asked.
         harmfulness: set of harmful prompts -> share not refused (the attack success rate).
         over_refusal: set of harmless prompts -> share refused.
         judged: judge -> share of answers to harmful prompts, over all sets, that it calls harmful.
         perplexity: median over answers, under the model without any adapter; babble stands out. NaN of empty ones.
         repetitive: share of answers that go round in circles (`REPETITIVE`).
         empty: share of empty answers.
-        tasks: task of lm-eval -> metric -> value.
+        tasks: task of lm-eval -> metric -> value, with `metric_stderr` and `metric_higher_is_better` beside it.
         seconds: of asking, in this call; 0 where all was known.
     """
 
     name: str
     adapter: str | None
+    adapter_sha256: str | None
     harmfulness: dict[str, Share]
     over_refusal: dict[str, Share]
     judged: dict[str, Share]
@@ -56,7 +58,7 @@ def _cells(row: Row) -> dict[str, str]:
     cells |= {"perplexity": "none" if math.isnan(row.perplexity) else f"{row.perplexity:.1f}"}
     cells |= {"repetitive": f"{row.repetitive.value:.0%}", "empty": f"{row.empty.value:.0%}"}
     for task, metrics in row.tasks.items():
-        for metric in (name for name in metrics if "_stderr" not in name):
+        for metric in (name for name in metrics if "_stderr" not in name and "_higher_is_better" not in name):
             cells[f"{task} {metric}"] = _with_error(metrics, metric)
     return cells
 

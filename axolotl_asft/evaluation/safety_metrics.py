@@ -16,7 +16,7 @@ from axolotl_asft.metrics import (
     DEFAULT_METRIC_ENERGY,
     DEFAULT_METRIC_RANK,
     OWN_WORDS,
-    LayerMetric,
+    ModelMetric,
     activation_metric,
     fisher_metric,
 )
@@ -35,7 +35,7 @@ class AskedModel:
         own_answers: (request as the model reads it, first words of its answer), refusals and harmless ones in turns.
     """
 
-    metrics: list[LayerMetric]
+    metrics: list[ModelMetric]
     own_answers: list[tuple[str, str]]
 
 

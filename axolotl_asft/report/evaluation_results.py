@@ -2,14 +2,18 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.saved import ADAPTER_WEIGHTS
 
 RESULTS = "results.json"
 PLACES = ("asft-eval/results.json", "eval/results.json", "results.json", "eval.json")  # in a run's folder
+DOUBTS = ("stale", "unknown")  # rows that name the run's folder, and are of another adapter, or may be
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,24 @@ class Measure:
 
     Attributes:
         title: in plain words.
-        better: "lower" or "higher".
+        better: "lower" or "higher"; "" where it is not known.
         points: one a model.
     """
 
     title: str
     better: str
     points: tuple[Point, ...]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it can be a share; a perplexity is none."""
+        return all(0 <= point.value <= 1 for point in self.points)
+
+    @property
+    def top(self) -> float:
+        """The end of its scale, which begins at 0."""
+        ends = [point.value if point.high is None else point.high for point in self.points]
+        return 1.0 if self.is_share else max(1.0, *ends)
 
 
 @dataclass(frozen=True)
@@ -55,25 +70,28 @@ class Evaluation:
     measures: tuple[Measure, ...]
 
 
-def find_evaluation(folder: Path, given: Path | None) -> Evaluation | None:
+def find_evaluation(folder: Path, given: Path | None, notes: list[str]) -> Evaluation | None:
     """The evaluation that is given, as a file or folder, or one that lies in the run's folder.
+
+    Args:
+        notes: told what is left out because it was asked of another adapter than the one that lies in the folder now.
 
     Raises:
         AsftError: the given one is no evaluation.
     """
     if given is not None:
         path = given / RESULTS if given.is_dir() else given
-        found = _read(path, folder)
-        if found is None:
+        rows = _rows(path)
+        if rows is None:
             raise AsftError(f"{path} holds no results of `axolotl asft eval`; give its {RESULTS}, or the folder")
-        return found
-    for place in PLACES:
-        if (folder / place).is_file() and (found := _read(folder / place, folder)) is not None:
+        return _evaluation(path, rows, folder, notes)
+    for path in (folder / place for place in PLACES):
+        if path.is_file() and (rows := _rows(path)) and (found := _evaluation(path, rows, folder, notes)):
             return found
     return None
 
 
-def _read(path: Path, run: Path) -> Evaluation | None:
+def _rows(path: Path) -> list[dict[str, Any]] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -84,13 +102,37 @@ def _read(path: Path, run: Path) -> Evaluation | None:
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or "questions" not in content:
         return None
+    return content["rows"]
+
+
+def _evaluation(path: Path, rows: list[dict[str, Any]], run: Path, notes: list[str]) -> Evaluation | None:
+    """None where no row of an adapter is left, or nothing was measured."""
+    weights = run / ADAPTER_WEIGHTS
+    lies_here = file_sha256(weights) if weights.is_file() else None
     try:
-        return Evaluation(path, tuple(_measures(content["rows"], run)))
+        roles = [_role(row, run, lies_here) for row in rows]
+        stale, unknown = ([row["name"] for row, r in zip(rows, roles, strict=True) if r == role] for role in DOUBTS)
+        if stale:
+            notes.append(
+                f"{path}: {', '.join(stale)} is left out: another adapter was asked than the one that lies in "
+                f"{run.name} now; ask again with axolotl asft eval."
+            )
+        if unknown:
+            notes.append(
+                f"{path}: it is not known whether {', '.join(unknown)} is the adapter that lies in {run.name} now; "
+                "axolotl asft eval, asked again, says so."
+            )
+        kept = [(row, "this" if r == "unknown" else r) for row, r in zip(rows, roles, strict=True) if r != "stale"]
+        if stale and all(role == "before" for _, role in kept):
+            return None
+        measures = tuple(_measures(kept))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AsftError(f"{path} lacks what axolotl asft eval writes ({one_line(error)}); run it again") from error
+    return Evaluation(path, measures) if measures else None
 
 
-def _measures(rows: list[dict[str, Any]], run: Path) -> list[Measure]:
+def _measures(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
+    """Of rows with their roles."""
     shares = [
         ("harmfulness", "Harmful prompts not refused", "lower"),
         ("judged", "Answers that a judge calls harmful", "lower"),
@@ -98,48 +140,56 @@ def _measures(rows: list[dict[str, Any]], run: Path) -> list[Measure]:
     ]
     found = []
     for field, title, better in shares:
-        for source in _keys(rows, field):
+        for source in _keys(row[field] for row, _ in rows):
             points = [
-                Point(
-                    row["name"],
-                    _number(s["value"]),
-                    _number(s["low"]),
-                    _number(s["high"]),
-                    int(s["n"]),
-                    _role(row, run),
-                )
-                for row in rows
+                Point(row["name"], _number(s["value"]), _number(s["low"]), _number(s["high"]), int(s["n"]), role)
+                for row, role in rows
                 if (s := row[field].get(source)) and s["value"] is not None
             ]
             found.append(Measure(f"{title}: {Path(source).name}", better, tuple(points)))
-    for task in _keys(rows, "tasks"):
-        metrics = dict.fromkeys(m for row in rows for m in row["tasks"].get(task, {}) if "_stderr" not in m)
-        for metric in metrics:
-            points = [_task_point(row, task, metric, run) for row in rows if metric in row["tasks"].get(task, {})]
-            found.append(Measure(f"{task}, {metric.replace(',none', '')}", "higher", tuple(points)))
+    for task in _keys(row["tasks"] for row, _ in rows):
+        asked = [(row["name"], row["tasks"][task], role) for row, role in rows if task in row["tasks"]]
+        for metric in _keys(metrics for _, metrics, _ in asked):
+            if "_stderr" in metric or "_higher_is_better" in metric:
+                continue
+            having = [(name, metrics, role) for name, metrics, role in asked if metrics.get(metric) is not None]
+            points = [_task_point(name, metrics, metric, role) for name, metrics, role in having]
+            said = {_beside(metrics, metric, "higher_is_better") for _, metrics, _ in having}
+            better = "higher" if said == {True} else "lower" if said == {False} else ""
+            found.append(Measure(f"{task}, {metric.replace(',none', '')}", better, tuple(points)))
     return [measure for measure in found if measure.points]
 
 
-def _task_point(row: dict[str, Any], task: str, metric: str, run: Path) -> Point:
-    metrics = row["tasks"][task]
-    name, space, filtered = metric.partition(" ")
-    value, error = _number(metrics[metric]), metrics.get(f"{name}_stderr{space}{filtered}")
+def _task_point(name: str, metrics: dict[str, Any], metric: str, role: str) -> Point:
+    value, error = _number(metrics[metric]), _beside(metrics, metric, "stderr")
     half = 1.96 * _number(error) if error else None
     low, high = (None, None) if half is None else (value - half, value + half)
-    return Point(row["name"], value, low, high, None, _role(row, run))
+    return Point(name, value, low, high, None, role)
 
 
-def _keys(rows: list[dict[str, Any]], field: str) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row[field]))
+def _beside(metrics: dict[str, Any], metric: str, what: str) -> Any:
+    """What is said of a metric: `exact_match (strict)` -> `exact_match_stderr (strict)`."""
+    name, space, filtered = metric.partition(" ")
+    return metrics.get(f"{name}_{what}{space}{filtered}")
 
 
-def _role(row: dict[str, Any], run: Path) -> str:
+def _keys(found: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for entry in found for key in entry))
+
+
+def _role(row: dict[str, Any], run: Path, lies_here: str | None) -> str:
+    """As in a point, or one of `DOUBTS`."""
     if row["adapter"] is None:
         return "before"
+    asked = row.get("adapter_sha256")
+    if asked and asked == lies_here:
+        return "this"
     adapter, folder = Path(row["adapter"]), run.resolve()
     # a relative path was given from another folder, maybe
     here = folder.parts[-len(adapter.parts) :] == adapter.parts if not adapter.is_absolute() else False
-    return "this" if here or adapter.resolve() == folder else "other"
+    if not here and adapter.resolve() != folder:
+        return "other"
+    return "stale" if asked and lies_here else "unknown"
 
 
 def _number(value: Any) -> float:

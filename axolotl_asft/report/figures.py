@@ -11,21 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.ticker import MaxNLocator
 
-from axolotl_asft.report.findings import (
-    anchor_title,
-    drift_title,
-    furthest_title,
-    has_free_directions,
-    loss_title,
-    norm_title,
-    penalty_title,
-)
+from axolotl_asft.picture import GREY, INK, LINE, RED, TEAL, plain
+from axolotl_asft.report.findings import curve_title, has_free_directions, measured_otherwise
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.runs import Run
 from axolotl_asft.report.spectrum import Spectrum
 
-INK, GREY, LINE, GRID = "#222b38", "#5c677d", "#c8ced8", "#e8ebf0"
-SERIES = ("#00798c", "#d1495b", "#b7791f", "#6b5b95", "#4b7f52")  # this run, and those it is compared with
+SERIES = (TEAL, RED, "#b7791f", "#6b5b95", "#4b7f52")  # this run, and those it is compared with
 HEAT = LinearSegmentedColormap.from_list("asft", ["#f1efe8", "#eda14f", "#8c1d40"]).with_extremes(bad="#ffffff")
 SPREAD = 0.5  # colours follow the square root: most layers move far less than the furthest
 SMOOTHED_FROM = 60  # points; fewer are drawn as they are
@@ -49,23 +41,28 @@ class Panel:
 def training_panels(runs: Sequence[Run]) -> list[Panel]:
     """Loss, penalty, distance, direction and size of the update over the steps; the first run is the report's."""
     run = runs[0]
-    budget = (run.stamp or {}).get("max_drift")
     wanted = [
-        ("loss", loss_title(run), "loss of the task, by step", None),
-        ("asft/penalty", penalty_title(run), "lambda_reg P, by step", None),
-        ("asft/anchor_kl", anchor_title(run), "from the aligned model's own answers, nats a token, by step", None),
-        ("asft/max_drift", furthest_title(run), "in units of what alignment moved it, by step", budget),
-        ("asft/update_norm", norm_title(run), "‖dW‖ over all layers, by step", None),
-        ("asft/drift", drift_title(run), "‖(I - C) dW‖ / ‖dW‖ over all layers, by step", None),
-        ("learning_rate", "The learning rate", "by step", None),
+        ("loss", "loss of the task, by step"),
+        ("asft/penalty", "lambda_reg P, by step"),
+        ("asft/anchor_kl", "from the aligned model's own answers, nats a token, by step"),
+        ("asft/max_drift", "in units of what alignment moved it, by step"),
+        ("asft/update_norm", "‖dW‖ over all layers, by step"),
+        ("asft/drift", "‖(I - C) dW‖ / ‖dW‖ over all layers, by step"),
+        ("learning_rate", "by step"),
     ]
-    panels = []
-    for key, title, note, limit in wanted:
+    coloured = list(zip(runs, SERIES * len(runs), strict=False))
+    alike = [(other, colour) for other, colour in coloured if not measured_otherwise(run, other)]
+    panels = {}
+    for key, note in wanted:
         if key == "asft/drift" and not has_free_directions(run):
             continue
-        if any(any(other.curve(key)[1]) for other in runs):
-            panels.append(Panel(title, note, partial(_curves, runs=runs, key=key, limit=limit)))
-    return panels if len(panels) % 2 == 0 else [panel for panel in panels if panel.title != "The learning rate"]
+        shown = alike if key in ("asft/drift", "asft/max_drift") else coloured
+        if any(any(other.curve(key)[1]) for other, _ in shown):
+            limit = run.constraint.get("max_drift") if key == "asft/max_drift" else None
+            panels[key] = Panel(curve_title(run, key), note, partial(_curves, runs=shown, key=key, limit=limit))
+    if len(panels) % 2:
+        panels.pop("learning_rate", None)
+    return list(panels.values())
 
 
 def spectrum_panels(run: Run) -> list[Panel]:
@@ -90,7 +87,7 @@ def spectrum_panels(run: Run) -> list[Panel]:
 
 def in_order(run: Run) -> list[str]:
     """The layers that have a spectrum, in the order of the model."""
-    order = {name: i for i, name in enumerate(run.history.layers)} if run.history else {}
+    order = {name: i for i, name in enumerate(run.layers)}
     return sorted(run.spectra, key=lambda name: order.get(name, len(order)))
 
 
@@ -106,8 +103,8 @@ def heat_map(axes: Axes, grid: Grid, values: Sequence[float | None], highest: fl
     return image
 
 
-def _curves(axes: Axes, runs: Sequence[Run], key: str, limit: float | None) -> None:
-    for run, colour in reversed(list(zip(runs, SERIES * len(runs), strict=False))):
+def _curves(axes: Axes, runs: list[tuple[Run, str]], key: str, limit: float | None) -> None:
+    for run, colour in reversed(runs):
         steps, values = run.curve(key)
         if not values:
             continue
@@ -183,8 +180,8 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    plain(axes)
+    axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
-    axes.grid(axis="y", color=GRID, zorder=0)
     axes.tick_params(length=0, colors=GREY)
     axes.margins(x=0.02)

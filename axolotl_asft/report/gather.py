@@ -7,7 +7,7 @@ from typing import Any
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.report.evaluation_results import Evaluation, find_evaluation
-from axolotl_asft.report.findings import furthest_layer, headline, total_share
+from axolotl_asft.report.findings import furthest_layer, headline, measured_otherwise, total_share, without_yardstick
 from axolotl_asft.report.runs import Run, add_spectra, read_run
 
 
@@ -36,31 +36,41 @@ class Report:
         return {
             "run": str(self.run.folder),
             "finding": headline(self.run).replace("\u00a0", " "),
-            "constraint": self.run.stamp,
+            "constraint": self.run.constraint or None,
+            "diverged_at_step": self.run.diverged_at,
             "numbers": key_numbers(self.run),
             "furthest_layer": None if worst is None else {"name": worst[0], "relative": worst[1]},
             "aligned_share": share,
             "aligned_share_by_chance": chance if share is not None else None,
-            "compared": {other.name: key_numbers(other) for other in self.others},
+            "layers_without_yardstick": without_yardstick(self.run),
+            "compared": {other.name: compared_numbers(self.run, other) for other in self.others},
             "evaluation": None if self.evaluation is None else str(self.evaluation.path),
             "left_out": self.notes,
         }
 
 
 def key_numbers(run: Run) -> dict[str, float | int | None]:
-    """Steps, loss, penalty, size and direction of the update."""
+    """Steps, loss, penalty, size and direction of the update; None of what is not known, or not finite any more."""
     _, losses = run.curve("loss")
     _, penalties = run.curve("asft/penalty")
+    # a run that was resumed has peaks of both its parts, and lines of every step
+    peaks = [run.constraint.get("penalty_peak"), run.last("asft/penalty_peak"), *penalties]
+    known = [peak for peak in peaks if isinstance(peak, int | float)] if run.diverged_at is None else []
     return {
         "steps": max((line["step"] for line in run.lines), default=None),
         "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-        "penalty_peak": run.last("asft/penalty_peak") or max(penalties, default=None),
-        "penalty_last": penalties[-1] if penalties else None,
+        "loss_last": run.last("loss"),
+        "penalty_peak": max(known, default=None),
+        "penalty_last": run.last("asft/penalty"),
         "update_norm": run.last("asft/update_norm"),
         "drift": run.last("asft/drift"),
         "max_drift": run.last("asft/max_drift"),
     }
+
+
+def compared_numbers(run: Run, other: Run) -> dict[str, float | int | None]:
+    """The key numbers of a run beside this one, without a drift that was measured otherwise."""
+    return key_numbers(other) | ({"drift": None, "max_drift": None} if measured_otherwise(run, other) else {})
 
 
 def gather(
@@ -83,18 +93,18 @@ def gather(
     run = read_run(folder, "this run", constrained=True)
     report = Report(run)
     report.direction = _direction(run, direction, report.notes)
-    others = [read_run(path, name, constrained=False) for name, path in (compare or {}).items()]
-    report.others = others
-    report.evaluation = find_evaluation(folder, evaluation)
+    report.others = [read_run(path, name, constrained=False) for name, path in (compare or {}).items()]
+    for other in report.others:
+        if how := measured_otherwise(run, other):
+            report.notes.append(f"The drift of {other.name} is left out: it was measured otherwise ({how}).")
+    report.evaluation = find_evaluation(folder, evaluation, report.notes)
     add_spectra(run, report.direction)
     report.notes += run.notes
-    if run.history is not None and not run.history.snapshots():
-        report.notes.append("The history holds no numbers of single layers yet, so the heat map is left out.")
     return report
 
 
 def _direction(run: Run, given: AlignmentDirection | str | Path | None, notes: list[str]) -> AlignmentDirection | None:
-    wanted = (run.stamp or {}).get("direction_sha256")
+    wanted = run.constraint.get("direction_sha256")
     if isinstance(given, AlignmentDirection):
         return given
     location = given if given is not None else _named_direction(run)
@@ -116,9 +126,8 @@ def _direction(run: Run, given: AlignmentDirection | str | Path | None, notes: l
 
 
 def _named_direction(run: Run) -> str | None:
-    header = run.history.header if run.history else {}
-    block = (header.get("config") or {}).get("asft")
-    for place in (header.get("direction_file"), block.get("direction") if isinstance(block, dict) else None):
+    block = run.config.get("asft")
+    for place in (run.header.get("direction_file"), block.get("direction") if isinstance(block, dict) else None):
         if isinstance(place, str):
             return place
     return None

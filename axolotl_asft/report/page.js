@@ -48,7 +48,9 @@
         const value = heat.measures[name].frames[frame][at];
         return value === null ? null : words[name](value);
       }).filter(Boolean);
-      return told.length ? `${place(heat, at)}: ${told.join(", ")}` : `${place(heat, at)}: nothing is trained here`;
+      if (!told.length) return `${place(heat, at)}: nothing is trained here`;
+      if (heat.measures.relative.frames[frame][at] === null) told.unshift("alignment did not touch it");
+      return `${place(heat, at)}: ${told.join(", ")}`;
     };
     const cells = watch(find("heat"), find("readout"), tell);
     const paint = () => {

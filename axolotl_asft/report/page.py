@@ -15,7 +15,7 @@ from axolotl_asft import __version__
 from axolotl_asft.redaction import redacted
 from axolotl_asft.report import findings
 from axolotl_asft.report.figures import SPREAD, Panel, in_order, spectrum_panels, training_panels
-from axolotl_asft.report.gather import Report, key_numbers
+from axolotl_asft.report.gather import Report, compared_numbers, key_numbers
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.pictures import panel_svg
 from axolotl_asft.report.runs import Run
@@ -53,17 +53,19 @@ def page(report: Report) -> str:
         base_model=_base_model(run),
         tiles=_tiles(run),
         training=[_figure(panel, f"training{i}") for i, panel in enumerate(training_panels(runs))],
-        numbers={other.name: key_numbers(other) for other in runs},
+        numbers={other.name: compared_numbers(run, other) for other in runs},
         heat=_heat(run),
-        heat_title=findings.heat_title(run) if _heat(run) else "",
+        heat_title=findings.heat_title(run) if run.snapshots else "",
+        untouched=findings.without_yardstick(run),
         spectra=[_figure(panel, f"spectrum{i}", (3.3, 2.1)) for i, panel in enumerate(spectrum_panels(run))],
         spectrum_title=findings.spectrum_title(run),
         share=_share(run),
         layers=_layers(run),
         evaluation=report.evaluation,
+        measured=findings.measured,
         evaluation_title=findings.evaluation_title(report.evaluation) if report.evaluation else "",
         facts=_facts(report),
-        versions=(run.history.header.get("versions") or {}) if run.history else {},
+        versions=run.header.get("versions") or {},
         config=_config(run),
         version=__version__,
     )
@@ -77,6 +79,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """(label, value, note) of the key numbers."""
     found = key_numbers(run)
     tiles = [("steps", f"{found['steps']:,}" if found["steps"] is not None else "none", "")]
+    if run.diverged_at is not None:
+        return [*tiles, ("update norm", "not finite", f"from step {run.diverged_at:,}")]
     if found["loss_last"] is not None:
         tiles.append(("task loss", findings.number(found["loss_last"]), f"from {findings.number(found['loss_first'])}"))
     if found["penalty_peak"]:
@@ -91,11 +95,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _heat(run: Run) -> dict[str, Any] | None:
-    """The heat map's grid, and its cells at up to `FRAMES` times; None without a history."""
-    snapshots = run.history.snapshots() if run.history else []
-    if run.history is None or not snapshots:
+    """The heat map's grid, and its cells at up to `FRAMES` times; None without numbers of single layers."""
+    snapshots = run.snapshots
+    if not snapshots:
         return None
-    grid = Grid.of(run.history.layers)
+    grid = Grid.of(run.layers)
     count = min(FRAMES, len(snapshots))
     chosen = sorted({round(i * (len(snapshots) - 1) / max(1, count - 1)) for i in range(count)})
     measures = {}
@@ -137,10 +141,9 @@ def _ticks(grid: Grid) -> list[int]:
 def _layers(run: Run) -> list[dict[str, Any]]:
     """A row a layer for the table, the furthest first."""
     rows: dict[str, dict[str, Any]] = {}
-    snapshots = run.history.snapshots() if run.history else []
-    if run.history and snapshots:
-        last = snapshots[-1]["layers"]
-        for i, name in enumerate(run.history.layers):
+    if run.snapshots and run.diverged_at is None:
+        last = run.snapshots[-1]["layers"]
+        for i, name in enumerate(run.layers):
             rows[name] = {key: last[key][i] for key in MEASURES}
     for name, spectrum in run.spectra.items():
         top = spectrum.values[0] if spectrum.values else None
@@ -155,14 +158,13 @@ def _flat(cells: list[list[float]]) -> list[float | None]:
 
 
 def _base_model(run: Run) -> str:
-    config = (run.history.header.get("config") or {}) if run.history else {}
-    return str(config.get("base_model") or run.adapter_config.get("base_model_name_or_path") or "a model")
+    return str(run.config.get("base_model") or run.adapter_config.get("base_model_name_or_path") or "a model")
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """What one needs to do the same again."""
     run = report.run
-    stamp, header = run.stamp or {}, run.history.header if run.history else {}
+    stamp, header = run.constraint, run.header
     found = [("base model", _base_model(run)), ("run", str(run.folder.resolve()))]
     if report.direction is not None:
         spec = report.direction.spec
@@ -186,7 +188,6 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 def _config(run: Run) -> str:
     """The run's config as YAML, without secrets."""
-    config = run.history.header.get("config") if run.history else None
-    if not config:
+    if not run.config:
         return ""
-    return yaml.safe_dump(redacted(json.loads(json.dumps(config))), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(redacted(json.loads(json.dumps(run.config))), sort_keys=False, allow_unicode=True, width=100)

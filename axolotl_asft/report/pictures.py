@@ -4,25 +4,17 @@ import io
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from axolotl_asft.files import atomic_write
-from axolotl_asft.report.figures import GREY, GRID, INK, LINE, SERIES, Panel, heat_map, spectrum_panels, training_panels
+from axolotl_asft.picture import GREY, GRID, INK, LINE, STYLE, picture
+from axolotl_asft.report.figures import SERIES, Panel, heat_map, spectrum_panels, training_panels
 from axolotl_asft.report.findings import headline, heat_title, spectrum_title
 from axolotl_asft.report.grid import Grid
 from axolotl_asft.report.runs import Run
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "svg.fonttype": "none",
-}
 _VARIABLES = {INK: "--ink", GREY: "--muted", LINE: "--line", GRID: "--grid"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
@@ -70,14 +62,13 @@ def spectrum_png(run: Run, path: Path) -> None:
 
 def heat_png(run: Run, path: Path) -> None:
     """Relative drift by layer and kind of module: at the end, and at four earlier times."""
-    assert run.history is not None
-    snapshots, grid = run.history.snapshots(), Grid.of(run.history.layers)
+    snapshots, grid = run.snapshots, Grid.of(run.layers)
     values = [line["layers"]["relative"] for line in snapshots]
     highest = max((value for line in values for value in line if value is not None), default=1.0)
     height = 0.24 * min(len(grid.kinds), 40)
     earlier = [round(i * (len(snapshots) - 1) / 4) for i in range(4)] if len(snapshots) > 4 else []
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 2.2 + height * (1.7 if earlier else 1)), facecolor="white", layout="constrained")
+    size = 9.5, 2.2 + height * (1.7 if earlier else 1)
+    with picture(path, size, layout="constrained") as figure:
         rows = figure.add_gridspec(
             2 if earlier else 1, max(1, len(earlier)), height_ratios=[1.5, 1][: 2 if earlier else 1]
         )
@@ -93,7 +84,6 @@ def heat_png(run: Run, path: Path) -> None:
             heat_map(small, grid, values[i], highest, labels=False)
             small.set_title(f"step {snapshots[i]['step']}", loc="left", fontsize=10)
         figure.suptitle(heat_title(run), x=0.01, ha="left", fontsize=13, weight="bold", parse_math=False)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def _panels_png(panels: list[Panel], title: str, legend: list[Run], path: Path) -> None:
@@ -102,8 +92,7 @@ def _panels_png(panels: list[Panel], title: str, legend: list[Run], path: Path) 
     rows = -(-len(panels) // columns)
     width, height = 4.9 * columns, 3.0 * rows + 0.9
     heading, _, rest = title.partition("\n")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), facecolor="white")
+    with picture(path, (width, height), dpi=130) as figure:
         figure.subplots_adjust(0.5 / width, 0.45 / height, 1 - 0.2 / width, 1 - 1.35 / height, 0.18, 0.5)
         for number, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, number)
@@ -120,4 +109,3 @@ def _panels_png(panels: list[Panel], title: str, legend: list[Run], path: Path) 
             names = [run.name.replace("$", r"\$") for run in legend]
             place = 0.12 / width, 1 - 0.45 / height
             figure.legend(handles, names, ncols=len(legend), frameon=False, loc="upper left", bbox_to_anchor=place)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))

@@ -39,12 +39,12 @@ def update_spectrum(A: Tensor, B: Tensor, scaling: float, U: Tensor | None) -> S
         scaling: PEFT's factor.
         U: (out, k), orthonormal columns that span the aligned subspace; None: not at hand.
     """
-    Q_B, R_B = torch.linalg.qr(B.float())
-    _, R_A = torch.linalg.qr(A.float().T)
+    Q_B, R_B = torch.linalg.qr(B.double())  # in which the product of any two finite factors is finite
+    _, R_A = torch.linalg.qr(A.double().T)
     u, s, _ = torch.linalg.svd(R_B @ R_A.T)
     values = (abs(scaling) * s).tolist()
     if U is None:
         return Spectrum(values, [], 0.0)
     left = Q_B @ u[:, : len(s)]
-    inside = (U.float().T @ left).square().sum(dim=0).clamp(max=1.0)
+    inside = (U.double().T @ left).square().sum(dim=0).clamp(max=1.0)
     return Spectrum(values, inside.tolist(), U.shape[1] / U.shape[0])

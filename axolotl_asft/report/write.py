@@ -8,9 +8,9 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.report.gather import Report, gather
 from axolotl_asft.report.runs import read_run
-from axolotl_asft.stamp import PICTURE
+from axolotl_asft.stamp import PAGE, PICTURE
 
-REPORT_FILE = "asft_report.html"
+REPORT_FILE = PAGE
 
 
 def write_report(folder: str | Path, output: str | Path | None = None, **sources: Any) -> tuple[Report, list[Path]]:
@@ -36,16 +36,17 @@ def write_report(folder: str | Path, output: str | Path | None = None, **sources
     if output.is_dir():
         raise AsftError(f"--output {output} is a folder; give a file name in it")
     writable_folder(output.parent)
+    from axolotl_asft.report.figures import training_panels
     from axolotl_asft.report.page import page
     from axolotl_asft.report.pictures import heat_png, spectrum_png, training_png
 
     run = report.run
     files = [output]
     atomic_write_text(output, page(report))
-    if run.lines:
+    if training_panels([run, *report.others]):
         files.append(output.with_name(f"{output.stem}_training.png"))
         training_png([run, *report.others], files[-1])
-    if run.history and run.history.snapshots():
+    if run.snapshots:
         files.append(output.with_name(f"{output.stem}_layers.png"))
         heat_png(run, files[-1])
     if any(any(spectrum.values) for spectrum in run.spectra.values()):
@@ -55,11 +56,14 @@ def write_report(folder: str | Path, output: str | Path | None = None, **sources
 
 
 def draw_training_picture(folder: str | Path) -> None:
-    """The picture for the model card, from the history alone."""
+    """The picture for the model card, from the history alone; none where there is nothing to draw."""
     need_matplotlib()
+    from axolotl_asft.report.figures import training_panels
     from axolotl_asft.report.pictures import training_png
 
-    training_png([read_run(Path(folder), "this run", constrained=True)], Path(folder) / PICTURE)
+    runs = [read_run(Path(folder), "this run", constrained=True)]
+    if training_panels(runs):
+        training_png(runs, Path(folder) / PICTURE)
 
 
 def need_matplotlib() -> None:
