@@ -6,13 +6,12 @@ import os
 import torch
 from torch import Tensor, nn
 
-from axolotl_asft.diagnostics import LayerDrift
 from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, select_modules
 from axolotl_asft.errors import AsftError
 from axolotl_asft.fingerprint import with_scales
 from axolotl_asft.layer_groups import ConstrainedLayer, LayerGroup, grouped
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
-from axolotl_asft.penalty import PROJECTORS, relative_drift
+from axolotl_asft.penalty import PROJECTORS, LayerDrift, relative_drift
 from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
 
@@ -100,6 +99,12 @@ class AlignmentPenalty:
             )
         if verify_model:
             self._verify()
+
+    def __repr__(self) -> str:
+        return (
+            f"AlignmentPenalty({len(self.layers)} layers, projector={self.projector!r}, rank={self.rank}, "
+            f"metric={self.metric!r}, lora_scaling={self.lora_scaling})"
+        )
 
     def __call__(self) -> Tensor:
         """P as an fp32 scalar, differentiable with respect to every A and B; without lambda_reg."""

@@ -17,9 +17,10 @@ from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter
 from axolotl_asft.stamp import STAMP_KEY, add_to_config, add_to_model_card
 
 PROJECTION_KEY = "asft_projection"
-# What a training leaves beside the adapter that is needed to go on training, or that belongs to the run.
+# What stands beside an adapter and is needed to go on training, belongs to the run, or was measured of that adapter.
 NOT_COPIED = (
     "checkpoint-", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "merged", "debug", "asft_",
+    "asft-", "eval", "results", "all_results", "train_results", "test_results", "predict_results", "landscape.",
 )  # fmt: skip
 # What the training measured of the adapter, in its stamp and in its card: it does not hold of the projected one.
 MEASURED = ("anchor_kl", "penalty_peak", "drift", "update_norm")

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
@@ -206,28 +205,43 @@ def on_foreign_code(content: dict[str, Any], remote_code: bool) -> list[str]:
 
 
 def _named_code(content: dict[str, Any]) -> dict[str, list[str]]:
-    """Key -> names that axolotl imports beside plugins, `module.name`, and that are neither axolotl's nor TRL's."""
-    found: dict[str, list[Any]] = {"trainer_cls": [content.get("trainer_cls")]}
+    """Key -> names that axolotl imports beside plugins and that are neither axolotl's nor TRL's."""
+    functions: dict[str, list[Any]] = {"trainer_cls": [content.get("trainer_cls")]}
     for block, key in (("trl", "reward_funcs"), ("trl", "rollout_func"), ("hatchery", "reward_funcs")):
-        found[f"{block}.{key}"] = _list(_dict(content.get(block)).get(key))
+        functions[f"{block}.{key}"] = _list(_dict(content.get(block)).get(key))
+    found = {key: [name for name in names if _is_foreign_function(name)] for key, names in functions.items()}
+    alone = bool(content.get("rl"))
     for key in ("datasets", "test_datasets", "pretraining_dataset"):
-        found[f"{key}[].type"] = [_dict(entry).get("type") for entry in _list(content.get(key))]
-    return {key: [name for name in names if _is_foreign(name)] for key, names in found.items()}
+        types = [_dict(entry).get("type") for entry in _list(content.get(key))]
+        found[f"{key}[].type"] = [name for name in types if _is_foreign_type(name, alone)]
+    return found
 
 
-def _is_foreign(name: Any) -> bool:
-    """Whether a name has a module in it that is not of axolotl, of its prompt strategies or of TRL; no path or id."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w+(?:\.\w+)+", name):
+def _is_foreign_function(name: Any) -> bool:
+    """Of `module.name`, imported as it stands, in which a module may be called anything; with a / it is a model."""
+    if not isinstance(name, str) or "." not in name or "/" in name:
         return False
-    head = name.partition(".")[0]
-    return head not in ("axolotl", "trl") and not {head, f"{head}.py"} & _prompt_strategies()
+    return name.partition(".")[0] not in ("axolotl", "trl")
+
+
+def _is_foreign_type(name: Any, alone: bool) -> bool:
+    """Of `module.module.name`, whose loaders look for a part outside axolotl first, whatever stands before it.
+
+    Args:
+        alone: whether they do so for a name of one part, too, as under `rl`.
+    """
+    if not isinstance(name, str):
+        return False
+    modules = name.split(".")[:-1] or ([name] if alone else [])
+    return not _modules_of_strategies().issuperset(modules)
 
 
 @functools.cache
-def _prompt_strategies() -> frozenset[str]:
+def _modules_of_strategies() -> frozenset[str]:
     spec = importlib.util.find_spec("axolotl.prompt_strategies")
     folders = (spec.submodule_search_locations if spec is not None else None) or []
-    return frozenset(name for folder in folders for path in Path(folder).rglob("*.py") for name in path.parts[-2:])
+    files = [path for folder in folders for path in Path(folder).rglob("*.py")]
+    return frozenset({"axolotl", *(path.stem for path in files), *(path.parent.name for path in files)})
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class OneLineErrors(click.Group):
 def _no_room(error: Exception) -> bool:
     """Whether the disk or the GPU is full, which is nobody's mistake; told without importing torch or safetensors."""
     full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-    return full or type(error).__name__ == "OutOfMemoryError"
+    return full or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
 
 
 @contextlib.contextmanager

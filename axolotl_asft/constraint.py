@@ -16,7 +16,7 @@ from axolotl_asft.engines import engine, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.quiet import without_noise
-from axolotl_asft.stamp import stamp_adapter, stamp_model_card
+from axolotl_asft.stamp import read_stamp, stamp_adapter, stamp_model_card
 
 
 class Constraint:
@@ -175,8 +175,7 @@ class Constraint:
         """Training starts."""
         self._steps, self._shortened, self._final_stamp = 0, 0, None
         state, arguments = self.trainer.state, self.trainer.args
-        logged = [line["asft/penalty"] for line in state.log_history if "asft/penalty" in line]  # before a stop
-        self._peak = torch.tensor(logged).max() if logged else None
+        self._peak = self._peak_before()
         self._first_step = state.global_step
         self._divergences.clear()
         if self._anchor is not None:
@@ -186,6 +185,15 @@ class Constraint:
             header = {"trainer": type(self.trainer).__name__, "engine": engine(self.trainer), "device": _device()}
             self.history.header |= header | {"processes": arguments.world_size}
             self.history.begin(arguments.output_dir or ".", state.global_step, state.max_steps, state.log_history)
+
+    def _peak_before(self) -> Tensor | None:
+        """The penalty's peak before a stop: what the checkpoint's stamp says, and the lines of the log."""
+        state, folder = self.trainer.state, Path(self.trainer.args.output_dir or ".")
+        known = [line.get("asft/penalty") for line in state.log_history]
+        if state.global_step:
+            known.append(read_stamp(folder / f"checkpoint-{state.global_step}").get("penalty_peak"))
+        known = [value for value in known if value is not None]
+        return torch.tensor(known).max() if known else None
 
     def check_step(self) -> None:
         """Refuse an optimizer step without the penalty's gradient."""

@@ -19,6 +19,7 @@ from axolotl_asft.stamp import PAGE, PICTURE
 LOG = logging.getLogger("axolotl.asft")
 
 HISTORY_FILE = "asft_history.jsonl"
+REPORT = (PAGE, PICTURE, "asft_report_layers.png", "asft_report_spectrum.png")  # all that is drawn of a run
 FORMAT, FORMAT_VERSION = "asft-history", 1
 SNAPSHOTS = 200  # at most about so many log lines hold the numbers of every layer
 PER_LAYER = ("relative", "drift", "norm")
@@ -69,7 +70,7 @@ class HistoryWriter:
     def begin(self, folder: str | Path, step: int, max_steps: int, logged: list[dict[str, Any]]) -> None:
         """Training starts at `step`: go on with the lines up to there; from step 0, begin anew.
 
-        Then the report of an earlier run is removed, whose picture the model card would show.
+        Then the report of an earlier run is removed, with its pictures: the model card would show one.
 
         Args:
             logged: the trainer's own log of the earlier steps, for a run that is resumed in another folder.
@@ -89,7 +90,7 @@ class HistoryWriter:
 
         def start_file(path: Path) -> None:
             if not step:
-                for name in (PAGE, PICTURE):
+                for name in REPORT:
                     path.with_name(name).unlink(missing_ok=True)
             atomic_write_text(path, text)
 

@@ -54,8 +54,8 @@ class HubFile:
 def direction_path(location: str | Path) -> Path:
     """The local path of a direction file: itself, or where the Hub's cache keeps `owner/name[@revision][:file]`.
 
-    What exists locally is local, and so is what begins like a path (`./`, `/`, `~`) or ends in .safetensors and names
-    no file of a repository. Downloads go through huggingface_hub: its cache, its tokens, HF_HUB_OFFLINE and
+    What exists locally is local, and so is a `Path`, what begins like a path (`./`, `/`, `~`), or ends in .safetensors
+    and names no file of a repository. Downloads go through huggingface_hub: its cache, its tokens, HF_HUB_OFFLINE and
     HF_ENDPOINT hold. A revision that is no commit can change under its name; a warning says how to pin it.
 
     Raises:
@@ -70,19 +70,17 @@ def direction_path(location: str | Path) -> Path:
 
 def hub_file(location: str | Path) -> HubFile | None:
     """What the location of a direction names on the Hub; None of a local path, as `direction_path` tells them apart."""
-    wanted = None if _is_local(location) else HubFile.parse(str(location))
+    wanted = None if isinstance(location, Path) else named_on_the_hub(location)
     return None if wanted is not None and wanted.file is None and str(location).endswith(".safetensors") else wanted
 
 
 def hub_model(location: str | Path) -> HubFile | None:
     """What the location of a model or an adapter names on the Hub, `owner/name[@revision]`; None of a local path.
 
-    Local is a `Path`, what exists here, and what begins like a path (`./`, `/`, `~`).
-
     Raises:
         AsftError: it names a file of a repository.
     """
-    wanted = None if _is_local(location) else HubFile.parse(str(location))
+    wanted = named_on_the_hub(location)
     if wanted is not None and wanted.file is not None:
         raise AsftError(
             f"{location} names one file; expected a model: a folder, or on the Hub owner/name or owner/name@revision"
@@ -90,9 +88,10 @@ def hub_model(location: str | Path) -> HubFile | None:
     return wanted
 
 
-def _is_local(location: str | Path) -> bool:
+def named_on_the_hub(location: str | Path) -> HubFile | None:
+    """What it names on the Hub, a model or a file; None of what exists here or begins like a path (`./`, `/`, `~`)."""
     text = str(location)
-    return isinstance(location, Path) or text.startswith((".", "/", "~")) or Path(text).exists()
+    return None if text.startswith((".", "/", "~")) or Path(text).exists() else HubFile.parse(text)
 
 
 def is_commit(revision: str | None) -> bool:

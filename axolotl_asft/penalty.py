@@ -4,6 +4,7 @@ Every function takes one layer's matrices, or those of several layers of one sha
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -166,3 +167,32 @@ def relative_drift(orthogonal: Tensor | float, total: Tensor | float) -> float:
     if total == 0:
         return 0.0 if orthogonal == 0 else math.nan
     return math.sqrt(orthogonal / total) if math.isfinite(total) else math.nan
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """Squared norms of one layer's update dW = scaling B A.
+
+    Attributes:
+        orthogonal: ||(I - C) dW||_F^2.
+        total: ||dW||_F^2.
+        penalty: the layer's part of P: ||Y^T (I - C) dW X||_F^2, without the scaling where that is left out.
+        relative: ||Y^T (I - C) dW X||_F / ||Y^T d X||_F: how far off the direction, in units of what alignment did;
+            NaN where the layer moved and alignment had left it alone (d = 0), and where it is not finite.
+    """
+
+    name: str
+    orthogonal: float
+    total: float
+    penalty: float
+    relative: float
+
+    @property
+    def drift(self) -> float:
+        """||(I - C) dW|| / ||dW||: 0 along the alignment direction, 1 orthogonal to it."""
+        return relative_drift(self.orthogonal, self.total)
+
+    @property
+    def has_yardstick(self) -> bool:
+        """Whether `relative` can be said: not where only fine-tuning moved the layer."""
+        return not (math.isnan(self.relative) and math.isfinite(self.penalty))

@@ -164,6 +164,7 @@ def project_adapter(
         "direction_sha256": direction.sha256,
         "projected": len(chosen),
         "uncovered": len(uncovered),
+        "verify_model": verify_model,
         "verified": verified,
         "version": __version__,
     }
@@ -182,7 +183,8 @@ def summary_text(report: ProjectionReport) -> str:
     if report.uncovered:
         left = f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
     if not report.settings["verified"]:
-        left += "the direction was not compared with the base model's weights (they have to lie in a local folder)\n"
+        why = " (they have to lie in a local folder)" if report.settings["verify_model"] else ""
+        left += f"the direction was not compared with the base model's weights{why}\n"
     return (
         f"projected {report.projected} of {len(report.layers)} layers\n{left}{spread}"
         f"||dW||: {report.norm_before:.4g} before, {report.norm_after:.4g} after"

@@ -12,7 +12,7 @@ from axolotl_asft import fingerprint
 from axolotl_asft.checkpoint import DECODER_LAYER, Checkpoint
 from axolotl_asft.direction import file_sha256, select_modules
 from axolotl_asft.errors import AsftError
-from axolotl_asft.hub import hub_model, model_folder
+from axolotl_asft.hub import hub_model, model_folder, named_on_the_hub
 from axolotl_asft.subspace import ROWS_AT_ONCE, LowRank
 
 Weights = Mapping[str, Tensor]  # "base" or "aligned" -> (out, in), as stored
@@ -285,4 +285,5 @@ def _checked_factors(saved: Any, checkpoint: Checkpoint) -> dict[str, LowRank]:
 def _name_of(location: object) -> str:
     """How a model is called in a direction file: never by its whole path."""
     text = str(location or "unknown")
-    return Path(text).name if hub_model(text) is None else text
+    wanted = named_on_the_hub(text)
+    return Path(text).name if wanted is None or wanted.file is not None else text

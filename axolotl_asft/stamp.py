@@ -20,6 +20,13 @@ def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
     return add_to_config(Path(folder) / "adapter_config.json", STAMP_KEY, stamp)
 
 
+def read_stamp(folder: str | Path) -> dict[str, Any]:
+    """What `stamp_adapter` wrote; empty where it did not."""
+    path = Path(folder) / "adapter_config.json"
+    found = read_json(path, "expected what PEFT saved").get(STAMP_KEY) if path.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
 def stamp_model_card(folder: str | Path, stamp: dict[str, Any]) -> bool:
     """Put a short section about the constraint and the tag "asft" into `folder`/README.md, where there is one.
 

@@ -9,10 +9,10 @@ import yaml
 from tiny import WORDS, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, WorkFailed
 from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, check_tasks
 from axolotl_asft.evaluation.coherence import log_likelihoods
-from axolotl_asft.evaluation.models import Subject, adapted, load_model
+from axolotl_asft.evaluation.models import Subject, adapted, load_model, loading
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
 
@@ -235,6 +235,29 @@ def test_a_lack_of_memory_is_one_line(interviewer, tmp_path):
         with pytest.raises(AsftError, match=r"not enough for --batch-size 4 \(CUDA out of memory") as error:
             ask()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), WorkFailed),
+        (MemoryError(), WorkFailed),
+        (OSError("no file model.safetensors"), AsftError),
+        (RuntimeError("size mismatch"), AsftError),
+    ],
+)
+def test_what_cannot_be_loaded_for_want_of_room_is_no_mistake(error, kind):
+    with pytest.raises(AsftError) as raised, loading("the model m cannot be loaded"):
+        raise error
+    assert type(raised.value) is kind
+    assert str(raised.value).startswith("the model m cannot be loaded (")
+    assert "\n" not in str(raised.value)
+
+
+def test_without_the_hub_nothing_can_be_loaded():
+    """HF_HUB_OFFLINE is set for all tests."""
+    with pytest.raises(WorkFailed, match="org/nothing"):
+        load_model("org/nothing")
 
 
 def test_a_torn_file_is_one_line(thinker, tmp_path):

@@ -350,6 +350,18 @@ def test_the_peak_is_of_the_whole_run(pair, rows, direction, tmp_path):
     assert resumed.state.log_history[-1]["asft/penalty_peak"] == logged[0]
 
 
+def test_the_peak_before_a_stop_is_known_without_a_log_line(pair, rows, direction, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 4}
+    peaks = []
+    for start in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(pair, rows, tmp_path, **options)
+        constraint = attach(trainer, direction, LAMBDA)
+        trainer.train(resume_from_checkpoint=start)
+        peaks.append((constraint.stamp()["penalty_peak"], trainer.state.log_history[-2]["asft/penalty"]))
+    assert peaks[0][0] > 1.01 * peaks[0][1], "it came before the one line of the log"
+    assert peaks[1][0] == peaks[0][0]
+
+
 def test_a_training_that_diverged_is_not_called_safe(pair, rows, direction, tmp_path):
     trainer = make_trainer(pair, rows, tmp_path, learning_rate=1e20)
     constraint = attach(trainer, direction, 0.1)

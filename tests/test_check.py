@@ -225,6 +225,13 @@ def test_warnings(checked, block, changes, message):
         ({"trl": {"reward_funcs": ["evil.reward", "me/reward-2.5"]}}, "trl.reward_funcs: evil.reward"),
         ({"trl": {"rollout_func": "evil.rollout"}}, "trl.rollout_func: evil.rollout"),
         ({"trainer_cls": "evil.Trainer"}, "trainer_cls: evil.Trainer"),
+        ({"datasets": [{"type": "evil-pkg.steps"}]}, "datasets[].type: evil-pkg.steps"),
+        ({"datasets": [{"type": "chatml.evil.fn"}]}, "datasets[].type: chatml.evil.fn"),
+        ({"datasets": [{"type": "me/a.evil.fn"}, {"type": ".evil.fn"}]}, "datasets[].type: me/a.evil.fn, .evil.fn"),
+        ({"rl": "dpo", "datasets": [{"type": "evil"}, {"type": "chatml"}]}, "datasets[].type: evil"),
+        ({"trl": {"reward_funcs": ["evil-pkg.reward", "trl.rewards.a"]}}, "trl.reward_funcs: evil-pkg.reward"),
+        ({"trl": {"reward_funcs": ["chatml.reward", "./reward.d"]}}, "trl.reward_funcs: chatml.reward"),
+        ({"trainer_cls": "evil-pkg.Trainer"}, "trainer_cls: evil-pkg.Trainer"),
         ({"plugins": ["asft", "evil.Plugin", "liger.LigerPlugin"]}, "plugins: evil.Plugin"),
     ],
 )
@@ -237,6 +244,7 @@ def test_code_of_others_is_named_key_by_key(content, named):
     [
         "chat_template", "alpaca_w_system.load_open_orca", "context_qa.load_v2", "chatml.argilla", "llama3.ultra",
         "bradley_terry.chat_template", "axolotl.prompt_strategies.completion", {"field_instruction": "a.b"}, None,
+        "bradley_terry.llama3.icr", "ebft.ebft_reasoning.transform", "alpaca:chat", "explainchoice",
     ],
 )  # fmt: skip
 def test_axolotls_own_are_not_named(kind):

@@ -9,9 +9,10 @@ import pytest
 from test_attach import make_trainer
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
-from axolotl_asft.diagnostics import DriftReport, LayerDrift
+from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.errors import AsftError
-from axolotl_asft.history import HISTORY_FILE, SNAPSHOTS, HistoryWriter, read_history
+from axolotl_asft.history import HISTORY_FILE, REPORT, SNAPSHOTS, HistoryWriter, read_history
+from axolotl_asft.penalty import LayerDrift
 from axolotl_asft.report.write import REPORT_FILE
 from axolotl_asft.stamp import PICTURE
 
@@ -124,8 +125,10 @@ def test_training_anew_begins_anew(tmp_path):
 
 def test_training_anew_takes_the_earlier_report_away(tmp_path):
     """A picture that lies there goes into the model card."""
-    reports = [tmp_path / REPORT_FILE, tmp_path / PICTURE]
-    (tmp_path / "mine.html").write_text("")
+    assert {REPORT_FILE, PICTURE} < set(REPORT)
+    reports = [tmp_path / name for name in REPORT]
+    for name in ("mine.html", "asft_report_mine.png"):
+        (tmp_path / name).write_text("")
     for path in reports:
         path.write_text("of an earlier run")
     written(tmp_path, 3, start=1)
@@ -133,6 +136,7 @@ def test_training_anew_takes_the_earlier_report_away(tmp_path):
     written(tmp_path, 3)
     assert not any(path.exists() for path in reports)
     assert (tmp_path / "mine.html").is_file()
+    assert (tmp_path / "asft_report_mine.png").is_file()
 
 
 def test_a_cut_last_line_is_left_out_and_then_replaced(tmp_path):

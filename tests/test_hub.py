@@ -106,7 +106,7 @@ SPELLINGS = {
     "~/me/tiny": (None, None),
     "tiny": (None, None),
     "a/b/c": (None, None),
-    Path("me/tiny"): (None, None),
+    Path("me/tiny"): (None, HubFile("me/tiny")),
 }
 
 

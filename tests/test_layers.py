@@ -13,9 +13,9 @@ SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "picture", "redaction", "yaml_config", "strengths", "evaluation.refusals",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
-    "direction", "initialisation", "metrics", "lora", "saved", "diagnostics",
+    "direction", "initialisation", "metrics", "lora", "saved",
     "sources", "readahead", "partial", "devices", "extract", "verify",
-    "sharding", "layer_groups", "adapter", "stamp", "history", "adapter_folder", "project", "engines",
+    "sharding", "layer_groups", "adapter", "diagnostics", "stamp", "history", "adapter_folder", "project", "engines",
     "templates", "quiet", "anchor", "constraint", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",

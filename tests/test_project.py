@@ -234,6 +234,19 @@ def test_what_the_training_measured_is_not_said_of_the_projected(trained, full_d
     assert (folder / "asft_history.jsonl").is_file()
 
 
+def test_evaluations_of_the_old_adapter_are_not_copied(adapter, full_direction, tmp_path):
+    shutil.copytree(adapter, tmp_path / "in")
+    measured = (
+        "eval.json", "eval_results.json", "results.json", "results.md", "all_results.json", "train_results.json",
+        "asft-eval.json", "landscape.json", "landscape.png",
+    )  # fmt: skip
+    for name in (*measured, "special_tokens_map.json"):
+        (tmp_path / "in" / name).write_text("{}")
+    project_adapter(tmp_path / "in", full_direction[1], tmp_path / "out", layers=1)
+    assert (tmp_path / "out" / "special_tokens_map.json").is_file()
+    assert not [name for name in measured if (tmp_path / "out" / name).exists()]
+
+
 def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp_path):
     """A base model on the Hub is not read for that."""
     shutil.copytree(adapter, tmp_path / "in")
@@ -244,7 +257,11 @@ def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
     report = project_adapter(tmp_path / "in", full_direction[1], tmp_path / "far", layers=1)
     assert not as_dict(report)["settings"]["verified"]
-    assert "the direction was not compared with the base model's weights" in summary_text(report)
+    said = "the direction was not compared with the base model's weights"
+    assert f"{said} (they have to lie in a local folder)\n" in summary_text(report)
+    report = project_adapter(adapter, full_direction[1], tmp_path / "unasked", layers=1, verify_model=False)
+    assert not report.settings["verified"]
+    assert f"{said}\n" in summary_text(report)
 
 
 @pytest.mark.parametrize("initialisation", ["corda", "lora_ga", "mica", "unheard_of"])

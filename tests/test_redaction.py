@@ -13,13 +13,20 @@ from axolotl_asft.yaml_config import written_config
     [
         "hub_token", "token", "HF_TOKEN", "wandb_api_key", "apiKey", "key", "password", "db-password", "client_secret",
         "aws_secret_access_key", "accessToken", "credentials", "keys", "Authorization", "hf_token2", "HF_TOKEN_2",
-        "api_key1", "hub_token_id", "bearer", "cookie",
+        "api_key1", "hub_token_id", "bearer", "cookie", "accesstoken", "authtoken",
     ],
 )  # fmt: skip
 def test_secret_names(name):
     assert redacted({name: "abc"}) == {name: REDACTED}
-    assert redacted({"outer": [{name: 12345}]}) == {"outer": [{name: REDACTED}]}
+    shown = 12345 if name == "hub_token_id" else REDACTED
+    assert redacted({"outer": [{name: 12345}]}) == {"outer": [{name: shown}]}
     assert redacted({name: None}) == {name: None}
+
+
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "vision_start_token_id", "boi_token_id", "stopTokenIds"])
+@pytest.mark.parametrize("number", [0, 151652, [1, 2]])
+def test_a_tokens_number_is_no_secret(name, number):
+    assert redacted({name: number}) == {name: number}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +35,7 @@ def test_secret_names(name):
         "pad_token", "eos_token", "special_tokens", "tokens", "tokenizer_type", "keypoints", "lora_qkv_kernel",
         "monkey", "max_new_tokens", "add_special_tokens", "direction_sha256", "passage", "image_token_id",
         "hub_model_id", "direction_file", "peft_trainable_token_indices", "pose_split_on_token_ids",
-        "resize_token_embeddings_to_32x", "template_thinking_key", "token_type",
+        "resize_token_embeddings_to_32x", "template_thinking_key", "token_type", "key_column",
     ],
 )  # fmt: skip
 def test_ordinary_names(name):
@@ -43,6 +50,11 @@ def test_ordinary_names(name):
         ("hf_abcdefghijklmnopqrstuvwxyz", REDACTED),
         ("github_pat_11ABCDEFG0abcdefghijklmnop", REDACTED),
         ("sk-proj-abc_defghijklmnopqrstuvwxyz", REDACTED),
+        ("sk-lf-0a1b2c3d-1111-2222-3333-444455556666", REDACTED),
+        ("sk-abcd_efgh-ijklmnopqrstuv", REDACTED),
+        ("sk-aBcd-efgh-ijklmnopqrstuv", REDACTED),
+        ("sk-1234-5678-9012-3456-7890", REDACTED),
+        ("sk_abcdefghijklmnopqrstuv", REDACTED),
         ("AKIAIOSFODNN7EXAMPLE", REDACTED),
         ("Authorization: Bearer abcdefghijklmnop", f"Authorization: Bearer {REDACTED}"),
         (
@@ -50,6 +62,11 @@ def test_ordinary_names(name):
             f"https://a.blob.core/c/d.jsonl?sv=2022&sig={REDACTED}&se=1",
         ),
         ("sig=kT3%3D&se=1", f"sig={REDACTED}&se=1"),
+        ("X-Amz-Signature=abc&part=2", f"X-Amz-Signature={REDACTED}&part=2"),
+        ("AccountKey=abc==", f"AccountKey={REDACTED}"),
+        ("accountkey=abc==;sig=d", f"accountkey={REDACTED};sig={REDACTED}"),
+        ("hf_token2=abc def", f"hf_token2={REDACTED} def"),
+        ("next=https://host/x?token=abc", f"next=https://host/x?token={REDACTED}"),
         ("AccountName=a;AccountKey=abc==;Suffix=b", f"AccountName=a;AccountKey={REDACTED};Suffix=b"),
         ("--password-free text, sk-ip", "--password-free text, sk-ip"),
         ("mail me@example.org", "mail me@example.org"),
@@ -66,7 +83,9 @@ def test_values_that_hold_a_secret(value, shown):
         "hf-internal-testing/tiny-random-LlamaForCausalLM", "hf_models_llama_instruct", "ghost-writers-dataset-v2",
         "skill-classification-v1/data.jsonl", "/home/me/skeleton-classifier-8b/llama.asft.safetensors",
         "/mnt/sk_hynix_nvme_storage/x", "out/sketch-llama-3.1-8b-asft", "model.layers.0.skip_connection_projection",
-        "https://host/data.jsonl?split=train&design=2", "a=b",
+        "https://host/data.jsonl?split=train&design=2", "a=b", "tokenizer=me/x", "tokens=3", "monkey=banana",
+        "key_column=text", "design=2", "eos_token=<|im_end|>", "sk-news-corpus-cleaned-and-split",
+        "opus-mt-en-sk-finetuned-kde4-2023",
     ],
 )  # fmt: skip
 def test_plain_names_are_left(value):

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.cli import asft
 from axolotl_asft.cli_report import report_command
 from axolotl_asft.direction import file_sha256
-from axolotl_asft.history import HISTORY_FILE, read_history
+from axolotl_asft.history import HISTORY_FILE, HistoryWriter, read_history
 from axolotl_asft.report.figures import spectrum_panels, training_panels
 from axolotl_asft.report.findings import multiple, number, percent
 from axolotl_asft.report.gather import gather
@@ -408,7 +410,7 @@ def test_no_drift_at_all_is_not_always_the_direction(run):
 )
 def test_what_was_measured_otherwise_is_not_compared(run, folders, tmp_path, changes, how):
     other = Path(shutil.copytree(folders[1], tmp_path / "other"))
-    stamp(other, **changes)
+    rewrite(other, lambda header, _: header["constraint"].update(changes))
     report = gather(run, {"other": other})
     numbers = report.summary()["compared"]["other"]
     text = words(page(report))
@@ -421,18 +423,59 @@ def test_what_was_measured_otherwise_is_not_compared(run, folders, tmp_path, cha
     assert len(panels["loss of the task, by step"]) == 2
 
 
-@pytest.mark.parametrize(("in_stamp", "in_lines", "peak"), [(3.0, 2.0, 3.0), (2.0, 3.0, 3.0), (None, 2.0, 2.0)])
-def test_the_peak_of_a_resumed_run(run, in_stamp, in_lines, peak):
-    """Stamp and last line may be of the resumed part alone."""
+@pytest.mark.parametrize(("in_the_end", "in_lines", "peak"), [(3.0, 2.0, 3.0), (2.0, 3.0, 3.0), (None, 2.0, 2.0)])
+def test_the_peak_of_a_resumed_run(run, in_the_end, in_lines, peak):
+    """The last line may be of the resumed part alone, and the stamp of an earlier run."""
 
     def lower(_, lines):
         for line in lines:
             line |= {"asft/penalty": in_lines if line["step"] == 2 else 1.0}
-        lines[-1]["asft/penalty_peak"] = 1.0
+        lines[-1]["asft/penalty_peak"] = in_the_end
 
     rewrite(run, lower)
-    stamp(run, penalty_peak=in_stamp)
+    stamp(run, penalty_peak=77.0)
     assert gather(run).summary()["numbers"]["penalty_peak"] == peak
+
+
+def test_without_a_history_the_peak_is_the_stamp_s(run):
+    (run / HISTORY_FILE).unlink()
+    stamp(run, penalty_peak=3.0)
+    assert gather(run).summary()["numbers"]["penalty_peak"] == 3.0
+
+
+def test_what_lies_there_of_an_earlier_run_does_not_speak_for_this_one(run):
+    """Trained anew in the same folder, in which adapter, stamp and evaluation are replaced at the end alone."""
+    stamp(run, drift=None, update_norm=None, penalty_peak=77.0, lambda_reg=20.0)
+    writer = HistoryWriter(read_history(run).layers)
+    writer.header["constraint"] = json.loads((run / "adapter_config.json").read_text())["asft"] | {"lambda_reg": 0.1}
+    for name in ("drift", "update_norm", "penalty_peak"):
+        del writer.header["constraint"][name]
+    yesterday = time.time() - 86400
+    os.utime(run / "adapter_model.safetensors", (yesterday, yesterday))
+    writer.begin(run, 0, 3, [])
+    found = gather(run).summary()
+    assert found["diverged_at_step"] is None
+    assert found["finding"] == "A run under the safety constraint"
+    assert found["constraint"] == writer.header["constraint"]
+    writer.add(1, 0.1, {"loss": 2.0, "asft/penalty": 0.01, "asft/update_norm": 0.5}, None, last=False)
+    report = gather(run, evaluation=run / "eval.json")
+    found = report.summary()
+    assert (found["numbers"]["penalty_peak"], found["diverged_at_step"]) == (0.01, None)
+    assert report.run.spectra == {}
+    assert found["aligned_share"] is None
+    assert any("is older than this run" in note for note in report.notes)
+    assert [point.role for point in report.evaluation.measures[0].points] == ["before", "other"]
+    assert any("asft is left out: another adapter was asked" in note for note in report.notes)
+    writer.add(3, 0.3, {"train_loss": 2.0}, None, last=True)
+    assert gather(run).run.spectra, "saved by this run, whatever a copy made of its time"
+
+
+def test_training_anew_removes_all_that_was_drawn(run):
+    result = CliRunner().invoke(asft, ["report", str(run), "--json"])
+    files = [Path(file) for file in json.loads(result.stdout)["files"]]
+    assert [file.is_file() for file in files] == [True] * 4
+    HistoryWriter(read_history(run).layers).begin(run, 0, 3, [])
+    assert [file for file in files if file.exists()] == []
 
 
 def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
@@ -448,7 +491,7 @@ def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)  # trained anew
     report = gather(run)
     assert [point.role for point in report.evaluation.measures[0].points] == ["before", "other"]
-    note = f"{run / 'eval.json'}: asft is left out: another adapter was asked than the one that lies in run now"
+    note = f"{run / 'eval.json'}: asft is left out: another adapter was asked than this run's"
     assert report.notes == [f"{note}; ask again with axolotl asft eval."]
     del found["rows"][2]
     (run / "eval.json").write_text(json.dumps(found))
@@ -476,6 +519,14 @@ def test_scores_say_what_they_are(run):
         "wikitext, word_perplexity": ("lower", False, 23.5), "asft_harmfulness, harmfulness": ("lower", True, 1.0),
         "gsm8k, exact_match (strict)": ("higher", True, 1.0), "gsm8k, odd": ("", False, 1.0),
     }  # fmt: skip
+    kept = json.loads(json.dumps(found))
+    for name in [name for name in kept["rows"][1]["tasks"]["wikitext"] if "_higher_is_better" in name]:
+        del kept["rows"][1]["tasks"]["wikitext"][name]  # kept by an earlier version
+    (run / "eval.json").write_text(json.dumps(kept))
+    assert [m.better for m in gather(run).evaluation.measures[2:]] == ["lower", "lower", "higher", ""]
+    kept["rows"][1]["tasks"]["wikitext"]["word_perplexity_higher_is_better"] = True
+    (run / "eval.json").write_text(json.dumps(kept))
+    assert gather(run).evaluation.measures[2].better == "", "they disagree"
     text = words(page(report))
     assert '<span class="value">23.5</span>' in text
     assert '<span class="value">30 % <small>10 % to 50 %</small></span>' in text

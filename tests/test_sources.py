@@ -1,6 +1,7 @@
 """What a direction can be made from: pairs of checkpoints whose names differ, and adapters that are the difference."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -142,6 +143,22 @@ def test_refused_adapters(pair, lora, tmp_path):
     wider = copied(base, tmp_path / "wider", lambda tensors: tensors.update(wider))
     with pytest.raises(AsftError, match=r"q_proj is \(64, 64\) \(out, in\) in .*adapter and \(64, 128\) in wider"):
         extract_direction(wider, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        ("owner/base", "owner/base"), ("owner/base@v1", "owner/base@v1"), ("runs/base:v1", "base:v1"),
+        ("runs/more/base", "base"), ("./runs/base", "base"), (None, "unknown"),
+    ],
+)  # fmt: skip
+def test_a_base_model_that_is_only_recorded(lora, tmp_path, recorded, shown):
+    """It is not read, so that whatever the adapter calls it will do; and no path of another machine is kept."""
+    shutil.copytree(lora[1], tmp_path / "adapter")
+    config = json.loads((lora[1] / "adapter_config.json").read_text()) | {"base_model_name_or_path": recorded}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    direction = extract_direction(aligned=lora[2], adapter=tmp_path / "adapter", rank=1)
+    assert direction.spec["base"]["id"] == shown
 
 
 def test_a_head_under_lora_is_no_layer_of_the_decoder(pair, tmp_path):

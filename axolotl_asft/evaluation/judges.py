@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.evaluation.models import FAILURES, nf4, place, within_memory
+from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.models import loading, nf4, place, within_memory
 from axolotl_asft.files import read_json
 
 
@@ -128,11 +128,9 @@ class Judge:
         options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
         if load_in_4bit:
             options["quantization_config"] = nf4(device)
-        try:
-            kind: Any = AutoModelForSequenceClassification if way.kind == "classifier" else AutoModelForCausalLM
+        kind: Any = AutoModelForSequenceClassification if way.kind == "classifier" else AutoModelForCausalLM
+        with loading(f"the judge {name} cannot be loaded"):
             model, info = kind.from_pretrained(**place(name), **options)
-        except FAILURES as error:
-            raise AsftError(f"the judge {name} cannot be loaded ({one_line(error)})") from error
         if info["missing_keys"]:
             raise AsftError(
                 f"the judge {name} is no {way.kind}: its checkpoint ({architecture or 'unknown architecture'}) lacks "
@@ -155,11 +153,9 @@ class Judge:
             raise AsftError(f"the judge's text is {text[:60]!r}; expected {{prompt}} and {{answer}} in it")
         if harmful is not None:
             _check_pattern(harmful)
-        try:
+        with loading(f"the judge {name} cannot be loaded"):
             architecture = (getattr(AutoConfig.from_pretrained(**place(name)), "architectures", None) or [""])[0]
             tokenizer = AutoTokenizer.from_pretrained(**place(name))
-        except FAILURES as error:
-            raise AsftError(f"the judge {name} cannot be loaded ({one_line(error)})") from error
         way = _way(name, architecture, tokenizer, text, harmful)
         # an encoder classifies by its first token, at the first position; a guard writes on where its text ends
         tokenizer.padding_side = "right" if way.kind == "classifier" else "left"

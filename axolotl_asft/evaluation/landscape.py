@@ -156,7 +156,7 @@ class _perturbed:
     """W + radius ||d|| E in every layer, E of norm 1; the weights are put back afterwards, bit by bit.
 
     Gives cosine and ratio of norms, over all layers, of the steps as the weights' dtype rounds them with those that
-    were wanted: <r, w> / (||r|| ||w||) and ||r|| / ||w||; None where no step is wanted.
+    were wanted: <r, w> / (||r|| ||w||) and ||r|| / ||w||; None where no step is wanted, or it overflowed.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class _perturbed:
             inner += float((rounded * step).sum())
             realised += float(rounded.square().sum())
             wanted += float(step.square().sum())
-        if not wanted:
+        if not wanted or not math.isfinite(realised):  # no step, or one that overflowed
             return None, None
         cosine = inner / math.sqrt(realised * wanted) if realised else 0.0
         return round(cosine, 6), round(math.sqrt(realised / wanted), 6)
@@ -290,5 +290,5 @@ def _keep(path: Path, settings: dict[str, Any], points: list[Point]) -> None:
 
 def _numbers(point: dict[str, Any]) -> dict[str, Any]:
     """What JSON had to write as null are numbers that were not finite."""
-    lost = {key: math.nan for key in ("refusal", "task_loss") if point.get(key) is None}
-    return {**point, **lost}
+    lost = [key for key in ("refusal", "task_loss") if key in point and point[key] is None]
+    return point | dict.fromkeys(lost, math.nan)

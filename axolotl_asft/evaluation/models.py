@@ -18,7 +18,7 @@ from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from axolotl_asft.templates import text_tokenizer
 
 # what transformers and PEFT raise for a bad checkpoint; a RuntimeError is torch's for a lack of memory, too
-FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, MemoryError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,35 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
     if load_in_4bit:
         options["quantization_config"] = nf4(device)
-    try:
+    with loading(f"the model {name} cannot be loaded", "; see that its files are whole, and that it fits into memory"):
         return AutoModelForCausalLM.from_pretrained(**place(name), **options).eval()
+
+
+@contextlib.contextmanager
+def loading(failure: str, instead: str = "") -> Iterator[None]:
+    """What the libraries make of files that they cannot load, as one line.
+
+    Raises:
+        WorkFailed: there is no memory for them, or they are not here and the Hub cannot be reached.
+        AsftError: anything else that they raise.
+    """
+    try:
+        yield
+    except AsftError:
+        raise
     except FAILURES as error:
-        raise AsftError(
-            f"the model {name} cannot be loaded ({one_line(error)}); see that its files are whole, and that it fits "
-            "into memory"
-        ) from error
+        kind = WorkFailed if _of_the_machine(error) else AsftError
+        raise kind(f"{failure} ({one_line(error)}){instead}") from error
+
+
+def _of_the_machine(error: BaseException | None) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError | LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def nf4(device: str) -> Any:
@@ -153,12 +175,8 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
 
     kept = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     source = str(adapter) if kept else model
-    try:
+    with loading(f"no tokenizer at {source}"):
         tokenizer = text_tokenizer(AutoTokenizer.from_pretrained(**place(source)))
-    except AsftError:
-        raise
-    except (OSError, ValueError) as error:
-        raise AsftError(f"no tokenizer at {source} ({one_line(error)})") from error
     if not tokenizer.chat_template:
         raise AsftError(
             f"the tokenizer of {source} has no chat template, so that it is not known how the model was asked in "
@@ -204,10 +222,8 @@ def adapted(model: Any, subject: Subject) -> Iterator[Any]:
 def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
-    try:
+    with loading(f"{adapter} does not go onto this model"):
         peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except FAILURES as error:
-        raise AsftError(f"{adapter} does not go onto this model ({one_line(error)})") from error
     _check_complete(peft_model, adapter)
     return peft_model
 

@@ -70,11 +70,12 @@ class Evaluation:
     measures: tuple[Measure, ...]
 
 
-def find_evaluation(folder: Path, given: Path | None, notes: list[str]) -> Evaluation | None:
+def find_evaluation(folder: Path, given: Path | None, notes: list[str], is_earlier: bool = False) -> Evaluation | None:
     """The evaluation that is given, as a file or folder, or one that lies in the run's folder.
 
     Args:
-        notes: told what is left out because it was asked of another adapter than the one that lies in the folder now.
+        notes: told what is left out because another adapter was asked than the run's.
+        is_earlier: whether the adapter that lies in the folder is an earlier run's.
 
     Raises:
         AsftError: the given one is no evaluation.
@@ -84,9 +85,9 @@ def find_evaluation(folder: Path, given: Path | None, notes: list[str]) -> Evalu
         rows = _rows(path)
         if rows is None:
             raise AsftError(f"{path} holds no results of `axolotl asft eval`; give its {RESULTS}, or the folder")
-        return _evaluation(path, rows, folder, notes)
+        return _evaluation(path, rows, folder, notes, is_earlier)
     for path in (folder / place for place in PLACES):
-        if path.is_file() and (rows := _rows(path)) and (found := _evaluation(path, rows, folder, notes)):
+        if path.is_file() and (rows := _rows(path)) and (found := _evaluation(path, rows, folder, notes, is_earlier)):
             return found
     return None
 
@@ -105,17 +106,21 @@ def _rows(path: Path) -> list[dict[str, Any]] | None:
     return content["rows"]
 
 
-def _evaluation(path: Path, rows: list[dict[str, Any]], run: Path, notes: list[str]) -> Evaluation | None:
+def _evaluation(
+    path: Path, rows: list[dict[str, Any]], run: Path, notes: list[str], is_earlier: bool
+) -> Evaluation | None:
     """None where no row of an adapter is left, or nothing was measured."""
     weights = run / ADAPTER_WEIGHTS
     lies_here = file_sha256(weights) if weights.is_file() else None
     try:
         roles = [_role(row, run, lies_here) for row in rows]
+        if is_earlier:
+            roles = ["stale" if role in ("this", "unknown") else role for role in roles]
         stale, unknown = ([row["name"] for row, r in zip(rows, roles, strict=True) if r == role] for role in DOUBTS)
         if stale:
             notes.append(
-                f"{path}: {', '.join(stale)} is left out: another adapter was asked than the one that lies in "
-                f"{run.name} now; ask again with axolotl asft eval."
+                f"{path}: {', '.join(stale)} is left out: another adapter was asked than this run's; ask again with "
+                "axolotl asft eval."
             )
         if unknown:
             notes.append(
@@ -154,7 +159,8 @@ def _measures(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
                 continue
             having = [(name, metrics, role) for name, metrics, role in asked if metrics.get(metric) is not None]
             points = [_task_point(name, metrics, metric, role) for name, metrics, role in having]
-            said = {_beside(metrics, metric, "higher_is_better") for _, metrics, _ in having}
+            # a row whose score an earlier version kept says nothing of it
+            said = {_beside(metrics, metric, "higher_is_better") for _, metrics, _ in having} - {None}
             better = "higher" if said == {True} else "lower" if said == {False} else ""
             found.append(Measure(f"{task}, {metric.replace(',none', '')}", better, tuple(points)))
     return [measure for measure in found if measure.points]

@@ -53,7 +53,7 @@ def key_numbers(run: Run) -> dict[str, float | int | None]:
     """Steps, loss, penalty, size and direction of the update; None of what is not known, or not finite any more."""
     _, losses = run.curve("loss")
     _, penalties = run.curve("asft/penalty")
-    # a run that was resumed has peaks of both its parts, and lines of every step
+    # the last line's peak may be of a resumed part alone; a stamp's counts where there is no history
     peaks = [run.constraint.get("penalty_peak"), run.last("asft/penalty_peak"), *penalties]
     known = [peak for peak in peaks if isinstance(peak, int | float)] if run.diverged_at is None else []
     return {
@@ -97,7 +97,7 @@ def gather(
     for other in report.others:
         if how := measured_otherwise(run, other):
             report.notes.append(f"The drift of {other.name} is left out: it was measured otherwise ({how}).")
-    report.evaluation = find_evaluation(folder, evaluation, report.notes)
+    report.evaluation = find_evaluation(folder, evaluation, report.notes, run.adapter_is_earlier)
     add_spectra(run, report.direction)
     report.notes += run.notes
     return report

@@ -1,5 +1,6 @@
 """A run's folder, read: its history, its stamp and its final update, each where it is there."""
 
+import datetime
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class Run:
         header: of its history: where and how it was trained.
         layers: the constrained ones, in the order of a snapshot's numbers.
         snapshots: lines that hold the numbers of every layer, from when the update was finite.
-        constraint: what the adapter says that it was trained under.
+        constraint: what it is trained under, as its history says; without one, the adapter's stamp with its numbers.
         adapter_config: PEFT's.
         diverged_at: the step from which on the update was not finite any more; None: it is.
         spectra: layer -> singular values of its final update.
@@ -51,6 +52,18 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The YAML that was trained from, without secrets."""
         return self.header.get("config") or {}
+
+    @property
+    def adapter_is_earlier(self) -> bool:
+        """Whether the weights in the folder were there before this run began, which has saved none of its own yet."""
+        weights, started = self.folder / ADAPTER_WEIGHTS, self.header.get("started")
+        if not isinstance(started, str) or any("train_loss" in line for line in self.lines) or not weights.is_file():
+            return False
+        try:
+            began = datetime.datetime.fromisoformat(started).timestamp()
+        except (ValueError, OverflowError, OSError):  # of a stranger's history
+            return False
+        return weights.stat().st_mtime < began
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged number, as long as the update was finite."""
@@ -94,8 +107,9 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
             f"{folder} holds an adapter that was projected after its training, whose numbers are not its own; give the "
             "output_dir of the training"
         )
-    stamp = config.get(STAMP_KEY)
-    constraint = _finite(stamp) if isinstance(stamp, dict) else header.get("constraint") or {}
+    # beside a history the stamp may be an earlier run's: it stays there until the new adapter is saved
+    stamp = config.get(STAMP_KEY) if history is None else header.get("constraint")
+    constraint = _finite(stamp) if isinstance(stamp, dict) else {}
     if constrained and not constraint and history is None:
         raise AsftError(
             f"{folder} was trained without the constraint (its adapter bears no stamp); give a run with plugins: "
@@ -121,6 +135,12 @@ def add_spectra(run: Run, direction: AlignmentDirection | None) -> None:
     """Put the singular values of the final update into `run`, from its saved adapter where there is a plain one."""
     if not (run.folder / ADAPTER_WEIGHTS).is_file():
         run.notes.append(f"No {ADAPTER_WEIGHTS} in {run.folder.name}: the singular values of its update are left out.")
+        return
+    if run.adapter_is_earlier:
+        run.notes.append(
+            f"{ADAPTER_WEIGHTS} in {run.folder.name} is older than this run, which has saved none yet: the singular "
+            "values of its update are left out."
+        )
         return
     try:
         layers = list(SavedAdapter.read(run.folder).layers())
