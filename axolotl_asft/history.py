@@ -90,8 +90,9 @@ class HistoryWriter:
 
         def start_file(path: Path) -> None:
             if not step:
-                for name in REPORT:
-                    path.with_name(name).unlink(missing_ok=True)
+                for old in [path.with_name(name) for name in REPORT]:
+                    if old.is_file():
+                        old.unlink()
             atomic_write_text(path, text)
 
         self._write(start_file)

@@ -110,7 +110,7 @@ def test_the_weight_without_its_initial_part_is_recognised(pair, direction, kind
 
 def test_a_saved_pissa_adapter_does_not_say_its_change(pair, direction, tmp_path):
     lora_model(pair[1], random_b=False, init_lora_weights="pissa").save_pretrained(tmp_path)
-    with pytest.raises(AsftError, match="initialised by 'pissa', so that B A is not the change from the original"):
+    with pytest.raises(AsftError, match="initialised by 'pissa', so that B A need not be the change from the original"):
         adapter_drift(tmp_path, direction)
 
 
