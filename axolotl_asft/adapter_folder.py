@@ -14,7 +14,7 @@ from torch import Tensor
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import refuse_to_replace
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter
-from axolotl_asft.stamp import STAMP_KEY, add_to_config, add_to_model_card
+from axolotl_asft.stamp import add_to_config, add_to_model_card, remove_measurements
 
 PROJECTION_KEY = "asft_projection"
 # What stands beside an adapter and is needed to go on training, belongs to the run, or was measured of that adapter.
@@ -22,9 +22,6 @@ NOT_COPIED = (
     "checkpoint-", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "merged", "debug", "asft_",
     "asft-", "eval", "results", "all_results", "train_results", "test_results", "predict_results", "landscape.",
 )  # fmt: skip
-# What the training measured of the adapter, in its stamp and in its card: it does not hold of the projected one.
-MEASURED = ("anchor_kl", "penalty_peak", "drift", "update_norm")
-MEASURED_LINES = ("- drift at the end", "- divergence from", "- the numbers at the end", "![")
 # All that --force may delete where the adapter is not one that was written here.
 ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.*", "README.md", ".gitattributes", "config.json", "generation_config.json",
@@ -84,7 +81,7 @@ def write_projected(
             str(work / ADAPTER_WEIGHTS),
             {"format": "pt"},
         )
-        _take_measurements_out(work, saved.config)
+        remove_measurements(work)
         add_to_config(work / ADAPTER_CONFIG, PROJECTION_KEY, settings)
         add_to_model_card(work / "README.md", section, "asft-projection", "safe-lora")
         os.chmod(work, 0o755)
@@ -93,20 +90,6 @@ def write_projected(
         _into_place(work, output, force)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _take_measurements_out(folder: Path, config: dict[str, Any]) -> None:
-    """Of what the adapter was trained under, the settings stay."""
-    stamp, card = config.get(STAMP_KEY), folder / "README.md"
-    if isinstance(stamp, dict):
-        kept = {key: value for key, value in stamp.items() if key not in MEASURED}
-        add_to_config(folder / ADAPTER_CONFIG, STAMP_KEY, kept)
-    if card.is_file():
-        before, begin, rest = card.read_text(encoding="utf-8").partition(f"<!-- {STAMP_KEY} -->")
-        section, end, after = rest.partition(f"<!-- /{STAMP_KEY} -->")
-        if end:
-            lines = [line for line in section.splitlines() if not line.startswith(MEASURED_LINES)]
-            card.write_text(before + begin + "\n".join(lines).rstrip() + "\n" + end + after, encoding="utf-8")
 
 
 def _written_here(folder: Path) -> bool:

@@ -10,6 +10,9 @@ from axolotl_asft.files import atomic_write_text, read_json
 STAMP_KEY = "asft"
 PAGE = "asft_report.html"  # beside a model card, where the report was drawn
 PICTURE = "asft_report_training.png"
+# What a training measured of the adapter: keys of the stamp, and beginnings of the card's lines (`_measured`).
+MEASURED = ("anchor_kl", "penalty_peak", "drift", "update_norm")
+MEASURED_LINES = ("- drift at the end", "- divergence from", "- the numbers at the end", "![")
 
 
 def stamp_adapter(folder: str | Path, stamp: dict[str, Any]) -> bool:
@@ -25,6 +28,19 @@ def read_stamp(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "adapter_config.json"
     found = read_json(path, "expected what PEFT saved").get(STAMP_KEY) if path.is_file() else None
     return found if isinstance(found, dict) else {}
+
+
+def remove_measurements(folder: str | Path) -> None:
+    """Of what the adapter in `folder` was trained under, in its stamp and in its card, the settings stay."""
+    if stamp := read_stamp(folder):
+        stamp_adapter(folder, {key: value for key, value in stamp.items() if key not in MEASURED})
+    card = Path(folder) / "README.md"
+    if card.is_file():
+        before, begin, rest = card.read_text(encoding="utf-8").partition(f"<!-- {STAMP_KEY} -->")
+        section, end, after = rest.partition(f"<!-- /{STAMP_KEY} -->")
+        if end:
+            lines = [line for line in section.splitlines() if not line.startswith(MEASURED_LINES)]
+            atomic_write_text(card, before + begin + "\n".join(lines).rstrip() + "\n" + end + after)
 
 
 def stamp_model_card(folder: str | Path, stamp: dict[str, Any]) -> bool:

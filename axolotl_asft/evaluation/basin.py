@@ -82,7 +82,8 @@ def verdict(points: list[Point]) -> Verdict:
             "the landscape has one random step a radius, whose noise is not known; measure --seeds 2 or more"
         )
     left_out = _left_out(points)
-    radii = [radius for radius in radii if radius not in bent_radii(points) | overflowed_radii(points)]
+    unusable = bent_radii(points) | overflowed_radii(points)
+    radii = [radius for radius in radii if radius not in unusable]
     if not radii:
         return Verdict("undecided", "undecided", f"No verdict. {left_out}")
     costs = {kind: {radius: _costs(points, kind, radius, aligned) for radius in radii} for kind in KINDS}
