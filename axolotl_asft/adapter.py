@@ -137,6 +137,15 @@ class AlignmentPenalty:
         }
         return [measured[layer.name] for layer in self.layers]
 
+    def unmoved(self) -> list[str]:
+        """Names of the layers that alignment did not move, of which every multiple is 0; in the model's order."""
+        sizes = {
+            found.name: size
+            for group in self.groups
+            for found, size in zip(group.found, group.sizes.tolist(), strict=True)
+        }
+        return [layer.name for layer in self.layers if sizes[layer.name] == 0]
+
     @torch.no_grad()
     def shorten(self, max_drift: float) -> Tensor:
         """Keep ||Y_l^T (I - C_l) dW_l X_l|| <= max_drift ||Y_l^T d_l X_l|| in every layer l; the smallest factor.

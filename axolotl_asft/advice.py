@@ -124,22 +124,6 @@ def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> li
     return found
 
 
-def on_untouched(strength: Strengths, penalty: AlignmentPenalty) -> list[str]:
-    """Layers that alignment did not move, of which every multiple is 0."""
-    names = [
-        found.name
-        for group in penalty.groups
-        for found, size in zip(group.found, group.sizes.tolist(), strict=True)
-        if size == 0
-    ]
-    if strength.max_drift is None or not names:
-        return []
-    return [
-        f"max_drift lets {len(names)} of {len(penalty.layers)} layers learn nothing, since alignment did not move them "
-        f"(first {min(names)}); take them out of LoRA's targets, or set lambda_reg in place of max_drift"
-    ]
-
-
 def on_coverage(block: AsftArgs, left_out: int, uncovered: int) -> list[str]:
     """What trains without the constraint because the block lets it.
 

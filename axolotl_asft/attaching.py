@@ -60,12 +60,12 @@ def attach(
     taken = [layer.name for layer in penalty.layers if layer.was_taken_out]
     given = lambda_reg, max_drift, anchor_weight
     strength = strengths(penalty.metric, direction.spec, *given, taken_out=bool(taken))
-    if max_drift is not None and taken:
-        raise AsftError(budget_refused(taken[0]))
-    if strength.anchor_weight > 0 and taken:
-        raise AsftError(anchor_refused(taken[0]))
+    if taken and (refused := refused_of_taken_out(taken[0], max_drift, strength.anchor_weight)):
+        raise AsftError(refused[0])
     if strength.holds_weights_alone(penalty.metric):
         LOG.warning("AsFT: %s", WEIGHTS_ALONE)
+    if (warning := frozen_warning(penalty, max_drift)) is not None:
+        LOG.warning("AsFT: %s", warning)
     if strength.holds_answers(penalty.metric):
         warning = template_warning(getattr(trainer, "processing_class", None), direction.spec)
         if warning is not None:
@@ -87,17 +87,23 @@ def attach(
     return constraint
 
 
-def budget_refused(layer: str) -> str:
-    """The line for a budget over a layer whose initialisation took a part out of the weight."""
-    return (
-        f"max_drift cannot shorten the update of {layer}: its initialisation took a part out of the weight; use "
-        "lambda_reg, or plain LoRA initialisation"
-    )
+def refused_of_taken_out(layer: str, max_drift: float | None, anchor_weight: float | None) -> list[str]:
+    """What cannot be asked of a layer whose initialisation took a part out of the weight, a line each."""
+    taken, plain = f"the initialisation of {layer} took a part out of the weight", "use plain LoRA initialisation"
+    found = []
+    if max_drift is not None:
+        found.append(f"max_drift cannot shorten an update: {taken}; use lambda_reg, or {plain}")
+    if (anchor_weight or 0) > 0:
+        found.append(f"anchor_weight cannot ask the aligned model: {taken}; set anchor_weight: 0, or {plain}")
+    return found
 
 
-def anchor_refused(layer: str) -> str:
-    """The line for an anchor where the model without its adapter is not the aligned one."""
+def frozen_warning(penalty: AlignmentPenalty, max_drift: float | None) -> str | None:
+    """The line for a budget in multiples of what alignment moved, over layers that it did not move; None: no need."""
+    names = penalty.unmoved()
+    if max_drift is None or not names:
+        return None
     return (
-        f"anchor_weight cannot ask the aligned model: the initialisation of {layer} took a part out of the weight; set "
-        "anchor_weight: 0, or use plain LoRA initialisation"
+        f"max_drift lets {len(names)} of {len(penalty.layers)} layers learn nothing, since alignment did not move them "
+        f"(first {names[0]}); take them out of LoRA's targets, or set lambda_reg in place of max_drift"
     )

@@ -11,7 +11,7 @@ from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
-from axolotl_asft.attaching import anchor_refused, budget_refused
+from axolotl_asft.attaching import frozen_warning, refused_of_taken_out
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
 from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
@@ -135,7 +135,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     )
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
-    check.warnings += advice.on_untouched(strength, penalty)
+    check.warnings += [line for line in [frozen_warning(penalty, strength.max_drift)] if line]
     check.warnings += advice.on_pin(block, direction)
     if strength.holds_answers(penalty.metric):
         tokenizer = run_tokenizer(cfg)
@@ -211,10 +211,7 @@ def _refuse_initialisation(
     """What a run finds out about an initialisation that takes a part out of the weights, which was not run here."""
     if not takes_out(initialisation):
         return
-    if block.max_drift is not None:
-        check.errors.append(budget_refused(layers[0].name))
-    if (block.anchor_weight or 0) > 0:
-        check.errors.append(anchor_refused(layers[0].name))
+    check.errors += refused_of_taken_out(layers[0].name, block.max_drift, block.anchor_weight)
     if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):
         check.errors.append(
             "LoftQ replaces the weights by rounded ones, so that the run can tell the model by its files alone; give "

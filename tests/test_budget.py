@@ -1,8 +1,10 @@
 """max_drift: no layer leaves the direction by more than a multiple of what alignment moved it."""
 
+import logging
+
 import pytest
 import torch
-from test_adapter import lora_model
+from test_adapter import lora_model, untouched
 from test_attach import lora_weights, make_trainer, training_lines
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
@@ -93,6 +95,16 @@ def test_a_budget_stands_alone_unless_lambda_is_given(pair, rows, direction, tmp
 def test_bad_budgets(pair, rows, direction, tmp_path, budget):
     with pytest.raises(AsftError, match="max_drift is"):
         attach(make_trainer(pair, rows, tmp_path), direction, max_drift=budget)
+
+
+def test_layers_that_the_budget_freezes_are_named(pair, rows, direction, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "axolotl.asft"):
+        attach(make_trainer(pair, rows, tmp_path), direction, max_drift=0.5)
+        attach(make_trainer(pair, rows, tmp_path), untouched(direction, "up_proj"), 1.0)
+        assert "learn nothing" not in caplog.text
+        attach(make_trainer(pair, rows, tmp_path), untouched(direction, "up_proj"), max_drift=0.5)
+    assert "max_drift lets 2 of 14 layers learn nothing" in caplog.text
+    assert "(first model.layers.0.mlp.up_proj)" in caplog.text
 
 
 def test_a_step_that_no_budget_followed_is_noticed(pair, rows, direction, tmp_path):
