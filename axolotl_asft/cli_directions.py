@@ -126,7 +126,7 @@ def extract(
 
     Reads one pair of weights at a time: memory holds the largest pair, not the models. A model on the Hub that is not
     in its cache is read from there, tensor by tensor, and takes no disk; owner/name@revision pins it. Finished layers
-    are kept in OUTPUT.partial/: interrupted, the same command goes on where it stopped.
+    and what --metric found are kept in OUTPUT.partial/: interrupted, the same command goes on where it stopped.
 
     \b
     Example:
@@ -144,15 +144,17 @@ def extract(
     if metric_names:
         if options["aligned"] is None:
             raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
-        from axolotl_asft.evaluation.safety_metrics import safety_metrics
+        from axolotl_asft.evaluation.kept_metrics import asked_once
         from axolotl_asft.hub import model_folder
+        from axolotl_asft.partial import ASKED, partial_folder
         from axolotl_asft.sources import open_source
 
         # what is wrong with the pair is said before the model is asked for minutes
         open_source(options["base"], options["aligned"], options["adapter"], list(modules) or None)
         writable_folder(output.parent)
         with stages(show=not as_json) as stage:
-            found = safety_metrics(
+            found = asked_once(
+                partial_folder(output) / ASKED,
                 str(model_folder(options["aligned"])),
                 metric_names,
                 prompts,

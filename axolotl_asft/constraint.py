@@ -171,6 +171,14 @@ class Constraint:
         stamp_adapter(folder, stamp)
         stamp_model_card(folder, stamp)
 
+    def mark_interrupted(self, folder: str | Path) -> None:
+        """Stamp what was saved before the training's end; nothing is measured, since other processes may be gone."""
+        state = self.trainer.state
+        interrupted = self.settings() | {"interrupted_at": [state.global_step, state.max_steps]}
+        stamp = self._final_stamp or interrupted
+        stamp_adapter(folder, stamp)
+        stamp_model_card(folder, stamp)
+
     def begin(self) -> None:
         """Training starts."""
         self._steps, self._shortened, self._final_stamp = 0, 0, None

@@ -261,11 +261,11 @@ def _module_entry(subspace: Subspace, shape: torch.Size) -> dict[str, Any]:
 
 
 def _metric(layer: LayerMetric, difference: Tensor | LowRank, dtype: torch.dtype) -> Metric:
-    X, Y = layer.X.to(dtype), layer.Y
+    X, Y = layer.X.to(dtype).contiguous(), layer.Y  # however they lie in memory, products add in the same order
     on = difference.A.device if isinstance(difference, LowRank) else difference.device
     product = (difference @ X.float().to(on)).cpu()
     if Y is not None:
-        Y = Y.to(dtype)
+        Y = Y.to(dtype).contiguous()
         product = Y.float().T @ product
     return Metric(X, torch.linalg.matrix_norm(product), Y)
 

@@ -15,7 +15,13 @@ from axolotl_asft.files import atomic_write_text, writable_folder
 LOG = logging.getLogger("axolotl.asft")
 
 SETTINGS, LOCK = "extraction.json", "lock"
-OURS = re.compile(rf"{SETTINGS}|{LOCK}|\d+\.safetensors|\..*\.tmp")  # the last: what a kill left of a file
+ASKED = "asked.safetensors"  # what the aligned model answered, which is not ours to read
+OURS = re.compile(rf"{SETTINGS}|{LOCK}|{ASKED}|\d+\.safetensors|\..*\.tmp")  # the last: what a kill left of a file
+
+
+def partial_folder(output: Path) -> Path:
+    """Where an extraction to `output` keeps what is finished, until all is."""
+    return output.with_name(output.name + ".partial")
 
 
 class Parts(Mapping[str, ModuleDirection]):
@@ -51,8 +57,8 @@ class Parts(Mapping[str, ModuleDirection]):
         Args:
             settings: JSON of all that the result depends on, but for the weights themselves.
         """
-        parts = cls(output.with_name(output.name + ".partial"), names)
-        previous, found = parts._settings(), list(parts.folder.glob("*.safetensors"))
+        parts = cls(partial_folder(output), names)
+        previous, found = parts._settings(), list(parts.folder.glob("[0-9]*.safetensors"))
         if previous == settings:
             if found:
                 LOG.warning("going on in %s: %d of %d layers are done", parts.folder, len(found), len(names))

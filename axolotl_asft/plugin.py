@@ -18,6 +18,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_strays
+from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import written_config
 
@@ -87,6 +88,8 @@ class AsftPlugin(BasePlugin):
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
             "direction_file": _absolute(block.direction),
         }
+        constraint, folder = self._constraint, cfg.output_dir
+        trainer.add_callback(StampOnInterrupt(lambda: constraint.mark_interrupted(folder)))
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """axolotl saves the adapter itself at the end, past the trainer's save_model.

@@ -99,6 +99,9 @@ def _section(stamp: dict[str, Any]) -> str:
 
 
 def _measured(stamp: dict[str, Any]) -> str:
+    if "interrupted_at" in stamp:
+        step, steps = stamp["interrupted_at"]
+        return f"- interrupted after {step} of {steps} steps: the training was not finished\n"
     if not all(_is_finite(stamp[name]) for name in ("drift", "update_norm", "anchor_kl") if name in stamp):
         return "- the numbers at the end are not finite: the training diverged; do not use this adapter\n"
     anchored = ""

@@ -1,6 +1,7 @@
 """An extraction that is killed goes on where it stopped, and ends in the same bytes."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -230,3 +231,69 @@ def test_the_command_after_an_interruption(pair, tmp_path, monkeypatch):
     done = CliRunner().invoke(asft, [*arguments, "--json"])
     assert json.loads(done.stdout)["sha256"] == AlignmentDirection.load(output).sha256
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+@pytest.fixture
+def with_metric(pair, tmp_path):
+    """`extract --metric activations` into d.safetensors, and its arguments for another prompt or option."""
+    (tmp_path / "prompts.txt").write_text("the cat sees a red dog\nthe dog says no\n")
+
+    def run(*more):
+        arguments = ["--base", str(pair[0]), "--aligned", str(pair[1]), "-o", str(tmp_path / "d.safetensors")]
+        arguments += ["--rank", "4", "--metric", "activations", "--metric-rank", "4", "--json"]
+        return CliRunner().invoke(asft, ["extract", *arguments, "--prompts", str(tmp_path / "prompts.txt"), *more])
+
+    return run
+
+
+def asked_again(monkeypatch, run, *more):
+    """Whether a further call asks the model; it ends after that."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(*args, **kwargs):
+        raise Asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr("axolotl_asft.evaluation.kept_metrics.safety_metrics", ask)
+        return isinstance(run(*more).exception, Asked)
+
+
+def test_the_model_is_asked_once(with_metric, tmp_path, monkeypatch):
+    output = tmp_path / "d.safetensors"
+    asked = tmp_path / "d.safetensors.partial" / "asked.safetensors"
+    assert with_metric().exit_code == 0
+    assert not asked.parent.exists()
+    uninterrupted = but_for_the_time(output)
+    output.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "keep", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with_metric()
+    assert asked.is_file()
+    assert asked_again(monkeypatch, with_metric, "--metric-rank", "3")
+    assert asked_again(monkeypatch, with_metric, "--metric", "fisher")
+    kept = asked.read_bytes()
+    asked.write_bytes(kept[: len(kept) // 2])
+    assert asked_again(monkeypatch, with_metric), "of a damaged file"
+    asked.write_bytes(kept)
+    (tmp_path / "prompts.txt").write_text("the cat sees a red dog\nthe dog says yes\n")
+    assert asked_again(monkeypatch, with_metric), "another prompt in the same file"
+    (tmp_path / "prompts.txt").write_text("the cat sees a red dog\nthe dog says no\n")
+    assert not asked_again(monkeypatch, with_metric)
+    assert but_for_the_time(output) == uninterrupted
+    assert not asked.parent.exists()
+
+
+def test_what_was_asked_of_other_weights_is_asked_again(with_metric, pair, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "keep", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with_metric()
+    weights = next(pair[1].glob("*.safetensors"))
+    before = weights.stat()
+    os.utime(weights, (before.st_atime, before.st_mtime + 5))
+    try:
+        assert asked_again(monkeypatch, with_metric)
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not asked_again(monkeypatch, with_metric)

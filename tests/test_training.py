@@ -1,13 +1,17 @@
 """Real QLoRA runs of axolotl under the constraint, on a tiny Llama in 4 bit."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import axolotl, log_history, train, write_config
+from tiny import axolotl, child_environment, interruptible, log_history, train, write_config
 
 STEPS = 6
 LAMBDA = 30.0
@@ -208,3 +212,28 @@ def test_merge_lora(trained, pair, direction_file):
     quantized, state = quantize_4bit(aligned, blocksize=64, quant_type="nf4", compress_statistics=True)
     change = merged[f"{module}.weight"].float() - dequantize_4bit(quantized, state)
     torch.testing.assert_close(change, 2.0 * B @ A, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_what_is_saved_at_ctrl_c_says_how_it_was_trained(pair, dataset, direction_file, tmp_path):
+    block = {"direction": str(direction_file), "lambda_reg": 2, "projector": "subspace"}
+    config = write_config(tmp_path, pair[1], dataset, block, max_steps=5000)
+    out, log = tmp_path / "out", tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "axolotl.cli.train", str(config)], cwd=tmp_path, env=child_environment(),
+            stdout=file, stderr=subprocess.STDOUT, preexec_fn=interruptible,
+        )  # fmt: skip
+        history = out / "asft_history.jsonl"
+        while process.poll() is None and (not history.is_file() or len(history.read_text().splitlines()) < 4):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0, log.read_text()  # axolotl's own handler ends so
+    stamp = json.loads((out / "adapter_config.json").read_text())["asft"]
+    step, steps = stamp["interrupted_at"]
+    assert 3 <= step < steps
+    assert stamp["lambda_reg"] == 2
+    assert stamp["projector"] == "subspace"
+    assert "drift" not in stamp
+    assert f"interrupted after {step} of {steps} steps" in (out / "README.md").read_text()
+    assert any(weight.abs().max() > 0 for name, weight in adapter_weights(config).items() if "lora_B" in name)

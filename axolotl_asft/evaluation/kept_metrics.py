@@ -1,0 +1,86 @@
+"""What the aligned model was asked for its direction, as kept on disk: an interrupted extraction asks only once."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from axolotl_asft import __version__
+from axolotl_asft.console import Stage, silent
+from axolotl_asft.evaluation.models import model_state
+from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.safety_metrics import AskedModel, safety_metrics
+from axolotl_asft.files import atomic_write
+from axolotl_asft.metrics import LayerMetric, ModelMetric
+
+
+def asked_once(
+    path: Path, model: str, names: Sequence[str], prompts: str = "harmful", *, stage: Stage = silent, **how: Any
+) -> AskedModel:
+    """`safety_metrics(model, names, prompts, **how)`, kept in `path`, and taken from there where the same was asked.
+
+    The same: the model's files, the prompts themselves, every argument, and the versions of the libraries.
+    """
+    asked = [prompt.prompt for prompt in load_prompts(prompts, "train")]
+    versions = [__version__, torch.__version__, transformers.__version__]
+    of = [model, model_state(model), list(names), asked, sorted(how.items()), versions]
+    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
+    known = _read(path, key)
+    if known is not None:
+        stage("what it was asked is known", 1)(1)
+        return known
+    found = safety_metrics(model, names, prompts, stage=stage, **how)
+    _write(path, key, found)
+    return found
+
+
+def _write(path: Path, key: str, asked: AskedModel) -> None:
+    tensors, described = {}, []
+    for metric in asked.metrics:
+        for layer, held in metric.layers.items():
+            tensors |= {f"{metric.name}/{layer}/{side}": factor for side, factor in _factors(held).items()}
+        energies = {layer: held.energy for layer, held in metric.layers.items()}
+        described.append({"name": metric.name, "answers": metric.answers, "scale": metric.scale, "energies": energies})
+    metadata = {"key": key, "asked": json.dumps({"metrics": described, "own_answers": asked.own_answers})}
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _factors(layer: LayerMetric) -> dict[str, torch.Tensor]:
+    held = {"X": layer.X.contiguous()}
+    return held if layer.Y is None else held | {"Y": layer.Y.contiguous()}
+
+
+def _read(path: Path, key: str) -> AskedModel | None:
+    """What was kept under this key; None where nothing was, or cannot be read any more."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            asked, names = json.loads(metadata["asked"]), set(file.keys())
+
+            def layer(metric: str, name: str, energy: float) -> LayerMetric:
+                outputs = f"{metric}/{name}/Y"
+                Y = file.get_tensor(outputs) if outputs in names else None
+                return LayerMetric(file.get_tensor(f"{metric}/{name}/X"), Y, energy)
+
+            metrics = [
+                ModelMetric(
+                    each["name"],
+                    {name: layer(each["name"], name, energy) for name, energy in each["energies"].items()},
+                    each["answers"],
+                    each["scale"],
+                )
+                for each in asked["metrics"]
+            ]
+    except (SafetensorError, OSError):
+        return None
+    return AskedModel(metrics, [(request, answer) for request, answer in asked["own_answers"]])
