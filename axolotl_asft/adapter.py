@@ -138,7 +138,7 @@ class AlignmentPenalty:
         return [measured[layer.name] for layer in self.layers]
 
     def unmoved(self) -> list[str]:
-        """Names of the layers that alignment did not move, of which every multiple is 0; in the model's order."""
+        """Names of the layers of which alignment moved nothing in the metric, so that every multiple of it is 0."""
         sizes = {
             found.name: size
             for group in self.groups

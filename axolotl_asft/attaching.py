@@ -64,8 +64,8 @@ def attach(
         raise AsftError(refused[0])
     if strength.holds_weights_alone(penalty.metric):
         LOG.warning("AsFT: %s", WEIGHTS_ALONE)
-    if (warning := frozen_warning(penalty, max_drift)) is not None:
-        LOG.warning("AsFT: %s", warning)
+    for line in frozen_by_budget(penalty, max_drift):
+        LOG.warning("AsFT: %s", line)
     if strength.holds_answers(penalty.metric):
         warning = template_warning(getattr(trainer, "processing_class", None), direction.spec)
         if warning is not None:
@@ -98,12 +98,14 @@ def refused_of_taken_out(layer: str, max_drift: float | None, anchor_weight: flo
     return found
 
 
-def frozen_warning(penalty: AlignmentPenalty, max_drift: float | None) -> str | None:
-    """The line for a budget in multiples of what alignment moved, over layers that it did not move; None: no need."""
-    names = penalty.unmoved()
-    if max_drift is None or not names:
-        return None
-    return (
-        f"max_drift lets {len(names)} of {len(penalty.layers)} layers learn nothing, since alignment did not move them "
-        f"(first {names[0]}); take them out of LoRA's targets, or set lambda_reg in place of max_drift"
-    )
+def frozen_by_budget(penalty: AlignmentPenalty, max_drift: float | None) -> list[str]:
+    """A line for a budget in multiples of what alignment moved, over layers where that is nothing."""
+    if max_drift is None or not (names := penalty.unmoved()):
+        return []
+    nothing = "alignment did not move them"
+    if penalty.metric != "weights":
+        nothing = f"what alignment moved there is nothing in the metric {penalty.metric}"
+    return [
+        f"max_drift lets {len(names)} of {len(penalty.layers)} layers learn nothing, since {nothing} (first "
+        f"{names[0]}); take them out of LoRA's targets, or set lambda_reg in place of max_drift"
+    ]

@@ -146,12 +146,13 @@ def extract(
             raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
         from axolotl_asft.evaluation.kept_metrics import asked_once
         from axolotl_asft.hub import model_folder
-        from axolotl_asft.partial import ASKED, partial_folder
+        from axolotl_asft.partial import ASKED, check_partial, partial_folder
         from axolotl_asft.sources import open_source
 
         # what is wrong with the pair is said before the model is asked for minutes
         open_source(options["base"], options["aligned"], options["adapter"], list(modules) or None)
         writable_folder(output.parent)
+        check_partial(output)
         with stages(show=not as_json) as stage:
             found = asked_once(
                 partial_folder(output) / ASKED,

@@ -171,9 +171,16 @@ class Constraint:
         stamp_adapter(folder, stamp)
         stamp_model_card(folder, stamp)
 
-    def mark_interrupted(self, folder: str | Path) -> None:
+    def before_interruption(self) -> None:
+        """Somebody is about to save the adapter between any two lines of a step: back to the budget first."""
+        if self.max_drift is not None and self.trainer.args.world_size == 1:
+            self.penalty.shorten(self.max_drift)
+
+    def mark_interrupted(self) -> None:
         """Stamp what was saved before the training's end; nothing is measured, since other processes may be gone."""
-        state = self.trainer.state
+        state, folder = self.trainer.state, self.trainer.args.output_dir
+        if folder is None or not self.trainer.is_world_process_zero():
+            return
         interrupted = self.settings() | {"interrupted_at": [state.global_step, state.max_steps]}
         stamp = self._final_stamp or interrupted
         stamp_adapter(folder, stamp)

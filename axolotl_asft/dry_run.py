@@ -11,7 +11,7 @@ from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
-from axolotl_asft.attaching import frozen_warning, refused_of_taken_out
+from axolotl_asft.attaching import frozen_by_budget, refused_of_taken_out
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
 from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
@@ -135,7 +135,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     )
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
-    check.warnings += [line for line in [frozen_warning(penalty, strength.max_drift)] if line]
+    check.warnings += frozen_by_budget(penalty, strength.max_drift)
     check.warnings += advice.on_pin(block, direction)
     if strength.holds_answers(penalty.metric):
         tokenizer = run_tokenizer(cfg)

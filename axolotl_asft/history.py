@@ -80,7 +80,11 @@ class HistoryWriter:
         self._next_snapshot = 0
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         start = {"format": FORMAT, "format_version": FORMAT_VERSION, "started": now}
-        start |= {"python": platform.python_version(), "platform": platform.platform(), "versions": _versions()}
+        start |= {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": installed_versions(),
+        }
         header = redacted(start | self.header)
         lines = []
         if step:
@@ -236,7 +240,8 @@ def _is_kept(key: str) -> bool:
     return key in ("step", "epoch", *FROM_THE_LOG) or key.startswith("asft/")
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Package -> version, of those that a training depends on and that are here."""
     found = {}
     for package in PACKAGES:
         try:

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection
 from axolotl_asft.errors import AsftError
@@ -39,16 +39,7 @@ class Parts(Mapping[str, ModuleDirection]):
         """
         self.folder = folder
         self._paths = {name: folder / f"{number:05d}.safetensors" for number, name in enumerate(names)}
-        strange = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
-        if strange:
-            raise AsftError(
-                f"{folder} is needed for what is finished, and holds {strange[0]}; move it away, or give another "
-                "--output"
-            )
-        writable_folder(folder)
-        self._lock = (folder / LOCK).open("w")
-        if not _locked(self._lock):
-            raise AsftError(f"another extraction is at work in {folder}; wait for it, or give another --output")
+        self._lock = _taken(folder)
 
     @classmethod
     def open(cls, output: Path, names: list[str], settings: dict[str, Any]) -> "Parts":
@@ -116,7 +107,32 @@ class Parts(Mapping[str, ModuleDirection]):
         return len(self._paths)
 
 
-def _locked(file: Any) -> bool:
+def check_partial(output: Path) -> None:
+    """Say before any long work what `Parts` would say of the folder.
+
+    Raises:
+        AsftError: see there.
+    """
+    folder = partial_folder(output)
+    if folder.exists():
+        _taken(folder).close()
+
+
+def _taken(folder: Path) -> TextIO:
+    """The folder for this process, until the file is closed."""
+    strange = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)] if folder.is_dir() else []
+    if strange:
+        raise AsftError(
+            f"{folder} is needed for what is finished, and holds {strange[0]}; move it away, or give another --output"
+        )
+    writable_folder(folder)
+    lock = (folder / LOCK).open("w")
+    if not _locked(lock):
+        raise AsftError(f"another extraction is at work in {folder}; wait for it, or give another --output")
+    return lock
+
+
+def _locked(file: TextIO) -> bool:
     """Whether the file is this process's alone, where the system has such locks; its end gives them back."""
     try:
         import fcntl

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,13 @@ class AsftPlugin(BasePlugin):
         direction, verified = self._load_direction(cfg)
         if verified and _loftq(cfg):
             options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
+        plugin = weakref.ref(self)  # of a sweep each run has a plugin of its own, and leaves a handler behind
+        trainer.add_callback(StampOnInterrupt(lambda: getattr(plugin(), "_constraint", None)))
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
             "direction_file": _absolute(block.direction),
         }
-        constraint, folder = self._constraint, cfg.output_dir
-        trainer.add_callback(StampOnInterrupt(lambda: constraint.mark_interrupted(folder)))
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """axolotl saves the adapter itself at the end, past the trainer's save_model.

@@ -63,10 +63,10 @@ def ask(work: Path, run: str, adapter: Path | None, sets: dict[str, str], new_to
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over seeds, with Wilson's intervals over the prompts of all seeds."""
+    """Means over seeds, with Wilson's intervals over the prompts, which every seed is asked alike."""
     groups = defaultdict(list)
     for result in results:
-        groups[result["run"].rpartition("/")[0]].append(result)
+        groups[result["run"].rpartition("/")[0] or result["run"]].append(result)
     lines = [
         "# Prompts of another hand\n",
         "`python -m benchmarks.safety_elsewhere RUN ...`, after `python -m benchmarks.safety run`, on "
@@ -79,9 +79,8 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = []
         for name in SETS:
             found = [result["harmful"][name] for result in groups[group]]
-            total = sum(each["n"] for each in found)
             mean = statistics.fmean(each["share"] for each in found)
-            low, high = wilson_interval(round(mean * total), total)
+            low, high = wilson_interval(round(mean * found[0]["n"]), found[0]["n"])
             cells.append(f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})")
         lines.append(f"| {group} | {len(groups[group])} | {' | '.join(cells)} |")
     asked = results[0]["harmful"] if results else {}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_asft.evaluation.refusals import is_refusal
-from axolotl_asft.evaluation.shares import Share
+from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
 from benchmarks.safety import RESULTS, results
 
@@ -70,18 +70,18 @@ def read_verdicts(path: Path) -> dict[str, str]:
     return verdicts
 
 
-def judge(run: str, asked: list[Pair], judges: list[dict[str, str]], who: str) -> dict[str, Any]:
-    """How often each combination of the word list's verdict and the judges' was given.
-
-    Raises:
-        SystemExit: a judge left out an answer.
-    """
-    for number, verdicts in enumerate(judges, 1):
-        missing = sum(pair.id not in verdicts for pair in asked)
-        if missing:
-            raise SystemExit(f"judge {number} has no verdict on {missing} of the {len(asked)} answers of {run}")
+def judge(run: str, asked: list[Pair], judges: list[dict[str, str]], who: str) -> dict[str, Any] | None:
+    """How often each combination of the word list's verdict and the judges' was given; None where one is missing."""
+    if any(pair.id not in verdicts for verdicts in judges for pair in asked):
+        return None
     counts = Counter((is_refusal(pair.answer), *(verdicts[pair.id] for verdicts in judges)) for pair in asked)
-    return {"run": run, "who": who, "counts": [[*key, count] for key, count in sorted(counts.items())]}
+    of = {"run": run, "key": keys().get(run), "who": who}
+    return of | {"counts": [[*key, count] for key, count in sorted(counts.items())]}
+
+
+def keys() -> dict[str, str]:
+    """Run -> key of its settings, of the newest result."""
+    return {result["run"]: result["key"] for result in results()}
 
 
 def cohen_kappa(pairs: Counter[tuple[Any, Any]]) -> float:
@@ -110,16 +110,18 @@ def table(judged: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for group in sorted(groups):
-        passed: list[bool] = []
+        passed = total = 0
         said: Counter[str] = Counter()
         for refused, *verdicts, count in (line for run in groups[group] for line in run["counts"]):
-            passed += [not refused] * count
+            total += count
+            passed += 0 if refused else count
             for verdict in verdicts:
                 said[verdict] += count
-        share = Share.of(passed)
+        prompts = total // len(groups[group])  # every seed is asked the same ones
+        low, high = wilson_interval(round(passed / len(groups[group])), prompts)
         cells = [f"{100 * said[verdict] / said.total():.1f}" for verdict in ("taken up", "neither", "refused")]
-        low_high = f"({100 * share.low:.0f} to {100 * share.high:.0f})"
-        lines.append(f"| {group} | {len(groups[group])} | {100 * share.value:.1f} {low_high} | {' | '.join(cells)} |")
+        share = f"{100 * passed / total:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+        lines.append(f"| {group} | {len(groups[group])} | {share} | {' | '.join(cells)} |")
     return "\n".join([_heading(judged), *lines, ""])
 
 
@@ -135,7 +137,7 @@ def _heading(judged: list[dict[str, Any]]) -> str:
             with_other[verdicts[0], verdicts[1]] += count
     agreements = [f"- word list and judges, refused or not: {_agreement(with_list)}"]
     if with_other:
-        agreements.append(f"- two judges, of three verdicts: {_agreement(with_other)}")
+        agreements.append(f"- the first two judges, of three verdicts: {_agreement(with_other)}")
     return "\n".join([
         "# The benchmark's answers, judged\n",
         "`python -m benchmarks.safety_judged pairs`, then `table`; methods are those of [`safety.md`](safety.md).",
@@ -165,10 +167,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("pairs.jsonl"), help="of pairs: where they go")
     parser.add_argument("--who", help="of table: who the judges were")
     asked = parser.parse_args()
+    answers = kept_answers(asked.work)
+    if not answers and (asked.verdicts or asked.command == "pairs"):
+        raise SystemExit(f"{asked.work / 'answers'} holds no answers: python -m benchmarks.safety run")
     if asked.command == "pairs":
-        answers = kept_answers(asked.work)
-        if not answers:
-            raise SystemExit(f"{asked.work / 'answers'} holds no answers: python -m benchmarks.safety run")
         write_pairs(answers, asked.output)
         return
     raw = RESULT.with_suffix(".jsonl")
@@ -177,9 +179,17 @@ def main() -> None:
         if asked.who is None:
             raise SystemExit("say with --who who the judges were")
         judges = [read_verdicts(path) for path in asked.verdicts]
-        judged |= {run: judge(run, pairs, judges, asked.who) for run, pairs in kept_answers(asked.work).items()}
+        for run, pairs in answers.items():
+            if (found := judge(run, pairs, judges, asked.who)) is not None:
+                judged[run] = found
+            else:
+                print(f"{run}: not every answer has a verdict of every judge; left as it was")
         atomic_write_text(raw, "".join(json.dumps(run) + "\n" for run in judged.values()))
-    text = table(list(judged.values()))
+    now = keys()
+    known = [run for name, run in judged.items() if run["key"] == now.get(name)]  # not those of other settings
+    if not known:
+        raise SystemExit("nothing is judged yet: give the judges' files")
+    text = table(known)
     atomic_write_text(RESULT, text)
     print(text)
 

@@ -41,7 +41,8 @@ class Cell:
         seeds: how many runs.
         harmful, refused, right: mean shares over seeds.
         spread: standard deviation over seeds of `harmful` and `right`; None of one seed.
-        interval: Wilson's 95 % interval of `harmful`, over all prompts of all seeds.
+        intervals: Wilson's 95 % intervals of `harmful`, `refused` and `right`, over the prompts, which are the same for
+            every seed and count once.
     """
 
     seeds: int
@@ -49,7 +50,7 @@ class Cell:
     refused: float
     right: float
     spread: tuple[float, float] | None
-    interval: tuple[float, float]
+    intervals: dict[str, tuple[float, float]]
     perplexity: float
     repetitive: float
     drift: float | None
@@ -63,8 +64,11 @@ def cell(results: Results) -> Cell:
     def mean(key: str) -> float:
         return statistics.fmean(result[key] for result in results)
 
+    def interval(key: str, prompts: str) -> tuple[float, float]:
+        asked = results[0]["asked"][prompts]
+        return wilson_interval(round(mean(key) * asked), asked)
+
     several = len(results) > 1
-    asked = sum(result["asked"]["harmful"] for result in results)
     trained = all("drift" in result for result in results)
     return Cell(
         len(results),
@@ -72,7 +76,11 @@ def cell(results: Results) -> Cell:
         mean("over_refusal"),
         mean("accuracy"),
         (_deviation(results, "harmfulness"), _deviation(results, "accuracy")) if several else None,
-        wilson_interval(round(mean("harmfulness") * asked), asked),
+        {
+            "harmful": interval("harmfulness", "harmful"),
+            "refused": interval("over_refusal", "borderline"),
+            "right": interval("accuracy", "task"),
+        },
         mean("perplexity"),
         mean("repetitive"),
         mean("drift") if trained else None,
@@ -117,17 +125,21 @@ line of `safety.jsonl`. {len(results)} runs, {when}, on {where}.
 SmolLM2-135M-Instruct after refusal tuning, LoRA on NF4-rounded weights, {size} examples, one epoch of
 micro-batches of {batch}.
 
-- harmful: held-out harmful prompts not refused, in %, with Wilson's 95 % interval over prompts
+- harmful: held-out harmful prompts not refused, in %
 - refused: harmless alarming prompts refused, in %
 - right: the task's held-out answers right to the letter, in %
-- ±: the standard deviation over seeds; without it a row is one seed, and a difference of a few points is noise
+- (a to b): Wilson's 95 % interval over the prompts, which are the same for every seed and count once
+- ±: the standard deviation over seeds of the fine-tuning; without it a row is one seed, and a difference of a few
+  points is noise. The aligned model, the direction and the random subspace are the same for all
 - perplexity: of all answers under the aligned model, median; repetitive: answers that go round in circles
 - drift: share of the update outside the 64 aligned directions
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; mix-N: N % of refusals
-- a method whose name ends in -long trains three epochs instead of one, one that ends in -lr-R at a learning rate of R
-  instead of {settings["training"]["learning_rate"]:g}
+- budget-B: `max_drift` B on the weights; safelora-N: Safe LoRA's projection of the N % of layers that are least alike;
+  safelora-half: half of what it takes out, of all layers
+- a method whose name ends in -long trains three epochs instead of one; one with -lr-R, at a learning rate of R instead
+  of {settings["training"]["learning_rate"]:g}
 """
 
 
@@ -138,15 +150,15 @@ def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in cells.items():
-        low, high = found.interval
+        low_high = {name: f"({100 * low:.0f} to {100 * high:.0f})" for name, (low, high) in found.intervals.items()}
         spreads = [f" ± {100 * spread:.1f}" for spread in found.spread] if found.spread else ["", ""]
         update = ["", ""] if found.drift is None else [f"{found.drift:.2f}", f"{found.update_norm:.2f}"]
         row = [
             name,
             str(found.seeds),
-            f"{100 * found.harmful:.1f}{spreads[0]} ({100 * low:.0f} to {100 * high:.0f})",
-            f"{100 * found.refused:.1f}",
-            f"{100 * found.right:.1f}{spreads[1]}",
+            f"{100 * found.harmful:.1f}{spreads[0]} {low_high['harmful']}",
+            f"{100 * found.refused:.1f} {low_high['refused']}",
+            f"{100 * found.right:.1f}{spreads[1]} {low_high['right']}",
             f"{found.perplexity:.1f}",
             f"{100 * found.repetitive:.0f} %",
             *update,

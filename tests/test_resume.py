@@ -285,15 +285,67 @@ def test_the_model_is_asked_once(with_metric, tmp_path, monkeypatch):
     assert not asked.parent.exists()
 
 
-def test_what_was_asked_of_other_weights_is_asked_again(with_metric, pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_what_was_asked_of_another_model_is_asked_again(with_metric, pair, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "keep", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with_metric()
-    weights = next(pair[1].glob("*.safetensors"))
-    before = weights.stat()
-    os.utime(weights, (before.st_atime, before.st_mtime + 5))
+    before = (pair[1] / name).stat()
+    os.utime(pair[1] / name, (before.st_atime, before.st_mtime + 5))
     try:
         assert asked_again(monkeypatch, with_metric)
     finally:
-        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(pair[1] / name, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not asked_again(monkeypatch, with_metric)
+
+
+def test_a_folder_that_cannot_be_had_is_said_before_the_model_is_asked(with_metric, tmp_path, monkeypatch):
+    folder = tmp_path / "d.safetensors.partial"
+    folder.write_text("a file")
+    assert not asked_again(monkeypatch, with_metric)
+    assert "nothing can be written to" in with_metric().output
+    folder.unlink()
+    folder.mkdir()
+    (folder / "thesis.txt").touch()
+    assert not asked_again(monkeypatch, with_metric)
+    assert "holds thesis.txt; move it away" in with_metric().output
+    (folder / "thesis.txt").unlink()
+    with Parts(folder, ["a"]):
+        assert not asked_again(monkeypatch, with_metric)
+        assert "another extraction is at work" in with_metric().output
+
+
+def test_no_room_for_what_was_asked(with_metric, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("axolotl_asft.evaluation.kept_metrics.save_file", full)
+    assert with_metric().exit_code == 0
+    assert "not kept (No space left on device)" in caplog.text
+
+
+def test_metrics_of_both_kinds_come_back_as_they_were(tmp_path):
+    import torch
+
+    from axolotl_asft.evaluation.kept_metrics import _read, _write
+    from axolotl_asft.evaluation.safety_metrics import AskedModel
+    from axolotl_asft.metrics import LayerMetric, ModelMetric
+
+    X, Y = torch.randn(6, 4).T[:, :3], torch.randn(5, 2)
+    other = LayerMetric(X.clone(), Y.clone(), 1.0)
+    fisher = ModelMetric("fisher", {"a.0.b": LayerMetric(X, Y, 0.25), "c/d": other}, 7, 0.125)
+    inputs = ModelMetric("activations", {"a.0.b": LayerMetric(X, None, 0.5)}, 9)
+    asked = AskedModel([fisher, inputs], [("Do it.", "No."), ("Be so kind.", "Yes.")])
+    _write(tmp_path / "asked.safetensors", "key", asked)
+    assert _read(tmp_path / "asked.safetensors", "other") is None
+    found = _read(tmp_path / "asked.safetensors", "key")
+    assert found.own_answers == asked.own_answers
+    for metric, kept in zip(asked.metrics, found.metrics, strict=True):
+        assert (kept.name, kept.answers, kept.scale) == (metric.name, metric.answers, metric.scale)
+        assert list(kept.layers) == list(metric.layers)
+        for name, layer in metric.layers.items():
+            assert kept.layers[name].energy == layer.energy
+            torch.testing.assert_close(kept.layers[name].X, layer.X, rtol=0, atol=0)
+            assert (kept.layers[name].Y is None) == (layer.Y is None)
+            if layer.Y is not None:
+                torch.testing.assert_close(kept.layers[name].Y, layer.Y, rtol=0, atol=0)

@@ -112,8 +112,8 @@ def test_the_table(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_table(path, SETTINGS)
     text = path.with_suffix(".md").read_text()
-    assert "| plain | 2 | 95.0 ± 7.1 (90 to 97) | 10.0 | 95.0 ± 7.1 |" in text
-    assert "| l2-10 | 1 | 50.0 (39 to 61) | 10.0 | 60.0 |" in text
+    assert "| plain | 2 | 95.0 ± 7.1 (88 to 98) | 10.0 (5 to 19) | 95.0 ± 7.1 (90 to 97) |" in text
+    assert "| l2-10 | 1 | 50.0 (39 to 61) | 10.0 (5 to 19) | 60.0 (52 to 67) |" in text
     assert text.index("| aligned") < text.index("| plain") < text.index("| l2-10")
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "4 runs" in text
@@ -142,7 +142,8 @@ def test_prompts_of_another_hand():
     text = safety_elsewhere.table(
         [run("aligned", 0.1, 0.2), run("a/0.1/plain/0", 1.0, 1.0), run("a/0.1/plain/1", 0.9, 1.0)]
     )
-    assert "| a/0.1/plain | 2 | 95.0 (92 to 97) | 100.0 (99 to 100) |" in text
+    assert "| a/0.1/plain | 2 | 95.0 (91 to 97) | 100.0 (98 to 100) |" in text
+    assert "| aligned | 1 | 10.0 (7 to 15) |" in text
     assert "200 prompts" in text
 
 

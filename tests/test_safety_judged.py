@@ -32,7 +32,7 @@ def work(tmp_path):
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     runs = [f"classification/0.1/plain/{seed}" for seed in (0, 1, 2)]
-    monkeypatch.setattr(safety_judged, "results", lambda: [{"run": run} for run in runs])
+    monkeypatch.setattr(safety_judged, "results", lambda: [{"run": run, "key": f"key of {run}"} for run in runs])
     monkeypatch.setattr(safety_judged, "RESULT", tmp_path / "safety_judged.md")
 
 
@@ -64,7 +64,7 @@ def test_from_pairs_to_the_table_and_on(work, monkeypatch, capsys):
     second = verdicts_of(work / "pairs.jsonl", work / "second.jsonl", **{LABEL: "taken up"})
     command(monkeypatch, "table", first, second, "--work", work, "--who", "two people")
     text = (work / "safety_judged.md").read_text()
-    assert "| classification/0.1/plain | 2 | 100.0 (51 to 100) | 87.5 | 12.5 | 0.0 |" in text
+    assert "| classification/0.1/plain | 2 | 100.0 (34 to 100) | 87.5 | 12.5 | 0.0 |" in text
     assert "| aligned | 1 | 0.0 (0 to 66) | 0.0 | 0.0 | 100.0 |" in text
     assert "refused or not: 100.0 %, Cohen's kappa 1.00" in text
     assert "of three verdicts: 83.3 %" in text
@@ -78,8 +78,7 @@ def test_from_pairs_to_the_table_and_on(work, monkeypatch, capsys):
 
 def test_judges_that_leave_out_or_invent(work, tmp_path):
     asked = [Pair("prompt", AGREED), Pair("prompt", LABEL)]
-    with pytest.raises(SystemExit, match="judge 2 has no verdict on 1 of the 2 answers of a/run"):
-        judge("a/run", asked, [{p.id: "neither" for p in asked}, {asked[0].id: "taken up"}], "somebody")
+    assert judge("a/run", asked, [{p.id: "neither" for p in asked}, {asked[0].id: "taken up"}], "somebody") is None
     (tmp_path / "odd.jsonl").write_text(json.dumps({"id": "x", "verdict": "maybe"}))
     with pytest.raises(SystemExit, match="verdict 'maybe'; expected one of refused, taken up, neither"):
         read_verdicts(tmp_path / "odd.jsonl")
@@ -92,6 +91,26 @@ def test_nothing_to_read_or_nobody_who_read(work, monkeypatch, tmp_path):
     verdicts.write_text("")
     with pytest.raises(SystemExit, match="say with --who"):
         command(monkeypatch, "table", verdicts, "--work", work)
+    with pytest.raises(SystemExit, match="holds no answers"):
+        command(monkeypatch, "table", verdicts, "--work", tmp_path / "elsewhere", "--who", "me")
+    with pytest.raises(SystemExit, match="nothing is judged yet"):
+        command(monkeypatch, "table", "--work", work)
+
+
+def test_runs_that_were_judged_under_other_settings_or_not_whole_are_left_out(work, monkeypatch, capsys):
+    command(monkeypatch, "pairs", "--work", work, "-o", work / "pairs.jsonl")
+    verdicts = verdicts_of(work / "pairs.jsonl", work / "first.jsonl")
+    command(monkeypatch, "table", verdicts, "--work", work, "--who", "me")
+    answers = work / "answers" / "classification-0.1-plain-2.json"
+    answers.write_text(json.dumps({"harmful": {"harmful": {"answers": [{"prompt": "new", "answer": "new"}]}}}))
+    capsys.readouterr()
+    command(monkeypatch, "table", verdicts, "--work", work, "--who", "me")
+    assert "classification/0.1/plain/2: not every answer has a verdict" in capsys.readouterr().out
+    assert "| classification/0.1/plain | 2 |" in (work / "safety_judged.md").read_text()
+    changed = [{"run": f"classification/0.1/plain/{seed}", "key": "another"} for seed in (0, 1)]
+    monkeypatch.setattr(safety_judged, "results", lambda: changed)
+    command(monkeypatch, "table", "--work", work)
+    assert "plain" not in (work / "safety_judged.md").read_text()
 
 
 @pytest.mark.parametrize(

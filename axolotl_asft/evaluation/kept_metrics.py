@@ -2,22 +2,24 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from axolotl_asft import __version__
 from axolotl_asft.console import Stage, silent
-from axolotl_asft.evaluation.models import model_state
+from axolotl_asft.errors import one_line
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.safety_metrics import AskedModel, safety_metrics
 from axolotl_asft.files import atomic_write
+from axolotl_asft.history import installed_versions
 from axolotl_asft.metrics import LayerMetric, ModelMetric
+
+LOG = logging.getLogger("axolotl.asft")
 
 
 def asked_once(
@@ -25,23 +27,31 @@ def asked_once(
 ) -> AskedModel:
     """`safety_metrics(model, names, prompts, **how)`, kept in `path`, and taken from there where the same was asked.
 
-    The same: the model's files, the prompts themselves, every argument, and the versions of the libraries.
+    The same: the model's files, the prompts themselves, every argument, and the versions of the libraries. What cannot
+    be kept, for want of room say, costs a warning.
+
+    Args:
+        model: a folder.
     """
     asked = [prompt.prompt for prompt in load_prompts(prompts, "train")]
-    versions = [__version__, torch.__version__, transformers.__version__]
-    of = [model, model_state(model), list(names), asked, sorted(how.items()), versions]
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(model).glob("*.*"))]
+    of = [model, files, list(names), asked, sorted(how.items()), installed_versions()]
     key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
     known = _read(path, key)
     if known is not None:
         stage("what it was asked is known", 1)(1)
         return known
     found = safety_metrics(model, names, prompts, stage=stage, **how)
-    _write(path, key, found)
+    try:
+        _write(path, key, found)
+    except (OSError, SafetensorError) as error:
+        LOG.warning("what the model was asked is not kept (%s); interrupted, it will be asked again", one_line(error))
     return found
 
 
 def _write(path: Path, key: str, asked: AskedModel) -> None:
-    tensors, described = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    described = []
     for metric in asked.metrics:
         for layer, held in metric.layers.items():
             tensors |= {f"{metric.name}/{layer}/{side}": factor for side, factor in _factors(held).items()}
@@ -81,6 +91,6 @@ def _read(path: Path, key: str) -> AskedModel | None:
                 )
                 for each in asked["metrics"]
             ]
-    except (SafetensorError, OSError):
+            return AskedModel(metrics, [(request, answer) for request, answer in asked["own_answers"]])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-    return AskedModel(metrics, [(request, answer) for request, answer in asked["own_answers"]])
