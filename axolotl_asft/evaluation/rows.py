@@ -39,7 +39,7 @@ class Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, every share with its 95 % interval."""
+    """The rows as a Markdown table, what was refused and judged with its 95 % interval; JSON has those of the rest."""
     cells = [_cells(row) for row in rows]
     titles = list(cells[0])
     widths = [max(len(title), *(len(line[title]) for line in cells)) for title in titles]
