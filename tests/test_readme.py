@@ -1,5 +1,6 @@
 """The README says what the code does."""
 
+import json
 import re
 from pathlib import Path
 
@@ -66,3 +67,39 @@ def test_the_two_commands_are_marked():
         command = README[README.index(marker) :].split("```")[1].removeprefix("bash\n").strip()
         assert command.endswith(ending)
         assert "\n" not in command
+
+
+# Row of the README's table of results -> method of the benchmark.
+RESULTS = {
+    "the aligned model": "aligned",
+    "plain LoRA": "plain",
+    "the paper's penalty, `projector: paper`, lambda 1": "paper-1",
+    "the same, `projector: normalized`": "normalized-1",
+    "`projector: subspace`, k = 8, lambda 10": "subspace-k8-10",
+    "a random subspace of the same size": "random-k8-10",
+    "L2 on the update (`rank: 0`), lambda 1": "l2-1",
+    "L2 on the update, lambda 10": "l2-10",
+    "Safe LoRA, a quarter of the layers projected": "safelora-25",
+    "Safe LoRA, half of the layers": "safelora-50",
+    "Safe LoRA, three quarters of the layers": "safelora-75",
+    "5 % safety examples in the data": "mix-5",
+    "`metric: fisher`, lambda 1": "fisher-1",
+    "`anchor_weight: 3` alone": "anchor-3",
+    "the default: `metric: fisher`, lambda 0.1, `anchor_weight: 3`": "fisher-0.1-anchor-3",
+}
+
+
+def test_the_results_are_those_of_the_benchmark():
+    results = [json.loads(line) for line in (ROOT / "benchmarks/results/safety.jsonl").read_text().splitlines()]
+    table = README[README.index("| method | seeds | classification | generation |") :].split("\n\n")[0]
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert {row[0] for row in rows} == set(RESULTS)
+    for label, seeds, *cells in rows:
+        for task, cell in zip(("classification", "generation"), cells, strict=True):
+            method = RESULTS[label]
+            poison = 0.0 if method == "aligned" else 0.1
+            runs = [r for r in results if (r["task"], r["method"], r["poison"]) == (task, method, poison)]
+            assert str(len(runs)) in seeds.split(" and "), (label, task)
+            for key, shown in zip(("harmfulness", "over_refusal", "accuracy"), cell.split(" / "), strict=True):
+                mean = 100 * sum(run[key] for run in runs) / len(runs)
+                assert abs(mean - int(shown)) <= 0.5 + 1e-9, (label, task, key, mean)
