@@ -82,6 +82,7 @@ RESULTS = {
     "Safe LoRA, a quarter of the layers projected": "safelora-25",
     "Safe LoRA, half of the layers": "safelora-50",
     "Safe LoRA, three quarters of the layers": "safelora-75",
+    "Safe LoRA, all layers": "safelora-all",
     "5 % safety examples in the data": "mix-5",
     "`metric: fisher`, lambda 1": "fisher-1",
     "`anchor_weight: 3` alone": "anchor-3",
