@@ -234,12 +234,14 @@ def with_fewer_answers(file: Path, count: int, output: Path) -> Path:
 
 
 def numbers(bench: Bench, adapter: Path) -> dict[str, float]:
-    """Drift from the aligned subspace, and the size of the update, of any adapter."""
+    """Drift from the aligned subspace, and the size of the update, of any adapter; an anchored one's last gauge."""
     from axolotl_asft import AlignmentDirection
     from axolotl_asft.diagnostics import adapter_drift
+    from axolotl_asft.stamp import read_stamp
 
     report = adapter_drift(adapter, AlignmentDirection.load(bench.work / "direction.safetensors"), "subspace")
-    return {"drift": round(report.drift, 4), "update_norm": round(report.update_norm, 4)}
+    gauge = {name: value for name, value in read_stamp(adapter).items() if name == "anchor_kl"}
+    return {"drift": round(report.drift, 4), "update_norm": round(report.update_norm, 4), **gauge}
 
 
 def torch_version() -> str:
