@@ -13,6 +13,7 @@ from axolotl_asft.files import atomic_write_text
 DETAILS = ("-of-64", "-own-", "budget", "-lr-")  # in the table alone: the picture has room for the main ones
 DEFAULT = "fisher-0.1-anchor-3"
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
+DOT = 3.2  # its width there
 LOWEST, HIGHEST = -4, 107
 Results = list[dict[str, Any]]
 FAMILIES = {
@@ -205,7 +206,7 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
 
 def label_places(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """For each point's name a place, to the right of it and as near as can be, that no other name or point covers."""
-    taken = [(x, x, y) for x, y in points.values()]
+    taken = [(x - DOT / 2, x + DOT / 2, y) for x, y in points.values()]
     chosen = {}
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][::-1]):
         rows = sorted((step / 2 for step in range(-60, 61)), key=abs)
