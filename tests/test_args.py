@@ -40,7 +40,8 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
         return SimpleNamespace(history=SimpleNamespace(header={}))
 
     monkeypatch.setattr(plugin, "attach", attach)
-    plugin.AsftPlugin().post_trainer_create(DictDefault({"asft": given}), SimpleNamespace(add_callback=lambda callback: None))
+    trainer = SimpleNamespace(add_callback=lambda callback: None)
+    plugin.AsftPlugin().post_trainer_create(DictDefault({"asft": given}), trainer)
     direction = received.pop("direction")
     assert (str(direction_file), direction.sha256) == (given.pop("direction"), given.pop("direction_sha256"))
     assert received == given
