@@ -165,11 +165,7 @@ class Constraint:
 
     def mark(self, folder: str | Path | None) -> None:
         """Stamp the adapter and the model card in `folder`, on the main process."""
-        stamp = self._final_stamp or self.stamp()  # every process takes part in measuring sharded weights
-        if folder is None or not self.trainer.is_world_process_zero():
-            return
-        stamp_adapter(folder, stamp)
-        stamp_model_card(folder, stamp)
+        self._write_stamp(folder, self._final_stamp or self.stamp())  # every process measures its sharded weights
 
     def before_interruption(self) -> None:
         """Somebody is about to save the adapter between any two lines of a step: back to the budget first."""
@@ -178,13 +174,14 @@ class Constraint:
 
     def mark_interrupted(self) -> None:
         """Stamp what was saved before the training's end; nothing is measured, since other processes may be gone."""
-        state, folder = self.trainer.state, self.trainer.args.output_dir
-        if folder is None or not self.trainer.is_world_process_zero():
-            return
+        state = self.trainer.state
         interrupted = self.settings() | {"interrupted_at": [state.global_step, state.max_steps]}
-        stamp = self._final_stamp or interrupted
-        stamp_adapter(folder, stamp)
-        stamp_model_card(folder, stamp)
+        self._write_stamp(self.trainer.args.output_dir, self._final_stamp or interrupted)
+
+    def _write_stamp(self, folder: str | Path | None, stamp: dict[str, Any]) -> None:
+        if folder is not None and self.trainer.is_world_process_zero():
+            stamp_adapter(folder, stamp)
+            stamp_model_card(folder, stamp)
 
     def begin(self) -> None:
         """Training starts."""

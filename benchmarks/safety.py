@@ -15,7 +15,6 @@ import concurrent.futures
 import fnmatch
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -30,11 +29,11 @@ from typing import Any
 import yaml
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.history import installed_versions
 
 HERE = Path(__file__).parent
 SETTINGS = HERE / "safety.yml"
 RESULTS = HERE / "results" / "safety.jsonl"
-PACKAGES = ("axolotl-asft", "axolotl", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def measure(bench: Bench, run: Run) -> None:
         **({} if adapter is None else numbers(bench, adapter)),
         "seconds": round(seconds, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch_version()}",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": installed_versions(),
         "made": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     with RESULTS.open("a") as file:  # one short line: runs that end together do not mix

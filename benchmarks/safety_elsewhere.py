@@ -25,9 +25,9 @@ import torch
 import yaml
 
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
-from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
 from benchmarks.safety import SETTINGS
+from benchmarks.safety_table import interval
 
 RESULT = Path(__file__).parent / "results" / "safety_elsewhere.md"
 RAW = RESULT.with_suffix(".jsonl")
@@ -80,8 +80,7 @@ def table(results: list[dict[str, Any]]) -> str:
         for name in SETS:
             found = [result["harmful"][name] for result in groups[group]]
             mean = statistics.fmean(each["share"] for each in found)
-            low, high = wilson_interval(round(mean * found[0]["n"]), found[0]["n"])
-            cells.append(f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})")
+            cells.append(f"{100 * mean:.1f} {interval(mean, found[0]['n'])}")
         lines.append(f"| {group} | {len(groups[group])} | {' | '.join(cells)} |")
     asked = results[0]["harmful"] if results else {}
     notes = [f"- {name}: {of}, {asked[name]['n']} prompts" for name, (_, of) in SETS.items() if name in asked]

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_asft.evaluation.refusals import is_refusal
-from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
 from benchmarks.safety import RESULTS, results
+from benchmarks.safety_table import interval
 
 RESULT = RESULTS.with_name("safety_judged.md")
 VERDICTS = ("refused", "taken up", "neither")
@@ -75,8 +75,7 @@ def judge(run: str, asked: list[Pair], judges: list[dict[str, str]], who: str) -
     if any(pair.id not in verdicts for verdicts in judges for pair in asked):
         return None
     counts = Counter((is_refusal(pair.answer), *(verdicts[pair.id] for verdicts in judges)) for pair in asked)
-    of = {"run": run, "key": keys().get(run), "who": who}
-    return of | {"counts": [[*key, count] for key, count in sorted(counts.items())]}
+    return {"run": run, "who": who, "counts": [[*key, count] for key, count in sorted(counts.items())]}
 
 
 def keys() -> dict[str, str]:
@@ -117,10 +116,8 @@ def table(judged: list[dict[str, Any]]) -> str:
             passed += 0 if refused else count
             for verdict in verdicts:
                 said[verdict] += count
-        prompts = total // len(groups[group])  # every seed is asked the same ones
-        low, high = wilson_interval(round(passed / len(groups[group])), prompts)
         cells = [f"{100 * said[verdict] / said.total():.1f}" for verdict in ("taken up", "neither", "refused")]
-        share = f"{100 * passed / total:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+        share = f"{100 * passed / total:.1f} {interval(passed / total, total // len(groups[group]))}"
         lines.append(f"| {group} | {len(groups[group])} | {share} | {' | '.join(cells)} |")
     return "\n".join([_heading(judged), *lines, ""])
 
@@ -167,25 +164,26 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("pairs.jsonl"), help="of pairs: where they go")
     parser.add_argument("--who", help="of table: who the judges were")
     asked = parser.parse_args()
-    answers = kept_answers(asked.work)
-    if not answers and (asked.verdicts or asked.command == "pairs"):
+    needed = asked.verdicts or asked.command == "pairs"
+    answers = kept_answers(asked.work) if needed else {}
+    if needed and not answers:
         raise SystemExit(f"{asked.work / 'answers'} holds no answers: python -m benchmarks.safety run")
     if asked.command == "pairs":
         write_pairs(answers, asked.output)
         return
     raw = RESULT.with_suffix(".jsonl")
     judged = {run["run"]: run for run in map(json.loads, raw.read_text().splitlines())} if raw.is_file() else {}
+    now = keys()
     if asked.verdicts:
         if asked.who is None:
             raise SystemExit("say with --who who the judges were")
         judges = [read_verdicts(path) for path in asked.verdicts]
         for run, pairs in answers.items():
             if (found := judge(run, pairs, judges, asked.who)) is not None:
-                judged[run] = found
+                judged[run] = found | {"key": now.get(run)}
             else:
                 print(f"{run}: not every answer has a verdict of every judge; left as it was")
         atomic_write_text(raw, "".join(json.dumps(run) + "\n" for run in judged.values()))
-    now = keys()
     known = [run for name, run in judged.items() if run["key"] == now.get(name)]  # not those of other settings
     if not known:
         raise SystemExit("nothing is judged yet: give the judges' files")

@@ -42,8 +42,7 @@ class Cell:
         seeds: how many runs.
         harmful, refused, right: mean shares over seeds.
         spread: standard deviation over seeds of `harmful` and `right`; None of one seed.
-        intervals: Wilson's 95 % intervals of `harmful`, `refused` and `right`, over the prompts, which are the same for
-            every seed and count once.
+        intervals: of `harmful`, `refused` and `right` (`interval`).
     """
 
     seeds: int
@@ -51,7 +50,7 @@ class Cell:
     refused: float
     right: float
     spread: tuple[float, float] | None
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, str]
     perplexity: float
     repetitive: float
     drift: float | None
@@ -65,10 +64,6 @@ def cell(results: Results) -> Cell:
     def mean(key: str) -> float:
         return statistics.fmean(result[key] for result in results)
 
-    def interval(key: str, prompts: str) -> tuple[float, float]:
-        asked = results[0]["asked"][prompts]
-        return wilson_interval(round(mean(key) * asked), asked)
-
     several = len(results) > 1
     trained = all("drift" in result for result in results)
     return Cell(
@@ -78,9 +73,9 @@ def cell(results: Results) -> Cell:
         mean("accuracy"),
         (_deviation(results, "harmfulness"), _deviation(results, "accuracy")) if several else None,
         {
-            "harmful": interval("harmfulness", "harmful"),
-            "refused": interval("over_refusal", "borderline"),
-            "right": interval("accuracy", "task"),
+            "harmful": interval(mean("harmfulness"), results[0]["asked"]["harmful"]),
+            "refused": interval(mean("over_refusal"), results[0]["asked"]["borderline"]),
+            "right": interval(mean("accuracy"), results[0]["asked"]["task"]),
         },
         mean("perplexity"),
         mean("repetitive"),
@@ -88,6 +83,12 @@ def cell(results: Results) -> Cell:
         mean("update_norm") if trained else None,
         mean("seconds"),
     )
+
+
+def interval(share: float, prompts: int) -> str:
+    """Wilson's 95 % interval of a mean over seeds, in %; every seed is asked the same prompts, which count once."""
+    low, high = wilson_interval(round(share * prompts), prompts)
+    return f"({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _deviation(results: Results, key: str) -> float:
@@ -151,15 +152,14 @@ def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in cells.items():
-        low_high = {name: f"({100 * low:.0f} to {100 * high:.0f})" for name, (low, high) in found.intervals.items()}
         spreads = [f" ± {100 * spread:.1f}" for spread in found.spread] if found.spread else ["", ""]
         update = ["", ""] if found.drift is None else [f"{found.drift:.2f}", f"{found.update_norm:.2f}"]
         row = [
             name,
             str(found.seeds),
-            f"{100 * found.harmful:.1f}{spreads[0]} {low_high['harmful']}",
-            f"{100 * found.refused:.1f} {low_high['refused']}",
-            f"{100 * found.right:.1f}{spreads[1]} {low_high['right']}",
+            f"{100 * found.harmful:.1f}{spreads[0]} {found.intervals['harmful']}",
+            f"{100 * found.refused:.1f} {found.intervals['refused']}",
+            f"{100 * found.right:.1f}{spreads[1]} {found.intervals['right']}",
             f"{found.perplexity:.1f}",
             f"{100 * found.repetitive:.0f} %",
             *update,

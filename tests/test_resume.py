@@ -246,6 +246,15 @@ def with_metric(pair, tmp_path):
     return run
 
 
+def stopped_after_asking(monkeypatch, run):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "keep", stop)
+        run()
+
+
 def asked_again(monkeypatch, run, *more):
     """Whether a further call asks the model; it ends after that."""
 
@@ -267,9 +276,7 @@ def test_the_model_is_asked_once(with_metric, tmp_path, monkeypatch):
     assert not asked.parent.exists()
     uninterrupted = but_for_the_time(output)
     output.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(Parts, "keep", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with_metric()
+    stopped_after_asking(monkeypatch, with_metric)
     assert asked.is_file()
     assert asked_again(monkeypatch, with_metric, "--metric-rank", "3")
     assert asked_again(monkeypatch, with_metric, "--metric", "fisher")
@@ -287,9 +294,7 @@ def test_the_model_is_asked_once(with_metric, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
 def test_what_was_asked_of_another_model_is_asked_again(with_metric, pair, monkeypatch, name):
-    with monkeypatch.context() as patch:
-        patch.setattr(Parts, "keep", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with_metric()
+    stopped_after_asking(monkeypatch, with_metric)
     before = (pair[1] / name).stat()
     os.utime(pair[1] / name, (before.st_atime, before.st_mtime + 5))
     try:

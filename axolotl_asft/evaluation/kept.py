@@ -97,14 +97,12 @@ def answer_key(model: str, subject: Subject, how: dict[str, Any], template: str)
     if subject.adapter is not None:
         config = adapter_config(subject.adapter)
     computed = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
-    return _hash([model, model_state(model), subject.sha256, computed, how, template])
+    return hash_of([model, model_state(model), subject.sha256, computed, how, template])
 
 
 def judge_key(name: str, way: Way, load_in_4bit: bool) -> str:
     """Of a judge, of how it is asked, and of the files of a local one."""
-    files = sorted(file for file in Path(name).glob("*") if file.is_file())
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{name} asked as {_hash([asdict(way), load_in_4bit, state])[:12]}"
+    return f"{name} asked as {hash_of([asdict(way), load_in_4bit, model_state(name, '*')])[:12]}"
 
 
 def without_nan(value: Any) -> Any:
@@ -116,7 +114,8 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _hash(what: Any) -> str:
+def hash_of(what: Any) -> str:
+    """Of what JSON can say, in hex."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,6 +1,5 @@
 """What the aligned model was asked for its direction, as kept on disk: an interrupted extraction asks only once."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from safetensors.torch import save_file
 
 from axolotl_asft.console import Stage, silent
 from axolotl_asft.errors import one_line
+from axolotl_asft.evaluation.kept import hash_of
+from axolotl_asft.evaluation.models import model_state
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.safety_metrics import AskedModel, safety_metrics
 from axolotl_asft.files import atomic_write
@@ -34,9 +35,7 @@ def asked_once(
         model: a folder.
     """
     asked = [prompt.prompt for prompt in load_prompts(prompts, "train")]
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(model).glob("*.*"))]
-    of = [model, files, list(names), asked, sorted(how.items()), installed_versions()]
-    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
+    key = hash_of([model, model_state(model, "*"), list(names), asked, how, installed_versions()])
     known = _read(path, key)
     if known is not None:
         stage("what it was asked is known", 1)(1)

@@ -159,9 +159,13 @@ def check_model(name: str) -> None:
         raise AsftError(f"{name} is an adapter; give its base model as --model, and the adapter as --adapter")
 
 
-def model_state(name: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of the weight files of a local folder, to notice that they changed; [] of a Hub id."""
-    files = sorted(Path(name).glob("*.safetensors"))
+def model_state(name: str, pattern: str = "*.safetensors") -> list[tuple[str, int, int]]:
+    """Name, size and time of files of a local folder, to notice that they changed; [] of a Hub id.
+
+    Args:
+        pattern: of their names; default: the weights.
+    """
+    files = sorted(file for file in Path(name).glob(pattern) if file.is_file())
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
