@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def landscape_command(
     else:
         draw_landscape(points, picture, f"Around the aligned weights of {Path(model).name}")
     if as_json:
-        plain = without_nan({"points": [vars(point) for point in points], "verdict": vars(found)})
+        plain = without_nan({"points": [asdict(point) for point in points], "verdict": asdict(found)})
         click.echo(json.dumps(plain, allow_nan=False))
         return
     click.echo(f"\n{landscape_table(points)}\n\n{found.text}")

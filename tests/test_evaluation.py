@@ -24,6 +24,7 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.rows import table
 from axolotl_asft.evaluation.shares import Share, wilson_interval
+from axolotl_asft.evaluation.task_scores import STDERR, beside, half_interval, metrics_of
 
 
 # ------------------------------------------------------------------------------------------------------ prompt sets
@@ -111,6 +112,28 @@ def test_the_interval_covers_what_it_promises():
         shares = [Share.of(row.tolist()) for row in draws]
         covered = sum(found.low <= share <= found.high for found in shares) / len(shares)
         assert 0.925 < covered < 0.985
+
+
+def test_repeats_share_their_prompts():
+    """Three models asked the same 10 prompts are known to no more than 10 prompts' worth."""
+    shares = [Share.of([True] * k + [False] * (10 - k)) for k in (2, 3, 4)]
+    mean = Share.over_repeats(shares)
+    assert (mean.value, mean.n) == (pytest.approx(0.3), 10)
+    assert (mean.low, mean.high) == wilson_interval(3, 10)
+    assert Share.over_repeats([Share.of([])]).n == 0
+    for unlike in ([], [Share.of([True]), Share.of([True, False])]):
+        with pytest.raises(ValueError, match="are not of the same ones"):
+            Share.over_repeats(unlike)
+
+
+def test_what_stands_beside_a_metric_is_no_metric():
+    scores = {"acc": 0.5, "acc_stderr": 0.1, "acc_higher_is_better": True, "match (strict)": 0.2}
+    scores |= {"match_stderr (strict)": 0.0, "match_higher_is_better (strict)": True}
+    assert metrics_of(scores) == ["acc", "match (strict)"]
+    assert beside("match (strict)", STDERR) in scores
+    assert half_interval(scores, "acc") == pytest.approx(0.196, abs=1e-4)
+    assert half_interval(scores, "match (strict)") is None
+    assert half_interval(scores, "another") is None
 
 
 def test_a_share_of_nothing():
@@ -222,6 +245,12 @@ def test_the_table(evaluated):
     assert len({len(line) for line in lines}) == 1
     assert "not refused: harmful" in lines[0]
     assert "perplexity" in lines[0]
+    titles = [title.strip() for title in lines[0].split("|")[1:-1]]
+    for line in lines[2:]:
+        cells = dict(zip(titles, (cell.strip() for cell in line.split("|")[1:-1]), strict=True))
+        shares = [title for title in titles if title.startswith(("not refused", "refused", "repetitive", "empty"))]
+        assert len(shares) >= 4
+        assert all(re.fullmatch(r"[\d.]+% \(\d+% to \d+%\)", cells[title]) for title in shares)
     assert (evaluated[0] / "results.md").read_text().splitlines() == lines
 
 
@@ -334,7 +363,7 @@ def test_a_model_that_says_nothing(tmp_path):
     arguments = ["eval", "--model", str(folder), "--limit", "2", "--max-new-tokens", "3", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(asft, arguments)
     assert result.exit_code == 0, result.output
-    assert re.search(r"\| none +\| 0% +\| 100% +\|", result.stdout)
+    assert re.search(r"\| none +\| 0.0% \(0% to 49%\) +\| 100.0% \(51% to 100%\) +\|", result.stdout)
 
     def no_constants(name):
         raise ValueError(name)

@@ -16,6 +16,7 @@ from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.basin import KINDS, Point, landscape_table, verdict
 from axolotl_asft.evaluation.landscape import _perturbed, _weights, measure_landscape, perturbation
+from axolotl_asft.evaluation.shares import Share
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,13 @@ def points(along: float, inside: tuple[float, ...], orthogonal: tuple[float, ...
     return found
 
 
+def test_harmfulness_in_the_table_has_the_interval_of_its_prompts():
+    found = [replace(point, harmfulness=Share.of([True, False, False, False])) for point in points(0.0, (1, 2), (1, 2))]
+    lines = landscape_table(found).splitlines()
+    assert len(lines) == 2 + 5
+    assert all(line.endswith("| 25.0% (5% to 70%) |") for line in lines[2:]), lines
+
+
 @pytest.mark.parametrize(
     ("along", "inside", "orthogonal", "claim", "of_inside", "words"),
     [
@@ -320,7 +328,8 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     assert result.exit_code == 0, result.output
     kept = json.loads((tmp_path / "out" / "landscape.json").read_text())["points"]
     assert len(kept) == 1 + 2 * (1 + 1 + 2 + 2)
-    assert kept[0]["harmfulness"] == 0.0
+    assert {point["harmfulness"]["n"] for point in kept} == {4}
+    assert kept[0]["harmfulness"]["value"] == kept[0]["harmfulness"]["low"] == 0.0 < kept[0]["harmfulness"]["high"]
     assert (kept[0]["cosine"], kept[0]["norm_ratio"]) == (None, None)
     assert all(abs(point["cosine"] - 1) < 1e-4 > abs(point["norm_ratio"] - 1) for point in kept[1:])
     assert all(point["refusal"] < 0 < point["task_loss"] for point in kept)
@@ -330,7 +339,7 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     assert "At radii 0.5 to 1, this model" in result.stdout
     before = (tmp_path / "out" / "landscape.json").stat().st_mtime_ns
     again = CliRunner().invoke(asft, [*arguments, "--json"])
-    assert json.loads(again.stdout)["points"][0]["harmfulness"] == 0.0
+    assert json.loads(again.stdout)["points"] == kept
     assert (tmp_path / "out" / "landscape.json").stat().st_mtime_ns == before, "nothing was measured twice"
 
     whole = json.loads((tmp_path / "out" / "landscape.json").read_text())

@@ -12,6 +12,7 @@ import axolotl_asft
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
     "errors", "files", "picture", "redaction", "yaml_config", "strengths", "evaluation.refusals",
+    "evaluation.shares", "evaluation.task_scores",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
     "direction", "initialisation", "metrics", "lora", "saved",
     "sources", "readahead", "partial", "devices", "extract", "verify",
@@ -21,7 +22,7 @@ ORDER = [
     "report.figures", "report.pictures", "report.page", "report.write",
     "args", "schema", "guard", "registration", "startup", "plugin", "summary", "spectra_chart",
     "compare", "publish", "console", "run_config", "cost", "advice", "dry_run", "check_text", "recipes",
-    "evaluation.shares", "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.models",
+    "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.models",
     "evaluation.coherence", "evaluation.judges", "evaluation.asking", "evaluation.kept", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.kept_metrics", "evaluation.landscape",
     "evaluation.landscape_chart",

@@ -170,7 +170,7 @@ def test_an_evaluation_that_was_asked_from_another_folder(folders, tmp_path):
     evaluation = gather(folders[0], evaluation=tmp_path).evaluation
     assert [point.role for point in evaluation.measures[0].points] == ["before", "this", "other"]
     scores = evaluation.measures[-1].points
-    assert (scores[0].low, scores[0].high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+    assert (scores[0].low, scores[0].high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=1e-5)
 
 
 def test_json_for_programs(folders, tmp_path):

@@ -12,6 +12,7 @@ from axolotl_asft.console import Stage, silent
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
 from axolotl_asft.evaluation.models import within_memory
 from axolotl_asft.evaluation.refusals import split_thought
+from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside
 from axolotl_asft.registration import TASKS
 
 HARMFUL_TASK, BORDERLINE_TASK = "asft_harmfulness", "asft_over_refusal"
@@ -274,5 +275,5 @@ def _metrics(found: dict[str, Any], better: dict[str, Any]) -> dict[str, float]:
             by = "" if filtered == "none" else f" ({filtered})"
             metrics[name + by] = float(value)
             if isinstance(better.get(name), bool):
-                metrics[f"{name}_higher_is_better{by}"] = better[name]
+                metrics[beside(name + by, HIGHER_IS_BETTER)] = better[name]
     return metrics

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.shares import Share
 
 KINDS = ("along", "against", "inside", "orthogonal")
 KIND_WORDS = {
@@ -35,7 +36,7 @@ class Point:
     seed: int
     refusal: float
     task_loss: float
-    harmfulness: float | None = None
+    harmfulness: Share | None = None
     cosine: float | None = None
     norm_ratio: float | None = None
 
@@ -163,7 +164,10 @@ def _compare(one: dict[float, list[float]], other: dict[float, list[float]]) -> 
 
 
 def landscape_table(points: list[Point]) -> str:
-    """Mean over seeds of every kind and radius, as Markdown; the smallest cosine, where a step was bent by rounding."""
+    """Mean over seeds of every kind and radius, as Markdown; the smallest cosine, where a step was bent by rounding.
+
+    Harmfulness has its 95 % interval over the prompts, which are the same for every seed.
+    """
     generated, bent = any(point.harmfulness is not None for point in points), bent_radii(points)
     more = [name for name, there in (("harmfulness", generated), ("cosine", bent)) if there]
     lines = [
@@ -179,7 +183,7 @@ def landscape_table(points: list[Point]) -> str:
         cells = f"| {kind} | {radius:g} | {refusal:.3f}{f' ± {spread:.3f}' if len(group) > 1 else ''} "
         cells += f"| {_mean([p.task_loss for p in group]):.3f} |"
         if generated:
-            cells += f" {_mean([p.harmfulness or 0.0 for p in group]):.1%} |"
+            cells += f" {Share.over_repeats([p.harmfulness for p in group if p.harmfulness is not None])} |"
         if bent:
             cosines = [p.cosine for p in group if p.cosine is not None]
             cells += f" {min(cosines):.3f} |" if cosines else "  |"

@@ -22,6 +22,7 @@ from axolotl_asft.evaluation.coherence import log_likelihoods
 from axolotl_asft.evaluation.kept import without_nan
 from axolotl_asft.evaluation.models import check_model, chosen_device, load_model, load_tokenizer
 from axolotl_asft.evaluation.refusals import is_refusal
+from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.verify import verify_weights
 
@@ -114,7 +115,7 @@ def measure_landscape(
         share = None
         if generate:
             found = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
-            share = sum(not is_refusal(answer.answer) for answer in found) / len(found)
+            share = Share.of([not is_refusal(answer.answer) for answer in found])
         return Point(kind, radius, seed, refusal, loss, share, cosine, norm_ratio)
 
     settings: dict[str, Any] = {
@@ -272,7 +273,7 @@ def _kept(path: Path, settings: dict[str, Any]) -> list[Point]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = content["settings"]
-        points = [Point(**_numbers(point)) for point in content["points"]]
+        points = [_point(point) for point in content["points"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AsftError(f"{path} holds no landscape ({error}); give another --output, or delete it") from error
     if kept != settings:
@@ -288,7 +289,8 @@ def _keep(path: Path, settings: dict[str, Any], points: list[Point]) -> None:
     atomic_write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _numbers(point: dict[str, Any]) -> dict[str, Any]:
+def _point(kept: dict[str, Any]) -> Point:
     """What JSON had to write as null are numbers that were not finite."""
-    lost = [key for key in ("refusal", "task_loss") if key in point and point[key] is None]
-    return point | dict.fromkeys(lost, math.nan)
+    lost = [key for key in ("refusal", "task_loss") if key in kept and kept[key] is None]
+    share = kept.get("harmfulness")
+    return Point(**kept | dict.fromkeys(lost, math.nan) | {"harmfulness": share and Share(**share)})

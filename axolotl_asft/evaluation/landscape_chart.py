@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from axolotl_asft.evaluation.basin import FAITHFUL, KIND_WORDS, KINDS, Point, bent_radii
+from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.picture import GREY, RED, TEAL, picture, plain
 
 COLOURS = {"along": TEAL, "against": GREY, "inside": "#edae49", "orthogonal": RED}
@@ -12,7 +13,8 @@ COLOURS = {"along": TEAL, "against": GREY, "inside": "#edae49", "orthogonal": RE
 def draw_landscape(points: list[Point], path: Path, title: str) -> None:
     """Write a PNG: log-probability of refusals (and harmfulness, where it was measured) and task loss.
 
-    Radii that are left out of the verdict are hollow.
+    Bands are the 95 % interval of a share, and the range over seeds of the rest. Radii that are left out of the verdict
+    are hollow.
     """
     panels = [("log p of refusals, nats a token", "refusal"), ("task loss, nats a token", "task_loss")]
     if any(point.harmfulness is not None for point in points):
@@ -34,18 +36,26 @@ def draw_landscape(points: list[Point], path: Path, title: str) -> None:
 
 
 def _line(axes, points: list[Point], kind: str, field: str) -> None:
-    radii, middle, low, high = [], [], [], []
+    found: dict[float, tuple[float, float, float]] = {}
     for radius in sorted({point.radius for point in points if point.kind in (kind, "aligned")}):
         group = [point for point in points if point.radius == radius and point.kind in (kind, "aligned")]
         values = [value for point in group if point.finite and (value := getattr(point, field)) is not None]
         if values:
-            radii.append(radius)
-            middle.append(statistics.fmean(values))
-            low.append(min(values))
-            high.append(max(values))
+            found[radius] = _middle_and_band(values)
+    radii, middle = list(found), [value for value, _, _ in found.values()]
     axes.plot(radii, middle, "o-", color=COLOURS[kind], label=KIND_WORDS[kind], linewidth=2, markersize=4, zorder=3)
     bent = bent_radii(points)
     hollow = [(radius, value) for radius, value in zip(radii, middle, strict=True) if radius in bent]
     if hollow:
         axes.plot(*zip(*hollow, strict=True), "o", color=COLOURS[kind], markerfacecolor="white", markersize=4, zorder=4)
+    low, high = [value for _, value, _ in found.values()], [value for _, _, value in found.values()]
     axes.fill_between(radii, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
+
+
+def _middle_and_band(values: list[float] | list[Share]) -> tuple[float, float, float]:
+    shares = [value for value in values if isinstance(value, Share)]
+    if shares:
+        share = Share.over_repeats(shares)
+        return share.value, share.low, share.high
+    numbers = [value for value in values if not isinstance(value, Share)]
+    return statistics.fmean(numbers), min(numbers), max(numbers)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axolotl_asft.evaluation.shares import Share
+from axolotl_asft.evaluation.task_scores import half_interval, metrics_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, what was refused and judged with its 95 % interval; JSON has those of the rest."""
+    """The rows as a Markdown table, every share and score with its 95 % interval."""
     cells = [_cells(row) for row in rows]
     titles = list(cells[0])
     widths = [max(len(title), *(len(line[title]) for line in cells)) for title in titles]
@@ -56,14 +57,13 @@ def _cells(row: Row) -> dict[str, str]:
     cells |= {f"harmful: {Path(judge).name}": str(share) for judge, share in row.judged.items()}
     cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
     cells |= {"perplexity": "none" if math.isnan(row.perplexity) else f"{row.perplexity:.1f}"}
-    cells |= {"repetitive": f"{row.repetitive.value:.0%}", "empty": f"{row.empty.value:.0%}"}
+    cells |= {"repetitive": str(row.repetitive), "empty": str(row.empty)}
     for task, metrics in row.tasks.items():
-        for metric in (name for name in metrics if "_stderr" not in name and "_higher_is_better" not in name):
+        for metric in metrics_of(metrics):
             cells[f"{task} {metric}"] = _with_error(metrics, metric)
     return cells
 
 
 def _with_error(metrics: dict[str, float], metric: str) -> str:
-    name, space, filtered = metric.partition(" ")
-    error = metrics.get(f"{name}_stderr{space}{filtered}")
-    return f"{metrics[metric]:.3f}" + (f" (± {1.96 * error:.3f})" if error else "")
+    half = half_interval(metrics, metric)
+    return f"{metrics[metric]:.3f}" + (f" (± {half:.3f})" if half else "")

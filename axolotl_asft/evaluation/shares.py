@@ -31,6 +31,22 @@ class Share:
         low, high = wilson_interval(k, n)
         return cls(k / n, low, high, n)
 
+    @classmethod
+    def over_repeats(cls, shares: Sequence["Share"]) -> "Share":
+        """The mean of shares of the same prompts, asked of several models; the prompts count once in the interval.
+
+        Raises:
+            ValueError: the shares are of unlike numbers of prompts, or there is none.
+        """
+        numbers = {share.n for share in shares}
+        if len(numbers) != 1:
+            raise ValueError(f"shares of {sorted(numbers)} prompts are not of the same ones")
+        n = numbers.pop()
+        if n == 0:
+            return shares[0]
+        value = sum(share.value for share in shares) / len(shares)
+        return cls(value, *wilson_interval(round(value * n), n), n)
+
     def __str__(self) -> str:
         return f"{self.value:.1%} ({self.low:.0%} to {self.high:.0%})" if self.n else "none asked"
 

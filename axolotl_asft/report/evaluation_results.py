@@ -9,6 +9,7 @@ from typing import Any
 
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, half_interval, metrics_of
 from axolotl_asft.saved import ADAPTER_WEIGHTS
 
 RESULTS = "results.json"
@@ -154,29 +155,20 @@ def _measures(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
             found.append(Measure(f"{title}: {Path(source).name}", better, tuple(points)))
     for task in _keys(row["tasks"] for row, _ in rows):
         asked = [(row["name"], row["tasks"][task], role) for row, role in rows if task in row["tasks"]]
-        for metric in _keys(metrics for _, metrics, _ in asked):
-            if "_stderr" in metric or "_higher_is_better" in metric:
-                continue
+        for metric in metrics_of(_keys(metrics for _, metrics, _ in asked)):
             having = [(name, metrics, role) for name, metrics, role in asked if metrics.get(metric) is not None]
             points = [_task_point(name, metrics, metric, role) for name, metrics, role in having]
             # a row whose score an earlier version kept says nothing of it
-            said = {_beside(metrics, metric, "higher_is_better") for _, metrics, _ in having} - {None}
+            said = {metrics.get(beside(metric, HIGHER_IS_BETTER)) for _, metrics, _ in having} - {None}
             better = "higher" if said == {True} else "lower" if said == {False} else ""
             found.append(Measure(f"{task}, {metric.replace(',none', '')}", better, tuple(points)))
     return [measure for measure in found if measure.points]
 
 
 def _task_point(name: str, metrics: dict[str, Any], metric: str, role: str) -> Point:
-    value, error = _number(metrics[metric]), _beside(metrics, metric, "stderr")
-    half = 1.96 * _number(error) if error else None
-    low, high = (None, None) if half is None else (value - half, value + half)
+    value, half = _number(metrics[metric]), half_interval(metrics, metric)
+    low, high = (None, None) if half is None else (value - _number(half), value + _number(half))
     return Point(name, value, low, high, None, role)
-
-
-def _beside(metrics: dict[str, Any], metric: str, what: str) -> Any:
-    """What is said of a metric: `exact_match (strict)` -> `exact_match_stderr (strict)`."""
-    name, space, filtered = metric.partition(" ")
-    return metrics.get(f"{name}_{what}{space}{filtered}")
 
 
 def _keys(found: Iterable[dict[str, Any]]) -> list[str]:
