@@ -163,6 +163,28 @@ def test_the_command_writes_a_page_and_pictures(drawn, folders):
     assert "What is left out" not in text
 
 
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [("/home/somebody/models/aligned", "aligned"), ("./aligned", "aligned"), ("owner/model@main", "owner/model@main")],
+)
+def test_the_title_names_a_folder_alone(run, model, title):
+    rewrite(run, lambda header, lines: header["config"].update(base_model=model))
+    text = page(gather(run))
+    assert f"AsFT training report · {title}<" in text
+    assert f"· {title}</title>" in text
+
+
+def test_a_compared_run_without_a_log(run, tmp_path):
+    plain = shutil.copytree(run, tmp_path / "plain")
+    (plain / HISTORY_FILE).unlink()
+    report = gather(run, {"silent": plain})
+    assert [note for note in report.notes if "silent has no curves: its folder holds neither" in note]
+    legend = re.search(r'<ul class="legend">.*?</ul>', page(report), re.S)
+    assert legend
+    assert "this run" in legend[0]
+    assert "silent" not in legend[0]
+
+
 def test_an_evaluation_that_was_asked_from_another_folder(folders, tmp_path):
     found = results(folders[0])
     found["rows"][1]["adapter"] = f"{folders[0].parent.name}/{folders[0].name}"

@@ -6,6 +6,7 @@ from typing import Any
 
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.history import HISTORY_FILE
 from axolotl_asft.report.evaluation_results import Evaluation, find_evaluation
 from axolotl_asft.report.findings import furthest_layer, headline, measured_otherwise, total_share, without_yardstick
 from axolotl_asft.report.runs import Run, add_spectra, read_run
@@ -95,6 +96,11 @@ def gather(
     report.direction = _direction(run, direction, report.notes)
     report.others = [read_run(path, name, constrained=False) for name, path in (compare or {}).items()]
     for other in report.others:
+        if not other.lines:
+            report.notes.append(
+                f"{other.name} has no curves: its folder holds neither {HISTORY_FILE} nor a checkpoint's "
+                "trainer_state.json."
+            )
         if how := measured_otherwise(run, other):
             report.notes.append(f"The drift of {other.name} is left out: it was measured otherwise ({how}).")
     report.evaluation = find_evaluation(folder, evaluation, report.notes, run.adapter_is_earlier)

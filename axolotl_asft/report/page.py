@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from axolotl_asft import __version__
+from axolotl_asft.hub import named_on_the_hub
 from axolotl_asft.redaction import redacted
 from axolotl_asft.report import findings
 from axolotl_asft.report.figures import SPREAD, Panel, in_order, spectrum_panels, training_panels
@@ -50,7 +51,7 @@ def page(report: Report) -> str:
         report=report,
         run=run,
         runs=runs,
-        base_model=_base_model(run),
+        model_name=_model_name(_base_model(run)),
         tiles=_tiles(run),
         training=[_figure(panel, f"training{i}") for i, panel in enumerate(training_panels(runs))],
         numbers={other.name: compared_numbers(run, other) for other in runs},
@@ -159,6 +160,11 @@ def _flat(cells: list[list[float]]) -> list[float | None]:
 
 def _base_model(run: Run) -> str:
     return str(run.config.get("base_model") or run.adapter_config.get("base_model_name_or_path") or "a model")
+
+
+def _model_name(model: str) -> str:
+    """An id of the Hub whole, of a folder the name alone."""
+    return model if named_on_the_hub(model) else Path(model).name
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
