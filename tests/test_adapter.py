@@ -5,35 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from lora_models import UP, literal_formula_of, lora_model, untouched
+from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
 from axolotl_asft.diagnostics import DriftReport, adapter_drift
 from axolotl_asft.errors import AsftError
-
-UP = "model.layers.0.mlp.up_proj"
-
-
-def lora_model(folder, quantized: str | None = None, random_b: bool = True, **changes):
-    """The checkpoint under LoRA on all linear layers, with a random B."""
-    options = {}
-    if quantized:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float32,
-            bnb_4bit_use_double_quant=quantized == "double",
-        )
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
-    model = get_peft_model(model, LoraConfig(**config))
-    if random_b:
-        generator = torch.Generator().manual_seed(0)
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +25,6 @@ def full_direction(pair):
 
 def literal_formula(model, pair):
     return literal_formula_of(model, *(AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in pair))
-
-
-def literal_formula_of(model, base, aligned, transposed=False):
-    """sum_l ||(I - d d^T / ||d||_F) B A||_F^2 as the authors' code has it: dense, and without PEFT's scaling."""
-    total = torch.zeros((), dtype=torch.float64)
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            key = name.removeprefix("base_model.model.") + ".weight"
-            d = aligned[key].double() - base[key].double()
-            d = d.T if transposed else d
-            C = d @ d.T / torch.linalg.matrix_norm(d)
-            update = module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
-            total = total + torch.linalg.matrix_norm(update - C @ update) ** 2
-    return total
 
 
 def test_equals_the_literal_formula_of_the_authors_code(pair, full_direction):
@@ -157,15 +120,6 @@ def narrow(direction):
 def test_a_direction_of_other_shapes(pair, direction):
     with pytest.raises(AsftError, match=r"\(out, in\) in the model and \(16, 16\) in the direction"):
         AlignmentPenalty(lora_model(pair[1]), narrow(direction))
-
-
-def untouched(direction, *kinds):
-    """The direction of an alignment that left these layers alone."""
-    modules = dict(direction.modules)
-    for name, module in modules.items():
-        if name.endswith(kinds):
-            modules[name] = replace(module, S=0 * module.S, norm=0 * module.norm)
-    return AlignmentDirection(modules, direction.spec)
 
 
 def test_a_layer_that_alignment_left_alone_has_no_yardstick(pair, direction, tmp_path):

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from test_attach import lora_weights, make_trainer, training_lines
 from tiny import OWN_ANSWERS as ANSWERS
 from tiny import make_tokenizer
+from trainers import lora_weights, make_trainer, training_lines
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, attach

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from test_adapter import lora_model, untouched
-from test_attach import lora_weights, make_trainer, training_lines
+from lora_models import lora_model, untouched
+from trainers import lora_weights, make_trainer, training_lines
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
 from axolotl_asft.errors import AsftError

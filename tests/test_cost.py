@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_attach import make_trainer
+from trainers import make_trainer
 
 from axolotl_asft import AlignmentPenalty, attach, layer_groups
 from axolotl_asft.direction import AlignmentDirection

@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
+from checkpoints import write_wide_checkpoint
 from safetensors.torch import load_file
-from test_extract import write_wide_checkpoint
 
 from axolotl_asft import extract_direction, subspace
 from axolotl_asft.devices import devices_named, spread

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from lora_models import lora_model, shake
 from safetensors.torch import load_file
-from test_adapter import lora_model
-from test_lora_kinds import shake
 from tiny import axolotl, child_environment, log_history, write_config
 
 from axolotl_asft.history import read_history

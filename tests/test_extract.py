@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import copied, write_wide_checkpoint
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny import make_pair
@@ -16,18 +17,6 @@ from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.verify import verify_checkpoint
-
-
-def copied(folder: Path, to: Path, change=lambda tensors: None, config=lambda config: None) -> Path:
-    """A checkpoint copied with its tensors and its config changed."""
-    tensors = load_file(str(folder / "model.safetensors"))
-    change(tensors)
-    to.mkdir()
-    save_file(tensors, str(to / "model.safetensors"))
-    content = json.loads((folder / "config.json").read_text())
-    config(content)
-    (to / "config.json").write_text(json.dumps(content))
-    return to
 
 
 def assert_same(one: AlignmentDirection, other: AlignmentDirection) -> None:
@@ -214,20 +203,6 @@ from axolotl_asft import extract_direction
 extract_direction(sys.argv[1], sys.argv[2], rank=4, output=sys.argv[3] if len(sys.argv) > 3 else None)
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
 """
-
-
-def write_wide_checkpoint(folder: Path, layers: int, seed: int, side: int = 1024) -> Path:
-    """Weights of side x side, one file a layer: 4 MB each."""
-    folder.mkdir(parents=True)
-    weight_map = {}
-    for layer in range(layers):
-        name, file = f"model.layers.{layer}.mlp.up_proj.weight", f"model-{layer}.safetensors"
-        generator = torch.Generator().manual_seed(layer)
-        weight = torch.randn(side, side, generator=generator)
-        save_file({name: weight + 0.01 * seed * torch.randn(side, side, generator=generator)}, str(folder / file))
-        weight_map[name] = file
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
 
 
 def test_a_stale_index_beside_a_single_file_is_passed_over(pair, tmp_path):

@@ -6,10 +6,9 @@ import copy
 import pytest
 import torch
 import transformers
+from lora_models import literal_formula_of, shake
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_adapter import literal_formula_of
-from test_lora_kinds import shake
 from tiny import OWN_ANSWERS, make_tokenizer
 
 from axolotl_asft import AlignmentPenalty, extract_direction

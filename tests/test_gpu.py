@@ -7,10 +7,9 @@ import json
 
 import pytest
 import torch
+from checkpoints import write_wide_checkpoint
+from lora_models import lora_model, shake
 from safetensors.torch import load_file
-from test_adapter import lora_model
-from test_extract import write_wide_checkpoint
-from test_lora_kinds import shake
 from tiny import train, write_config
 
 from axolotl_asft import extract_direction

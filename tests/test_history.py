@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from test_attach import make_trainer
+from trainers import make_trainer
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
 from axolotl_asft.diagnostics import DriftReport

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from test_attach import make_trainer
+from trainers import make_trainer
 from transformers import TrainerCallback
 
 from axolotl_asft import AlignmentDirection, attach

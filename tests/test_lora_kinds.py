@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from lora_models import lora_model, shake
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_adapter import lora_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty
@@ -40,16 +40,6 @@ def dense_penalty(model, direction, original):
         update = change + delta
         total = total + (update - U @ (c[:, None] * (U.T @ update))).square().sum()
     return total
-
-
-def shake(model):
-    """Away from where the adapter starts."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad and "lora_" in name:
-                weight += 0.02 * torch.randn(weight.shape, generator=generator)
-    return model
 
 
 KINDS = {

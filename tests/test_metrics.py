@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_adapter import UP, lora_model
+from lora_models import UP, lora_model
 from tiny import axolotl, make_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_attach import make_trainer
 from tiny import child_environment, make_pair
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, attach, extract_direction

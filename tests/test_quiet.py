@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_attach import lora_weights, make_trainer
 from tiny import OWN_ANSWERS, make_tokenizer
 from torch import nn
+from trainers import lora_weights, make_trainer
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, attach

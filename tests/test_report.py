@@ -12,8 +12,8 @@ import pytest
 import torch
 from browser import CHROMIUM, browser
 from click.testing import CliRunner
-from test_attach import make_trainer
 from tiny import write_config
+from trainers import make_trainer
 
 from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.cli import asft

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoints import copied, write_wide_checkpoint
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_extract import copied, write_wide_checkpoint
 from tiny import child_environment, interruptible, make_pair
 
 from axolotl_asft import AlignmentDirection, extract_direction

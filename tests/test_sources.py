@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from checkpoints import copied
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_extract import copied
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction

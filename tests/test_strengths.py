@@ -2,8 +2,8 @@
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from test_attach import make_trainer, training_lines
 from tiny import OWN_ANSWERS, make_tokenizer, random_metric
+from trainers import make_trainer, training_lines
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentPenalty, attach, extract_direction

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_attach import make_trainer
 from tiny import CHAT_TEMPLATE, OWN_ANSWERS, make_tokenizer, write_config
+from trainers import make_trainer
 
 from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.anchor import AnswerAnchor
