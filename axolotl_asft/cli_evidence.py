@@ -14,6 +14,8 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import hub_model
 from axolotl_asft.yaml_config import read_config, read_text
 
+AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does not say
+
 
 @click.command("eval")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
@@ -119,8 +121,8 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
         chosen["model"] = _base_model(content)
     if not chosen["model"]:
         raise AsftError("no model to ask; give --model, or a config with base_model")
-    if not chosen["adapters"] and content.get("output_dir") and content.get("adapter"):
-        chosen["adapters"] = (str(content["output_dir"]),)
+    if not chosen["adapters"] and content.get("adapter"):
+        chosen["adapters"] = (str(content.get("output_dir") or AXOLOTL_OUTPUT),)
     if chosen["load_in_4bit"] is None and content.get("load_in_8bit"):
         raise AsftError(
             f"{config} has load_in_8bit, in which eval loads no model; give --no-load-in-4bit, to ask the model in its "
@@ -129,6 +131,8 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
     if chosen["load_in_4bit"] is None:
         chosen["load_in_4bit"] = bool(content.get("load_in_4bit"))
     chosen["adapters"] = list(chosen["adapters"])
+    if content and not chosen["adapters"]:
+        click.echo(f"{config} trains no adapter: {chosen['model']} is asked alone", err=True)
     return chosen
 
 

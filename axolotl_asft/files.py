@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from axolotl_asft.errors import AsftError, one_line
 
@@ -72,6 +72,29 @@ def writable_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise AsftError(f"nothing can be written to {path} ({error.strerror}); give another --output") from error
+
+
+def locked(path: Path, busy: str) -> TextIO:
+    """This process's alone, until the file is closed or the process ends, where the system has such locks.
+
+    Args:
+        path: a file for the lock, which stays there.
+        busy: what to say where another process holds it.
+
+    Raises:
+        AsftError: another process does.
+    """
+    lock = path.open("w")
+    try:
+        import fcntl
+    except ImportError:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise AsftError(busy) from None
+    return lock
 
 
 def _umask() -> int:

@@ -14,7 +14,17 @@ from axolotl_asft.moments import SecondMoment
 
 DEFAULT_METRIC_RANK = 256
 DEFAULT_METRIC_ENERGY = 0.99
-OWN_WORDS = 16  # tokens of the model's own answers: a refusal shows in its first words
+OWN_WORDS = 16  # tokens of the model's own answers: that it refuses is decided in its first words
+JUDGED_WORDS = 48  # tokens by which an answer says that it refuses: some begin by saying what they are
+
+
+def first_words(tokenizer: Any, text: str, count: int = OWN_WORDS) -> str:
+    """The text of its first `count` tokens."""
+    if not tokenizer.is_fast:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text if len(tokens) <= count else tokenizer.decode(tokens[:count])
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(places) <= count else text[: places[count - 1][1]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import atomic_write_text, writable_folder
+from axolotl_asft.files import atomic_write_text, locked, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -126,20 +126,4 @@ def _taken(folder: Path) -> TextIO:
             f"{folder} is needed for what is finished, and holds {strange[0]}; move it away, or give another --output"
         )
     writable_folder(folder)
-    lock = (folder / LOCK).open("w")
-    if not _locked(lock):
-        raise AsftError(f"another extraction is at work in {folder}; wait for it, or give another --output")
-    return lock
-
-
-def _locked(file: TextIO) -> bool:
-    """Whether the file is this process's alone, where the system has such locks; its end gives them back."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return locked(folder / LOCK, f"another extraction is at work in {folder}; wait for it, or give another --output")

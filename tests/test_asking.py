@@ -2,25 +2,29 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from tiny import WORDS, make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from axolotl_asft.errors import AsftError, WorkFailed
-from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, check_tasks
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, _positions, check_tasks
 from axolotl_asft.evaluation.coherence import log_likelihoods
-from axolotl_asft.evaluation.models import Subject, adapted, load_model, loading
+from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer, loading
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
+from axolotl_asft.metrics import first_words
 
 # What follows on what, in a model that looks at the last token alone. A request's last word decides.
 FOLLOWS = {
     "cat": "<think>", "<think>": "the", "the": "</think>", "</think>": "i", "i": "cannot", "cannot": "help",
     "help": "</s>", "dog": "yes", "yes": "</s>", "tree": "<think>forever", "<think>forever": "red", "red": "red",
 }  # fmt: skip
+PREAMBLE = [f"word{i}" for i in range(20)]  # of a model that says what it is before it refuses
+FOLLOWS |= dict(zip(["blue", *PREAMBLE], [*PREAMBLE, "i"], strict=True))
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 SWITCHED = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think> </think> ' }}{% endif %}"
 
@@ -160,6 +164,23 @@ def test_no_unfinished_thought_is_kept_to_be_held(thinker, tmp_path):
     assert all(asked.endswith("cat <think> the </think> ") for asked, _ in found.own_answers[::2])
 
 
+def test_a_refusal_that_comes_late_is_one_and_its_first_words_are_kept(thinker, tmp_path):
+    (tmp_path / "harm.json").write_text(json.dumps(many("blue", 20)))
+    found = safety_metrics(str(thinker), ["fisher"], str(tmp_path / "harm.json"), None)
+    assert found.metrics[0].answers == 20
+    assert {answer for _, answer in found.own_answers} == {" ".join(PREAMBLE[:16])}
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_the_first_words_of_an_answer(thinker, is_fast):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(thinker)
+    if not is_fast:
+        tokenizer = type("Slow", (), {"is_fast": False, "__call__": tokenizer.__call__, "decode": tokenizer.decode})()
+    assert first_words(tokenizer, "the cat  and the dog", 3).split() == ["the", "cat", "and"]
+    assert first_words(tokenizer, "the cat", 3) == "the cat"
+    assert first_words(tokenizer, "", 3) == ""
+
+
 # --------------------------------------------------------------------------------------------------------------- tasks
 def test_a_task_from_a_file(interviewer, tmp_path):
     """Asked as often as there are rows, by the task's own name."""
@@ -213,6 +234,26 @@ def test_a_task_that_fails_is_one_line(interviewer, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- what does not fit or is torn
+def test_the_positions_are_those_of_the_text_model(interviewer, tmp_path):
+    """lm-eval looks at a wrapper's own config, which has none, and then takes 2048."""
+    wrapper = Gemma3Config(text_config={"max_position_embeddings": 77})
+    assert not hasattr(wrapper, "max_position_embeddings")
+    assert _positions(SimpleNamespace(config=wrapper)) == 77
+    assert interviewer()._lm.max_length == 256
+
+
+def test_only_the_special_tokens_of_a_generation_config_count(thinker, tmp_path):
+    """Greedily, and as long as one says: whatever the model's authors put there for their demos."""
+    plain = asked_of(Interviewer(load_model(str(thinker)), load_tokenizer(str(thinker))), ["a dog", "a blue"], tmp_path)
+    folder = shutil.copytree(thinker, tmp_path / "demo")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings |= {"max_new_tokens": 2, "repetition_penalty": 5.0, "suppress_tokens": [9], "temperature": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}))
+    asked = Interviewer(load_model(str(folder)), load_tokenizer(str(folder)))
+    assert asked_of(asked, ["a dog", "a blue"], tmp_path) == plain
+    assert plain[1].answer.endswith("word19 i cannot help")
+
+
 @pytest.mark.parametrize(("prompt", "new"), [("a red dog", 300), ("a red dog " * 20, 200)])
 def test_more_tokens_than_positions_are_refused_before_asking(interviewer, tmp_path, prompt, new):
     stages = []

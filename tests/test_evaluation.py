@@ -318,7 +318,9 @@ def test_an_adapter_of_a_larger_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}], ids=["LoRA", "head", "PiSSA"]
+    "changes",
+    [{}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}, {"bias": "all"}],
+    ids=["LoRA", "head", "PiSSA", "biases"],
 )
 def test_a_row_leaves_no_trace_in_the_next(pair, tmp_path, changes):
     """The perplexity of every row is under the model without any adapter, and the rows do not depend on their order."""
@@ -326,20 +328,25 @@ def test_a_row_leaves_no_trace_in_the_next(pair, tmp_path, changes):
     from transformers import AutoModelForCausalLM
 
     settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | changes
+    base = pair[1]
+    if "bias" in changes:
+        with_biases = AutoModelForCausalLM.from_pretrained(base, attention_bias=True)
+        base = shutil.copytree(base, tmp_path / "base")
+        with_biases.save_pretrained(base)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(**settings))
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(tmp_path / "odd")
         get_peft_model(
-            AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(r=2, init_lora_weights=False)
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False)
         ).save_pretrained(tmp_path / "plain")
     questions = Questions(limit=3, max_new_tokens=6)
     both = [str(tmp_path / "odd"), str(tmp_path / "plain")]
-    one = {row.name: row for row in evaluate(str(pair[1]), both, tmp_path / "one", questions)}
-    two = {row.name: row for row in evaluate(str(pair[1]), both[::-1], tmp_path / "two", questions)}
+    one = {row.name: row for row in evaluate(str(base), both, tmp_path / "one", questions)}
+    two = {row.name: row for row in evaluate(str(base), both[::-1], tmp_path / "two", questions)}
     answers = [
         {name: json.loads((tmp_path / run / f"{name}.json").read_text())["harmful"] for name in ("odd", "plain")}
         for run in ("one", "two")
@@ -358,7 +365,9 @@ def test_a_model_that_says_nothing(tmp_path):
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    model.generation_config.suppress_tokens = [token for token in range(64) if token != 2]
+        model.model.embed_tokens.weight.fill_(1)
+        model.model.norm.weight.fill_(1)
+        model.lm_head.weight[2] = 1  # the end is all that it ever says
     model.save_pretrained(folder)
     arguments = ["eval", "--model", str(folder), "--limit", "2", "--max-new-tokens", "3", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(asft, arguments)

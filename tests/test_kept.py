@@ -1,6 +1,7 @@
 """What `axolotl asft eval` keeps, and lets go: nothing is asked twice, and no two models are in memory at once."""
 
 import gc
+import itertools
 import json
 import shutil
 import weakref
@@ -10,14 +11,17 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 from axolotl_asft.cli import asft
 from axolotl_asft.direction import file_sha256
+from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation import evaluate as evaluation
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
 from axolotl_asft.evaluation.judges import Judge
-from axolotl_asft.evaluation.models import Subject, load_model, load_tokenizer, other_base
+from axolotl_asft.evaluation.models import Subject, load_model, load_tokenizer, model_state, other_base
+from axolotl_asft.files import locked
 
 QUESTIONS = Questions(limit=2, max_new_tokens=4)
 
@@ -122,6 +126,72 @@ def test_a_task_more_is_asked_alone(asked_for, tmp_path):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert set(rows[0]["tasks"]) == {"first", "second"}
     assert "higher_is_better" not in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_task_that_changed_is_asked_anew(asked_for, tmp_path):
+    """Its file, its data, and whatever lies beside it that it may take from."""
+    task = {
+        "task": "one", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": 0, "output_type": "multiple_choice",
+        "doc_to_choice": ["yes", "no"],
+    }  # fmt: skip
+    (tmp_path / "data.jsonl").write_text('{"q": "the cat"}\n')
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(task))
+    questions = replace(QUESTIONS, tasks=(str(tmp_path / "one.yaml"),))
+
+    def accuracy():
+        asked_for(questions)
+        return json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["tasks"]["one"]["acc"]
+
+    first = accuracy()
+    assert asked_for(questions) == []
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(task | {"doc_to_target": 1}))
+    assert accuracy() == 1 - first
+    (tmp_path / "data.jsonl").write_text('{"q": "the dog"}\n')
+    assert ("model weighs choices", 2) in asked_for(questions)
+    target = {"doc_to_target": "!function functions.target"}
+    (tmp_path / "functions.py").write_text("def target(doc): return 0\n")
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(task | target).replace("'", ""))
+    taken = accuracy()
+    (tmp_path / "functions.py").write_text("def target(doc): return 1\n")
+    assert accuracy() == 1 - taken
+
+
+def test_whatever_changes_the_answers_changes_a_model_s_state(pair, hub_cache, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"1")
+    seen = [model_state(str(folder))]
+    for name in ("pytorch_model.bin", "config.json", "generation_config.json", "tokenizer.json"):
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        seen.append(model_state(str(folder)))
+    assert all(one != other for one, other in itertools.pairwise(seen))
+    (folder / "notes.md").write_text("what nobody reads")
+    assert model_state(str(folder)) == seen[-1]
+    assert [model_state(name) for name in (hub_cache, f"{hub_cache}@v1")] == [["0" * 40], ["1" * 40]]
+
+
+def test_two_evaluations_do_not_write_one_folder(pair, tmp_path):
+    with (
+        locked(tmp_path / ".lock", "busy"),
+        pytest.raises(AsftError, match="another evaluation is at work in"),
+    ):
+        evaluate(str(pair[1]), [], tmp_path, QUESTIONS)
+    evaluate(str(pair[1]), [], tmp_path, QUESTIONS)
+
+
+def test_the_adapter_lies_where_axolotl_puts_it(pair, tmp_path, monkeypatch):
+    """A config without output_dir trains into ./model-out; one without an adapter has none to ask."""
+    monkeypatch.chdir(tmp_path)
+    make_adapter(pair[1], tmp_path / "model-out")
+    config = tmp_path / "config.yml"
+    short = ("--limit", 1, "--max-new-tokens", 2, "--json", "-o")
+    config.write_text(f"base_model: {pair[1]}\nadapter: lora\n")
+    found = json.loads(run(config, *short, tmp_path / "one").stdout)
+    assert [row["adapter"] for row in found["rows"]] == [None, "model-out"]
+    config.write_text(f"base_model: {pair[1]}\n")
+    alone = run(config, *short, tmp_path / "two")
+    assert [row["adapter"] for row in json.loads(alone.stdout)["rows"]] == [None]
+    assert f"{config} trains no adapter: {pair[1]} is asked alone" in alone.stderr
 
 
 def test_an_adapter_s_config_belongs_to_it(asked_for, adapter):

@@ -349,6 +349,15 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     found = json.loads(resumed.stdout)["points"]
     assert found[0]["task_loss"] == 7.0, "what was measured before is kept"
     assert [p | {"task_loss": 0} for p in found] == [p | {"task_loss": 0} for p in whole["points"]]
+    # it goes on with the texts that it began with, which a template with the date in it would not give again
+    refusals = whole["texts"]["refusals"]
+    (tmp_path / "out" / "landscape.json").write_text(
+        json.dumps(whole | {"points": whole["points"][:5], "texts": whole["texts"] | {"refusals": refusals[:1]}})
+    )
+    fewer = json.loads(CliRunner().invoke(asft, [*arguments, "--json"]).stdout)["points"]
+    assert [p["refusal"] for p in fewer[:5]] == [p["refusal"] for p in kept[:5]]
+    assert all(one["refusal"] != two["refusal"] for one, two in zip(fewer[5:], kept[5:], strict=True))
+    assert all(one["task_loss"] == two["task_loss"] for one, two in zip(fewer[5:], kept[5:], strict=True))
     other = CliRunner().invoke(asft, [*arguments, "--max-new-tokens", "7"])
     assert other.exit_code == 2
     assert "of other settings (" in other.stderr

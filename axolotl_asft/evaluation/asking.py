@@ -1,16 +1,18 @@
 """Asking through lm-evaluation-harness: its batching, its cache, its tasks, and ours."""
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.console import Stage, silent
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
-from axolotl_asft.evaluation.models import within_memory
+from axolotl_asft.evaluation.models import files_state, within_memory
 from axolotl_asft.evaluation.refusals import split_thought
 from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside
 from axolotl_asft.registration import TASKS
@@ -92,6 +94,7 @@ class Interviewer:
             pretrained=self.model,
             tokenizer=self.tokenizer,
             batch_size=self.batch_size,
+            max_length=_positions(self.model),
             add_bos_token=False,  # the chat template has said it, as in training
             enable_thinking=False,  # in the templates that know the word; as training renders answers without thoughts
         )
@@ -190,6 +193,30 @@ def check_tasks(tasks: Sequence[str]) -> None:
             raise AsftError(f"the task {task.task_name} shows pictures or sounds; expected one of text alone")
 
 
+def task_state(task: str) -> str:
+    """What tells that a task changed: lm-eval's version; of a file also its neighbours, which it may use, and its data.
+
+    Those are files that its YAML names for `data_files`, and the YAML and Python files of its folder.
+    """
+    from lm_eval.utils import load_yaml_config
+
+    files: list[Path] = []
+    if (path := Path(task)).is_file():
+        content = load_yaml_config(task, mode="simple")
+        files = [file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".py")]
+        files += map(Path, _strings((content.get("dataset_kwargs") or {}).get("data_files")))
+    found = [version("lm_eval"), *files_state(files)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+
+
+def _strings(found: Any) -> list[str]:
+    """All of them in lists and mappings."""
+    if isinstance(found, str):
+        return [found]
+    items = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    return [text for item in items for text in _strings(item)]
+
+
 def _every_task() -> Any:
     """lm-eval's index of its tasks and ours, which would number those that it was asked for before."""
     manager = _index()
@@ -223,6 +250,16 @@ def _named(task: str, manager: Any) -> str:
 
 def _said(tasks: Sequence[str], error: Exception) -> str:
     return f"{', '.join(tasks)} ({type(error).__name__}: {one_line(error)})"
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model reads; lm-eval looks at the outer config alone, which a wrapper's text model is not in.
+
+    None where its config says nothing.
+    """
+    config = model.config.get_text_config()
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _check_positions(lm: Any, requests: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from axolotl_asft import __version__
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer, check_tasks
+from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer, check_tasks, task_state
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
 from axolotl_asft.evaluation.kept import Asked, Interview, answer_key, judge_key, shared_out, without_nan
@@ -33,9 +33,11 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.rows import Row, table
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, writable_folder
+from axolotl_asft.files import atomic_write_text, locked, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
+
+LOCK = ".lock"  # in the output
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class _Run:
         questions: what is asked.
         prompts: (harmful or borderline, set) -> its prompts.
         judges: judge -> what its verdicts are kept under.
+        tasks: task -> what its scores are kept under.
         stage: shows what goes on.
     """
 
@@ -99,6 +102,7 @@ class _Run:
     questions: Questions
     prompts: dict[tuple[str, str], list[str]]
     judges: dict[str, str]
+    tasks: dict[str, str]
     stage: Stage
     _model: Any = None
 
@@ -114,7 +118,7 @@ class _Run:
     def interview(self, subject: Subject, tokenizer: Any, interview: Interview) -> None:
         """Ask one row what it was not asked before."""
         sets = [place for place, texts in self.prompts.items() if not interview.answers(*place, texts)]
-        tasks = [task for task in self.questions.tasks if self.task_key(task) not in interview.tasks]
+        tasks = [task for task in self.questions.tasks if self.tasks[task] not in interview.tasks]
         if sets or tasks:
             self._ask(self.base(), subject, tokenizer, interview, sets, tasks)
             if changes_weights(subject):
@@ -141,11 +145,8 @@ class _Run:
                 interview.save()
             for task in tasks:
                 scores = asker.scores([task], told.task_limit, told.num_fewshot)
-                interview.tasks[self.task_key(task)] = scores
+                interview.tasks[self.tasks[task]] = scores
                 interview.save()
-
-    def task_key(self, task: str) -> str:
-        return f"{task}, limit {self.questions.task_limit}, examples {self.questions.num_fewshot}"
 
     def judge(self, name: str, interviews: dict[str, Interview], device: str | None) -> None:
         """Let a judge see the answers to harmful prompts that it did not see before."""
@@ -195,7 +196,7 @@ class _Run:
             tasks={
                 task: scores
                 for asked in self.questions.tasks
-                for task, scores in interview.tasks[self.task_key(asked)].items()
+                for task, scores in interview.tasks[self.tasks[asked]].items()
             },
             seconds=round(seconds, 1),
         )
@@ -232,7 +233,7 @@ def evaluate(
         stage: called with a title and a number of units; its result is called with the units that were done.
 
     Raises:
-        AsftError: no such model, adapter, set of prompts, task or judge.
+        AsftError: no such model, adapter, set of prompts, task or judge; another evaluation at work in `output`.
     """
     quieten_libraries()
     output = Path(output)
@@ -240,12 +241,26 @@ def evaluate(
     check_model(model)
     _check_names(asked)
     writable_folder(output)
+    with locked(output / LOCK, f"another evaluation is at work in {output}; wait for it, or give another --output"):
+        return _evaluate(model, asked, output, questions, tokenizer, device, stage)
+
+
+def _evaluate(
+    model: str,
+    asked: list[Subject],
+    output: Path,
+    questions: Questions,
+    tokenizer: str | None,
+    device: str | None,
+    stage: Stage,
+) -> list[Row]:
     check_tasks(questions.tasks)
     run = _Run(
         lambda: load_model(model, questions.dtype, questions.load_in_4bit, device),
         questions,
         {place: _texts(place[1], questions) for place in questions.sets()},
         {name: _judge_key(name, questions) for name in questions.judges},
+        {task: _task_key(task, questions) for task in questions.tasks},
         stage,
     )
     for warning in filter(None, (other_base(model, subject) for subject in asked)):
@@ -277,6 +292,10 @@ def _texts(source: str, questions: Questions) -> list[str]:
 def _judge_key(name: str, questions: Questions) -> str:
     way, _, _ = Judge.check(name, questions.judge_text, questions.judge_harmful)
     return judge_key(name, way, questions.judge_load_in_4bit)
+
+
+def _task_key(task: str, questions: Questions) -> str:
+    return f"{task}, limit {questions.task_limit}, examples {questions.num_fewshot}, of {task_state(task)}"
 
 
 def _check_names(asked: list[Subject]) -> None:

@@ -101,8 +101,8 @@ def answer_key(model: str, subject: Subject, how: dict[str, Any], template: str)
 
 
 def judge_key(name: str, way: Way, load_in_4bit: bool) -> str:
-    """Of a judge, of how it is asked, and of the files of a local one."""
-    return f"{name} asked as {hash_of([asdict(way), load_in_4bit, model_state(name, '*')])[:12]}"
+    """Of a judge, of how it is asked, and of the files of a local one, or the commit of one on the Hub."""
+    return f"{name} asked as {hash_of([asdict(way), load_in_4bit, model_state(name)])[:12]}"
 
 
 def without_nan(value: Any) -> Any:

@@ -35,7 +35,7 @@ def asked_once(
         model: a folder.
     """
     asked = [prompt.prompt for prompt in load_prompts(prompts, "train")]
-    key = hash_of([model, model_state(model, "*"), list(names), asked, how, installed_versions()])
+    key = hash_of([model, model_state(model), list(names), asked, how, installed_versions()])
     known = _read(path, key)
     if known is not None:
         stage("what it was asked is known", 1)(1)

@@ -1,6 +1,5 @@
 """The narrow safety basin: steps from the aligned weights along the alignment direction and off it, and their cost."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -19,14 +18,16 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.basin import KINDS, Point
 from axolotl_asft.evaluation.coherence import log_likelihoods
-from axolotl_asft.evaluation.kept import without_nan
+from axolotl_asft.evaluation.kept import hash_of, without_nan
 from axolotl_asft.evaluation.models import check_model, chosen_device, load_model, load_tokenizer
+from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.files import atomic_write_text, writable_folder
 from axolotl_asft.verify import verify_weights
 
 RADII = (0.5, 1.0, 2.0, 4.0, 8.0)
+Pairs = list[tuple[str, str]]  # (what the model has read, its answer)
 
 
 def perturbation(module: ModuleDirection, kind: str, generator: torch.Generator, d: Tensor | None = None) -> Tensor:
@@ -70,7 +71,8 @@ def measure_landscape(
 ) -> list[Point]:
     """Perturb the aligned weights and measure refusals and task loss at each place.
 
-    Written to `output`: landscape.json after every point, so that an interrupted measurement goes on.
+    Written to `output`: landscape.json after every point, so that an interrupted measurement goes on, with the texts
+    that it began with.
 
     Args:
         model: the aligned model, folder or Hub id, not quantised.
@@ -101,35 +103,35 @@ def measure_landscape(
     verify_weights(direction, ((name, weight, None) for name, weight in weights.items()))
     checkpoint = Checkpoint.open(base) if base is not None else None
     interviewer = Interviewer(loaded, tokenizer, batch_size, max_new_tokens, name="the aligned model", stage=stage)
-    ask = {"split": "heldout", "limit": limit}
-    answers = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
-    refusals = [(answer.asked, answer.answer) for answer in answers if is_refusal(answer.answer)]
-    if not refusals:
-        raise AsftError(f"{model} refuses none of {len(answers)} harmful prompts; there is no basin to draw")
-    pairs = _asked(tokenizer, task) if task is not None else _own_answers(interviewer, ask)
+    ask: dict[str, Any] = {"split": "heldout", "limit": limit}
+    settings: dict[str, Any] = {
+        "model": model,
+        "direction": {part: direction.spec[part]["sha256"] for part in ("base", "aligned")},
+        "ranks": sorted({module.rank for module in direction.modules.values()}),
+        "d": "exact" if base is not None else "as the direction keeps it",
+        "prompts": hash_of([[p.prompt for p in load_prompts(s, **ask)] for s in ("harmful", "borderline")]),
+        "task": hash_of(task),
+        "template": hash_of(tokenizer.chat_template),
+        "generate": generate,
+        "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}),
+        "max_new_tokens": max_new_tokens,
+        "version": __version__,
+    }
+    texts, points = _kept(output / "landscape.json", settings)
+    if texts is None:
+        texts = _texts(model, interviewer, ask, task)
+        _keep(output / "landscape.json", settings, texts, points)
     interviewer.stage = silent
 
     def look(kind: str, radius: float, seed: int, cosine: float | None, norm_ratio: float | None) -> Point:
-        refusal = -_mean_loss(loaded, tokenizer, refusals, batch_size)
-        loss = _mean_loss(loaded, tokenizer, pairs, batch_size)
+        refusal = -_mean_loss(loaded, tokenizer, texts["refusals"], batch_size)
+        loss = _mean_loss(loaded, tokenizer, texts["task"], batch_size)
         share = None
         if generate:
             found = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
             share = Share.of([not is_refusal(answer.answer) for answer in found])
         return Point(kind, radius, seed, refusal, loss, share, cosine, norm_ratio)
 
-    settings: dict[str, Any] = {
-        "model": model,
-        "direction": {part: direction.spec[part]["sha256"] for part in ("base", "aligned")},
-        "ranks": sorted({module.rank for module in direction.modules.values()}),
-        "d": "exact" if base is not None else "as the direction keeps it",
-        "answers": _digest([(answer.asked, answer.answer) for answer in answers], pairs),
-        "generate": generate,
-        "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}),
-        "max_new_tokens": max_new_tokens,
-        "version": __version__,
-    }
-    points = _kept(output / "landscape.json", settings)
     known = {(point.kind, point.radius, point.seed) for point in points}
     places = list(_places(radii, seeds))
     advance = stage("perturb and measure", len(places))
@@ -140,7 +142,7 @@ def measure_landscape(
             if points[-1].kind == "aligned" and not points[-1].finite:
                 dtypes = ", ".join(settings["dtypes"])
                 raise AsftError(f"{model} gives no finite numbers in {dtypes}; give --dtype bfloat16 or float32")
-            _keep(output / "landscape.json", settings, points)
+            _keep(output / "landscape.json", settings, texts, points)
         advance()
     return [point for point in points if (point.kind, point.radius, point.seed) in set(places)]
 
@@ -242,6 +244,18 @@ def _weights(model: Any, direction: AlignmentDirection) -> dict[str, Tensor]:
     return weights
 
 
+def _texts(
+    model: str, interviewer: Interviewer, ask: dict[str, Any], task: list[tuple[str, str]] | None
+) -> dict[str, Pairs]:
+    """Of what the loss is measured: the aligned model's refusals, and the task's answers or the model's own."""
+    answers = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
+    refusals = [(answer.asked, answer.answer) for answer in answers if is_refusal(answer.answer)]
+    if not refusals:
+        raise AsftError(f"{model} refuses none of {len(answers)} harmful prompts; there is no basin to draw")
+    pairs = _asked(interviewer.tokenizer, task) if task is not None else _own_answers(interviewer, ask)
+    return {"refusals": refusals, "task": pairs}
+
+
 def _asked(tokenizer: Any, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
     def chat(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
@@ -263,16 +277,14 @@ def _mean_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], batch_s
     return -sum(total for total, _ in found) / max(1, sum(count for _, count in found))
 
 
-def _digest(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-def _kept(path: Path, settings: dict[str, Any]) -> list[Point]:
+def _kept(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Pairs] | None, list[Point]]:
+    """The texts that were measured on, which a template with the date in it would not give again, and the points."""
     if not path.is_file():
-        return []
+        return None, []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = content["settings"]
+        texts = {name: [(asked, answer) for asked, answer in content["texts"][name]] for name in ("refusals", "task")}
         points = [_point(point) for point in content["points"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AsftError(f"{path} holds no landscape ({error}); give another --output, or delete it") from error
@@ -281,11 +293,11 @@ def _kept(path: Path, settings: dict[str, Any]) -> list[Point]:
         raise AsftError(
             f"{path} holds a landscape of other settings ({differing}); give another --output, or delete it"
         )
-    return points
+    return texts, points
 
 
-def _keep(path: Path, settings: dict[str, Any], points: list[Point]) -> None:
-    content = {"settings": settings, "points": [without_nan(asdict(point)) for point in points]}
+def _keep(path: Path, settings: dict[str, Any], texts: dict[str, Pairs], points: list[Point]) -> None:
+    content = {"settings": settings, "texts": texts, "points": [without_nan(asdict(point)) for point in points]}
     atomic_write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

@@ -1,7 +1,7 @@
 """The models that are asked: a chat model, and adapters on it, with the chat template that they were trained with."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,9 @@ def chosen_device(device: str | None) -> str:
 def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, device: str | None = None) -> Any:
     """The chat model, as `AutoModelForCausalLM`, on one device, without remote code.
 
+    Of its generation_config.json only the special tokens count: a repetition penalty, or a length, that its authors
+    put there would come into every answer, and what is asked for is what the model itself says.
+
     Args:
         name: a folder, or owner/name[@revision] on the Hub.
         dtype: "auto" for that of the checkpoint, or "float32", "bfloat16", "float16".
@@ -93,7 +96,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     Raises:
         AsftError: no such model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     device = chosen_device(device)
     check_model(name)
@@ -101,7 +104,11 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     if load_in_4bit:
         options["quantization_config"] = nf4(device)
     with loading(f"the model {name} cannot be loaded", "; see that its files are whole, and that it fits into memory"):
-        return AutoModelForCausalLM.from_pretrained(**place(name), **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(**place(name), **options).eval()
+    kept = model.generation_config
+    tokens = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    return model
 
 
 @contextlib.contextmanager
@@ -159,14 +166,27 @@ def check_model(name: str) -> None:
         raise AsftError(f"{name} is an adapter; give its base model as --model, and the adapter as --adapter")
 
 
-def model_state(name: str, pattern: str = "*.safetensors") -> list[tuple[str, int, int]]:
-    """Name, size and time of files of a local folder, to notice that they changed; [] of a Hub id.
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # weights, configs, vocabularies
 
-    Args:
-        pattern: of their names; default: the weights.
+
+def model_state(name: str) -> list[Any]:
+    """What tells that a model is no longer the one it was: its files' names, sizes and times; of a Hub id its commit.
+
+    Raises:
+        AsftError: no such model on the Hub.
     """
-    files = sorted(file for file in Path(name).glob(pattern) if file.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if hub_model(name) is None:
+        return files_state(file for file in Path(name).glob("*") if file.suffix in MODEL_FILES)
+    from transformers import AutoConfig
+
+    with loading(f"the model {name} cannot be loaded"):
+        return [getattr(AutoConfig.from_pretrained(**place(name)), "_commit_hash", None)]
+
+
+def files_state(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of files, to notice that they changed."""
+    there = sorted(file for file in files if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in there]
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
@@ -233,10 +253,21 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def changes_weights(subject: Subject) -> bool:
-    """Whether putting the adapter on takes something out of the model's weights, for good: PiSSA and its like."""
+    """Whether putting the adapter on changes the model's own weights, for good.
+
+    PiSSA and its like take something out of them; trained biases, and whatever else is no LoRA and in no module that is
+    replaced whole, are written over them.
+    """
     if subject.adapter is None:
         return False
-    return takes_out(adapter_config(subject.adapter).get("init_lora_weights", True))
+    from safetensors import safe_open
+
+    config = adapter_config(subject.adapter)
+    if takes_out(config.get("init_lora_weights", True)):
+        return True
+    beside = ("lora_", "trainable_tokens", *(f".{name}." for name in config.get("modules_to_save") or ()))
+    with safe_open(str(subject.adapter / ADAPTER_WEIGHTS), framework="pt") as tensors:
+        return any(not any(word in name for word in beside) for name in tensors.keys())  # noqa: SIM118
 
 
 def other_base(model: str, subject: Subject) -> str | None:

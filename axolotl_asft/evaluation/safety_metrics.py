@@ -15,9 +15,10 @@ from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.metrics import (
     DEFAULT_METRIC_ENERGY,
     DEFAULT_METRIC_RANK,
-    OWN_WORDS,
+    JUDGED_WORDS,
     ModelMetric,
     activation_metric,
+    first_words,
     fisher_metric,
 )
 from axolotl_asft.spec import METRICS
@@ -74,15 +75,15 @@ def safety_metrics(
         raise AsftError(f"metric is {unknown[0]!r}; expected one of {', '.join(METRICS)}")
     quieten_libraries()
     loaded, tokenizer = load_model(model, dtype, load_in_4bit, device), load_tokenizer(model)
-    interviewer = Interviewer(loaded, tokenizer, batch_size, OWN_WORDS, name="the aligned model", stage=stage)
+    interviewer = Interviewer(loaded, tokenizer, batch_size, JUDGED_WORDS, name="the aligned model", stage=stage)
     answers = interviewer.answers(HARMFUL_TASK, {"prompts": prompts, "split": "train"})
-    turns = [(answer.asked, answer.answer) for answer in answers]
+    turns = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
     layers, found = _linear_layers(loaded), []
     if "activations" in names:
         advance = stage("read its layers' inputs", len(turns))
         with within_memory(batch_size):
             found.append(activation_metric(loaded, tokenizer, turns, layers, rank, energy, batch_size, advance))
-    refused = [turn for turn in turns if is_refusal(turn[1])]
+    refused = [turn for turn, answer in zip(turns, answers, strict=True) if is_refusal(answer.answer)]
     if "fisher" in names:
         _check_refusals(model, refused, answers)
         advance = stage("weigh what its refusals depend on", len(refused))
@@ -91,7 +92,7 @@ def safety_metrics(
     if harmless is None:
         return AskedModel(found, _evenly(refused))
     answers = interviewer.answers(BORDERLINE_TASK, {"borderline": harmless, "split": "train"})
-    answered = [(answer.asked, answer.answer) for answer in answers]
+    answered = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
     return AskedModel(found, in_turns(_evenly(refused), _evenly(answered)))
 
 
