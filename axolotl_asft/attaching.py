@@ -29,7 +29,8 @@ def attach(
     """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
 
     Args:
-        trainer: a transformers or TRL trainer over a PEFT model.
+        trainer: a transformers or TRL trainer over a PEFT model. One that is loaded to be trained further has to be of
+            plain LoRA initialisation: from where PiSSA and its like have started is not in an adapter's file.
         direction: the alignment direction of the trainer's model.
         lambda_reg: weight of the penalty, 0 or more; 0 leaves the training as it is. None: 0.1 beside an
             anchor under metric="fisher", 0 with max_drift, else 1.
@@ -53,7 +54,7 @@ def attach(
     attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
         raise AsftError("the constraint is attached to this trainer already; attach it once")
-    refuse_unsupported(trainer)
+    refuse_unsupported(trainer, max_drift)
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
     penalty = AlignmentPenalty(trainer.model, direction, **options)
@@ -96,6 +97,14 @@ def refused_of_taken_out(layer: str, max_drift: float | None, anchor_weight: flo
     if (anchor_weight or 0) > 0:
         found.append(f"anchor_weight cannot ask the aligned model: {taken}; set anchor_weight: 0, or {plain}")
     return found
+
+
+def refused_of_continued(layer: str) -> str:
+    """The line for a saved adapter whose start took a part out of the weight: where it started is not in its file."""
+    return (
+        f"{layer} goes on from a saved adapter whose initialisation took a part out of the weight, and how far it has "
+        "gone from there is not known; go on from one with plain LoRA initialisation, or train anew"
+    )
 
 
 def frozen_by_budget(penalty: AlignmentPenalty, max_drift: float | None) -> list[str]:

@@ -12,11 +12,15 @@ from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchor import AnswerAnchor, own_answers_of
 from axolotl_asft.diagnostics import DriftReport
-from axolotl_asft.engines import engine, steps_in_backward
+from axolotl_asft.engines import engine, refuse_switching, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.quiet import without_noise
-from axolotl_asft.stamp import read_stamp, stamp_adapter, stamp_model_card
+from axolotl_asft.resuming import peak_before, refuse_other_constraint
+from axolotl_asft.trained import Trained
+
+# The weights of a saved adapter are rounded, after they were shortened: this much past the budget is no breach.
+ROUNDED = 1.05
 
 
 class Constraint:
@@ -63,10 +67,13 @@ class Constraint:
         self._training_step = trainer.training_step
         self._log = trainer.log
         self._save_model = trainer.save_model
+        self._load = trainer._load_from_checkpoint
+        self._resumed_from: Path | None = None
         self._create_model_card = getattr(trainer, "create_model_card", None)
         trainer.training_step = self.training_step  # type: ignore[method-assign]
         trainer.log = self.log  # type: ignore[method-assign]
         trainer.save_model = self.save_model  # type: ignore[method-assign]
+        trainer._load_from_checkpoint = self.load_from_checkpoint  # type: ignore
         if self._create_model_card is not None:
             trainer.create_model_card = self.create_model_card  # type: ignore[method-assign]
         trainer.add_callback(_EveryStepConstrained(self))
@@ -141,9 +148,13 @@ class Constraint:
             "version": __version__,
         }
 
-    def stamp(self) -> dict[str, Any]:
-        """What a saved adapter says of the constraint that it was trained under."""
-        report = self.report()
+    def stamp(self, report: DriftReport | None = None) -> dict[str, Any]:
+        """What a saved adapter says of the constraint that it was trained under.
+
+        Args:
+            report: of the weights now; default: measured here.
+        """
+        report = report or self.report()
         anchored = {"anchor_kl": self.anchor_kl()} if self._anchor is not None else {}
         return self.settings() | {
             **anchored,
@@ -151,6 +162,11 @@ class Constraint:
             "drift": _significant(report.drift),
             "update_norm": _significant(report.update_norm),
         }
+
+    def load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own, remembered: what it goes on from has to be of this constraint (`begin`)."""
+        self._resumed_from = Path(checkpoint)
+        self._load(checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The trainer's own, and the stamp on what it wrote: final adapters and checkpoints alike."""
@@ -165,7 +181,7 @@ class Constraint:
 
     def mark(self, folder: str | Path | None) -> None:
         """Stamp the adapter and the model card in `folder`, on the main process."""
-        self._write_stamp(folder, self._final_stamp or self.stamp())  # every process measures its sharded weights
+        self._with(self._final_stamp or self.stamp()).mark(folder)  # every process measures its sharded weights
 
     def before_interruption(self) -> None:
         """Somebody is about to save the adapter between any two lines of a step: back to the budget first."""
@@ -176,18 +192,36 @@ class Constraint:
         """Stamp what was saved before the training's end; nothing is measured, since other processes may be gone."""
         state = self.trainer.state
         interrupted = self.settings() | {"interrupted_at": [state.global_step, state.max_steps]}
-        self._write_stamp(self.trainer.args.output_dir, self._final_stamp or interrupted)
+        self._with(self._final_stamp or interrupted).mark_interrupted()
 
-    def _write_stamp(self, folder: str | Path | None, stamp: dict[str, Any]) -> None:
-        if folder is not None and self.trainer.is_world_process_zero():
-            stamp_adapter(folder, stamp)
-            stamp_model_card(folder, stamp)
+    def trained(self) -> Trained:
+        """What is left when the training has ended.
+
+        Raises:
+            AsftError: it has not, for all that the trainer said.
+        """
+        if self._final_stamp is None:
+            raise AsftError(
+                f"{type(self.trainer).__name__} trains without the events of a transformers trainer, so the constraint "
+                "did not see its steps; do not use this adapter"
+            )
+        return self._with(self._final_stamp)
+
+    def _with(self, stamp: dict[str, Any]) -> Trained:
+        is_main, kept = self.trainer.is_world_process_zero(), self.history.is_kept
+        return Trained(self.penalty.direction, stamp, self.trainer.args.output_dir, is_main, kept)
 
     def begin(self) -> None:
         """Training starts."""
         self._steps, self._shortened, self._final_stamp = 0, 0, None
         state, arguments = self.trainer.state, self.trainer.args
-        self._peak = self._peak_before()
+        if self.max_drift is not None:
+            refuse_switching(self.trainer.optimizer)
+        self._peak = None
+        if state.global_step:
+            refuse_other_constraint(self._checkpoint(), self.settings())
+            peak = peak_before(self._checkpoint(), state.log_history)
+            self._peak = None if peak is None else torch.tensor(peak)
         self._first_step = state.global_step
         self._divergences.clear()
         if self._anchor is not None:
@@ -198,14 +232,10 @@ class Constraint:
             self.history.header |= header | {"processes": arguments.world_size}
             self.history.begin(arguments.output_dir or ".", state.global_step, state.max_steps, state.log_history)
 
-    def _peak_before(self) -> Tensor | None:
-        """The penalty's peak before a stop: what the checkpoint's stamp says, and the lines of the log."""
-        state, folder = self.trainer.state, Path(self.trainer.args.output_dir or ".")
-        known = [line.get("asft/penalty") for line in state.log_history]
-        if state.global_step:
-            known.append(read_stamp(folder / f"checkpoint-{state.global_step}").get("penalty_peak"))
-        known = [value for value in known if value is not None]
-        return torch.tensor(known).max() if known else None
+    def _checkpoint(self) -> Path:
+        """That the trainer has gone on from."""
+        last = Path(self.trainer.args.output_dir or ".") / f"checkpoint-{self.trainer.state.global_step}"
+        return self._resumed_from or last
 
     def check_step(self) -> None:
         """Refuse an optimizer step without the penalty's gradient."""
@@ -227,7 +257,13 @@ class Constraint:
         constrained = self._steps if self.max_drift is None else min(self._steps, self._shortened)
         if constrained != steps:
             raise AsftError(f"{steps} steps were trained, {constrained} of them constrained; do not use this adapter")
-        self._final_stamp = self.stamp()
+        report = self.report()
+        if self.max_drift is not None and report.max_drift > ROUNDED * self.max_drift:
+            raise AsftError(
+                f"the update ended at {report.max_drift:.3g} times what alignment moved, past max_drift "
+                f"{self.max_drift:g}: something changed the weights after their steps; do not use this adapter"
+            )
+        self._final_stamp = self.stamp(report)
 
     def _note(self, value: Tensor) -> None:
         value = self.lambda_reg * value

@@ -11,7 +11,7 @@ from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
-from axolotl_asft.attaching import frozen_by_budget, refused_of_taken_out
+from axolotl_asft.attaching import frozen_by_budget, refused_of_continued, refused_of_taken_out
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
 from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
@@ -95,7 +95,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         )
     cfg = validated_config(content, remote_code)
     block = parse_block(cfg.asft.to_dict())
-    _try(check, lambda: refuse_optimizer(str(cfg.optimizer)))
+    _try(check, lambda: refuse_optimizer(str(cfg.optimizer), block.max_drift))
     direction = _try(check, lambda: _direction(check, block))
     if direction is not None:
         _try(check, lambda: _compare_weights(check, block, direction, cfg))
@@ -116,7 +116,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         return
     if (block.anchor_weight or 0) > 0:
         _try(check, lambda: own_answers_of(direction.spec))
-    _refuse_initialisation(check, block, layers, initialisation, Path(cfg.base_model).expanduser().is_dir())
+    _refuse_initialisation(check, block, layers, initialisation, cfg)
     penalty = _match(check, block, direction, model, layers)
     if penalty is None:
         return
@@ -206,12 +206,15 @@ def _revision(cfg: Any) -> str | None:
 
 
 def _refuse_initialisation(
-    check: Check, block: AsftArgs, layers: list[FoundLayer], initialisation: str | bool, local: bool
+    check: Check, block: AsftArgs, layers: list[FoundLayer], initialisation: str | bool, cfg: Any
 ) -> None:
     """What a run finds out about an initialisation that takes a part out of the weights, which was not run here."""
     if not takes_out(initialisation):
         return
+    if cfg.lora_model_dir:
+        check.errors.append(refused_of_continued(layers[0].name))
     check.errors += refused_of_taken_out(layers[0].name, block.max_drift, block.anchor_weight)
+    local = Path(cfg.base_model).expanduser().is_dir()
     if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):
         check.errors.append(
             "LoftQ replaces the weights by rounded ones, so that the run can tell the model by its files alone; give "

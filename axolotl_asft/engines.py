@@ -1,5 +1,7 @@
 """What carries the training (one device, DDP, FSDP2), and which of it the constraint can join."""
 
+from typing import Any
+
 from transformers import Trainer
 
 from axolotl_asft.errors import AsftError
@@ -12,6 +14,8 @@ DEEPSPEED = (
 FSDP1 = "FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2"
 # They take the gradient of each weight as it comes, before the whole of it is known.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
+# They keep the weights twice, evaluate and save one of them, and a budget would see the other alone.
+KEEPS_TWO_WEIGHTS = "schedule_free"
 
 
 def engine(trainer: Trainer) -> str:
@@ -20,7 +24,7 @@ def engine(trainer: Trainer) -> str:
     return str(getattr(kind, "value", kind))
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: Trainer, max_drift: float | None = None) -> None:
     """One line for a way of training in which the constraint would not be what it promises.
 
     Raises:
@@ -36,11 +40,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
     elif kind not in REPLICATED:
         raise AsftError(f"training under {kind} is not supported by the constraint; use one device, DDP or FSDP2")
     _refuse_other_parallelism(trainer)
-    refuse_optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
+    refuse_optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim)), max_drift)
 
 
-def refuse_optimizer(optimizer: str) -> None:
-    """One line for an optimizer that steps during the backward pass.
+def refuse_optimizer(optimizer: str, max_drift: float | None) -> None:
+    """One line for an optimizer that steps during the backward pass, or that a budget cannot hold.
 
     Raises:
         AsftError: it does, by its name.
@@ -48,6 +52,19 @@ def refuse_optimizer(optimizer: str) -> None:
     name = optimizer.lower()
     if name in STEPS_IN_BACKWARD or name.endswith("layerwise"):
         raise AsftError(steps_in_backward(name))
+    if max_drift is not None and name.startswith(KEEPS_TWO_WEIGHTS):
+        raise AsftError(keeps_two_weights(name))
+
+
+def refuse_switching(optimizer: Any) -> None:
+    """One line for an optimizer that swaps the weights for evaluation, which a budget cannot hold.
+
+    Raises:
+        AsftError: it does.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the methods whatever is in it
+    if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
+        raise AsftError(keeps_two_weights(type(inner).__name__))
 
 
 def _refuse_other_parallelism(trainer: Trainer) -> None:
@@ -62,6 +79,14 @@ def steps_in_backward(optimizer: str) -> str:
     return (
         f"optimizer {optimizer} steps during the backward pass, before the gradient is complete; use another "
         "optimizer, for example adamw_8bit"
+    )
+
+
+def keeps_two_weights(optimizer: str) -> str:
+    """The line for an optimizer under which the weights that are saved are not those that are kept to a budget."""
+    return (
+        f"optimizer {optimizer} evaluates and saves an average of the weights, which max_drift cannot hold; use "
+        "another optimizer, for example adamw_8bit, or lambda_reg in place of max_drift"
     )
 
 

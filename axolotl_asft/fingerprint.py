@@ -84,7 +84,7 @@ def mismatches(
 ) -> int | None:
     """How many of the block's weights differ in `weight`: a plain or bitsandbytes weight of the loaded model.
 
-    None where they cannot be compared: integers without the scales of their rows.
+    None where they cannot be compared: integers without the scales of their rows, and floating point of 8 bits.
 
     Args:
         block: the kept (<= 64,) weights.
@@ -92,6 +92,8 @@ def mismatches(
         taken_out: A (r, in) and scaling B (out, r) whose product was subtracted from the weight (PiSSA and its like).
     """
     quant_state = getattr(weight, "quant_state", None)
+    if weight.is_floating_point() and weight.element_size() == 1:
+        return None
     if taken_out is not None:
         block = block - _entries(module, *taken_out, count=len(block))
         if quant_state is None and weight.is_floating_point():
@@ -131,6 +133,7 @@ def _mismatches_4bit(module: str, block: Tensor, weight: Tensor, quant_state) ->
     if getattr(quant_state, "packing_format_for_cpu", False):
         # a model that has answered on a CPU with bf16 instructions keeps its weights in another order
         data, quant_state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(quant_state))
+    data = data.to(quant_state.absmax.device)  # layer_offloading keeps the weights elsewhere
     loaded = dequantize_4bit(data, quant_state).reshape(-1)[start : start + BLOCK].float().cpu()
     if len(loaded) != len(block):
         return len(block)

@@ -85,7 +85,8 @@ class HistoryWriter:
             "platform": platform.platform(),
             "versions": installed_versions(),
         }
-        header = redacted(start | self.header)
+        # YAML knows .inf and .nan, and JSON does not: there they are words
+        header = json.loads(json.dumps(redacted(start | self.header), default=str), parse_constant=str)
         lines = []
         if step:
             header["resumed_at_steps"] = [step]

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from axolotl_asft.constraint import Constraint
+from axolotl_asft.trained import Trained
 
 
 class StampOnInterrupt(TrainerCallback):
@@ -18,7 +19,7 @@ class StampOnInterrupt(TrainerCallback):
     and forked workers of the data loader.
     """
 
-    def __init__(self, constraint: Callable[[], Constraint | None]):
+    def __init__(self, constraint: Callable[[], Constraint | Trained | None]):
         """`constraint` gives the one that is trained under, or None; a handler stays, and should not keep it alive."""
         self._constraint = constraint
 

@@ -13,13 +13,14 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.schemas.config import AxolotlInputConfig
 
 from axolotl_asft.args import AsftArgs, parse_block
-from axolotl_asft.attaching import attach
+from axolotl_asft.attaching import attach, refused_of_continued
 from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_strays
 from axolotl_asft.interruption import StampOnInterrupt
+from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import written_config
 
@@ -41,7 +42,8 @@ class AsftPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._loaded: tuple[AsftArgs, AlignmentDirection, bool] | None = None
-        self._constraint: Constraint | None = None
+        self._constraint: Constraint | None = None  # until the training ends
+        self._trained: Trained | None = None
         self._pictured = False
 
     def get_input_args(self) -> str:
@@ -85,8 +87,12 @@ class AsftPlugin(BasePlugin):
         if verified and _loftq(cfg):
             options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
         plugin = weakref.ref(self)  # of a sweep each run has a plugin of its own, and leaves a handler behind
-        trainer.add_callback(StampOnInterrupt(lambda: getattr(plugin(), "_constraint", None)))
+        trainer.add_callback(StampOnInterrupt(lambda: _held(plugin())))
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
+        if cfg.lora_model_dir:
+            taken_out = [layer.name for layer in self._constraint.penalty.layers if layer.was_taken_out]
+            if taken_out:
+                raise AsftError(refused_of_continued(taken_out[0]))
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
             "direction_file": _absolute(block.direction),
@@ -96,24 +102,27 @@ class AsftPlugin(BasePlugin):
         """axolotl saves the adapter itself at the end, past the trainer's save_model.
 
         Called when training ends and again when the adapter and its card are saved: the card finds its picture drawn.
+        From then on nothing here holds the model: other plugins want its memory.
         """
-        if self._constraint is None:
+        if self._constraint is not None:
+            self._trained, self._constraint = self._constraint.trained(), None
+        if self._trained is None:
             raise AsftError("training ended without the constraint being attached; do not use its adapter")
         if not self._pictured:
             self._pictured = True
             self._draw(cfg, lambda write: write.draw_training_picture(cfg.output_dir))
-        self._constraint.mark(cfg.output_dir)
+        self._trained.mark(cfg.output_dir)
 
     def post_train_unload(self, cfg: Any) -> None:
         """The last hook of `axolotl train`: everything is saved, and can be drawn."""
-        if self._constraint is not None:
-            direction = self._constraint.penalty.direction
+        if self._trained is not None:
+            direction = self._trained.direction
             self._draw(cfg, lambda write: write.write_report(cfg.output_dir, direction=direction))
 
     def _draw(self, cfg: Any, draw: Callable[[Any], Any]) -> None:
         """Draw on the main process; a picture that cannot be drawn costs a warning, never the run."""
-        assert self._constraint is not None
-        if not self._constraint.history.is_kept or os.environ.get("ASFT_REPORT") == "0":
+        assert self._trained is not None
+        if not self._trained.has_history or os.environ.get("ASFT_REPORT") == "0":
             return
         by_hand = f"axolotl asft report {cfg.output_dir}"
         if importlib.util.find_spec("matplotlib") is None:
@@ -133,6 +142,11 @@ class AsftPlugin(BasePlugin):
             direction = AlignmentDirection.load(block.direction, block.direction_sha256)
             self._loaded = block, direction, block.verify_model and verify_checkpoint(direction, cfg.base_model)
         return self._loaded[1:]
+
+
+def _held(plugin: AsftPlugin | None) -> Constraint | Trained | None:
+    """What stamps an adapter that is saved at Ctrl-C."""
+    return None if plugin is None else plugin._constraint or plugin._trained
 
 
 def _asks_for_fsdp2(cfg: Any) -> bool:

@@ -1,8 +1,10 @@
 """The constraint in a plain transformers Trainer: once per optimizer step, and only the gradient of it."""
 
+import gc
 import json
 import math
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
 from axolotl_asft.errors import AsftError
-from axolotl_asft.history import read_history
+from axolotl_asft.history import HISTORY_FILE, read_history
+from axolotl_asft.resuming import refuse_other_constraint
+from axolotl_asft.stamp import read_stamp
 
 LAMBDA = 20.0
 
@@ -288,6 +292,79 @@ def test_resuming_gives_the_same_weights(pair, rows, direction, tmp_path):
         torch.testing.assert_close(lora_weights(resumed)[name], weight, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [
+        (None, "was trained without the constraint, and a run that goes on from it would pass for a constrained one"),
+        ({"lambda_reg": 1.0}, "was trained under lambda_reg 1.0, and this run asks for 20.0"),
+        ({"lambda_reg": LAMBDA, "max_drift": 0.5}, "was trained under max_drift 0.5, and this run asks for None"),
+        (
+            {"lambda_reg": LAMBDA, "modules": ["q_proj"]},
+            r"was trained under modules \['q_proj'\], and this run asks for",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_constraint_is_not_gone_on_from(pair, rows, direction, tmp_path, before, found):
+    """What is saved says one thing of the whole run; the whole run has to have been so."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(pair, rows, tmp_path, **options | {"max_steps": 2})
+    if before is not None:
+        attach(first, direction, on_uncovered="ignore", **before)
+    first.train()
+    resumed = make_trainer(pair, rows, tmp_path, **options)
+    attach(resumed, direction, LAMBDA)
+    weights = (tmp_path / "checkpoint-2" / "adapter_config.json").read_text()
+    with pytest.raises(AsftError, match=f"checkpoint-2 {found}"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert (tmp_path / "checkpoint-2" / "adapter_config.json").read_text() == weights
+
+
+def test_a_checkpoint_in_pieces_is_told_by_the_history_beside_it(pair, rows, direction, tmp_path):
+    """FSDP2's has no adapter that could bear a stamp."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    settings = attach(trainer, direction, LAMBDA).settings()
+    trainer.train()
+    (tmp_path / "checkpoint-2").mkdir()
+    refuse_other_constraint(tmp_path / "checkpoint-2", settings)
+    with pytest.raises(AsftError, match="this run asks for 5"):
+        refuse_other_constraint(tmp_path / "checkpoint-2", settings | {"lambda_reg": 5.0})
+    (tmp_path / HISTORY_FILE).unlink()
+    with pytest.raises(AsftError, match="without the constraint"):
+        refuse_other_constraint(tmp_path / "checkpoint-2", settings)
+
+
+def test_a_loop_without_events_is_no_constrained_training(pair, rows, direction, tmp_path):
+    class Own(Trainer):
+        def train(self, *args, **kwargs):
+            weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+            optimizer = torch.optim.SGD(weights, lr=1e-3)
+            self.model(input_ids=torch.ones(1, 4).long(), labels=torch.ones(1, 4).long()).loss.backward()
+            optimizer.step()
+
+    trainer = make_trainer(pair, rows, tmp_path, cls=Own)
+    constraint = attach(trainer, direction, LAMBDA)
+    trainer.train()
+    with pytest.raises(AsftError, match="Own trains without the events of a transformers trainer, so the"):
+        constraint.trained()
+
+
+def test_what_is_left_of_a_training_holds_no_model(pair, rows, direction, tmp_path):
+    """Other plugins come after ours, and want the memory."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    constraint = attach(trainer, direction, LAMBDA)
+    trainer.train()
+    trained, stamp = constraint.trained(), constraint.stamp()
+    living = [weakref.ref(trainer), weakref.ref(trainer.model)]
+    del trainer, constraint
+    gc.collect()
+    assert [alive() for alive in living] == [None, None]
+    assert trained.stamp == stamp
+    (tmp_path / "adapter_config.json").write_text("{}")
+    trained.mark(tmp_path)
+    assert read_stamp(tmp_path)["lambda_reg"] == LAMBDA
+
+
 def test_training_twice(pair, rows, direction, tmp_path):
     trainer = make_trainer(pair, rows, tmp_path)
     attach(trainer, direction, LAMBDA)
@@ -302,13 +379,13 @@ def test_the_peak_is_of_the_whole_run(pair, rows, direction, tmp_path):
     whole = make_trainer(pair, rows, tmp_path / "whole", **options)
     attach(whole, direction, LAMBDA)
     whole.train()
-    logged = [line["asft/penalty"] for line in training_lines(whole)]
-    assert logged[0] > 1.01 * logged[2]
+    peak = whole.state.log_history[-1]["asft/penalty_peak"]
+    assert peak > 1.01 * training_lines(whole)[0]["asft/penalty"], "it was before the first step"
     resumed = make_trainer(pair, rows, tmp_path / "resumed", **options)
     constraint = attach(resumed, direction, LAMBDA)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert constraint.stamp()["penalty_peak"] == logged[0]
-    assert resumed.state.log_history[-1]["asft/penalty_peak"] == logged[0]
+    assert constraint.stamp()["penalty_peak"] == peak
+    assert resumed.state.log_history[-1]["asft/penalty_peak"] == peak
 
 
 def test_the_peak_before_a_stop_is_known_without_a_log_line(pair, rows, direction, tmp_path):

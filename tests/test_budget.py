@@ -5,9 +5,12 @@ import logging
 import pytest
 import torch
 from lora_models import lora_model, untouched
+from schedulefree import AdamWScheduleFree
 from trainers import lora_weights, make_trainer, training_lines
+from transformers import TrainerCallback
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
+from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
 from axolotl_asft.penalty import projector_eigenvalues
 
@@ -136,3 +139,44 @@ def test_the_number_means_the_same_for_a_model_of_another_scale(pair, rows, tmp_
     for layer in layers.layers:
         layer.B.data *= 10
     assert relative(layers) == pytest.approx(shares, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_sgd"])
+def test_an_optimizer_that_saves_other_weights_than_it_trains_is_refused(name):
+    """Schedule-free averages lie between two weights, one of which no budget sees."""
+    refuse_optimizer(name, None)
+    with pytest.raises(AsftError, match=f"optimizer {name} evaluates and saves an average of the weights, which max_"):
+        refuse_optimizer(name, 0.1)
+
+
+def test_an_optimizer_of_one_s_own_that_does_so_is_refused_too(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    trainer.optimizer = AdamWScheduleFree(weights, lr=1e-3)
+    attach(trainer, direction, max_drift=0.1)
+    with pytest.raises(AsftError, match="optimizer AdamWScheduleFree evaluates and saves an average"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("grown", [1.0, 1.5])
+def test_what_ends_past_the_budget_is_no_adapter(pair, rows, direction, tmp_path, grown):
+    """Whoever changes the weights after their steps: the stamp would promise what is not so."""
+
+    class Grow(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if "lora_B" in name:
+                        weight *= grown
+
+    trainer = make_trainer(pair, rows, tmp_path)
+    constraint = attach(trainer, direction, max_drift=0.05)
+    trainer.add_callback(Grow())
+    if grown == 1:
+        trainer.train()
+        assert constraint.trained().stamp["max_drift"] == 0.05
+        return
+    with pytest.raises(AsftError, match=r"the update ended at 0.075 times what alignment moved, past max_drift 0.05"):
+        trainer.train()
+    with pytest.raises(AsftError, match="do not use this adapter"):
+        constraint.trained()

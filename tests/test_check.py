@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from lora_models import lora_model
 from tiny import axolotl, make_dataset, random_metric, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,6 +130,7 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"type_of_model": "LamaForCausalLM"}, "which transformers does not have"),
         ({"max_drift": 0.1}, {"peft_init_lora_weights": "pissa"}, "max_drift cannot shorten"),
         ({"anchor_weight": 1}, {"peft_init_lora_weights": "pissa"}, "anchor_weight cannot ask the aligned model"),
+        ({"max_drift": 0.1}, {"optimizer": "schedule_free_adamw"}, "which max_drift cannot hold"),
         ({"anchor_weight": 1}, {}, "anchor_weight needs the aligned model's own answers"),
         ({}, {"asft": None, "plugins": None}, "the config has no asft: block"),
     ],
@@ -428,3 +430,12 @@ def test_through_axolotls_command_line(pair, direction_file, tmp_path):
     assert found["fine"]
     run = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
     assert f"{len(found['constrained'])} layers constrained" in run.stdout + run.stderr
+
+
+def test_a_saved_adapter_that_took_a_part_out_is_not_gone_on_from(checked, pair, tmp_path):
+    """Where PiSSA started is not in its file."""
+    model = lora_model(pair[1], random_b=False, init_lora_weights="pissa")
+    model.save_pretrained(tmp_path / "pissa")
+    status, found = checked(lora_model_dir=str(tmp_path / "pissa"))
+    assert status == 2
+    assert [line for line in found["errors"] if "goes on from a saved adapter whose initialisation took a part" in line]

@@ -61,6 +61,21 @@ def test_resuming_gives_the_same_weights(forked_train, pair, dataset, direction_
         assert [line["step"] for line in history.lines if "loss" in line] == [1, 2, 3, 4]
 
 
+def test_a_plain_run_is_not_gone_on_from(forked_train, pair, dataset, direction_file, tmp_path):
+    """Whoever adds the block to a config that trains into the same folder, and resumes by itself."""
+    options = {"save_strategy": "steps", "save_steps": 2, "auto_resume_from_checkpoints": True}
+    status, output = forked_train(write_config(tmp_path, pair[1], dataset, None, max_steps=2, **options))
+    assert status == 0, output
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    block = {"direction": str(direction_file)}
+    status, output = forked_train(write_config(tmp_path, pair[1], dataset, block, max_steps=4, **options))
+    assert status == 1, output
+    (line,) = [line for line in output.splitlines() if line.startswith("asft: ")] or [output]
+    assert "checkpoint-2 was trained without the constraint, and a run that goes on from it would pass for a" in line
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert "asft" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+
+
 def test_evaluation_lines_have_the_tasks_numbers_alone(trained):
     lines = [line for line in log_history(trained) if "eval_loss" in line]
     assert lines

@@ -195,3 +195,8 @@ def test_small_and_reshaped_weights():
 def test_hostile_blocks(text):
     with pytest.raises(AsftError, match="the direction's fingerprint"):
         decode_block(text)
+
+
+def test_8_bit_floating_point_cannot_be_compared():
+    block = weight().reshape(-1)[:BLOCK]
+    assert mismatches("layer", block, weight().to(torch.float8_e4m3fn)) is None

@@ -217,3 +217,12 @@ def test_secrets_of_the_config_are_not_written(tmp_path):
     writer.begin(tmp_path, 0, 1, [])
     assert "abcdefgh" not in (tmp_path / HISTORY_FILE).read_text()
     assert json.loads(lines_of(tmp_path)[0])["config"] == {"hub_token": "[redacted]", "lora_r": 8}
+
+
+def test_numbers_that_json_does_not_know(tmp_path):
+    """`max_grad_norm: .inf` is the usual way to log the norm of the gradient without clipping it."""
+    writer = HistoryWriter(LAYERS)
+    writer.header["config"] = {"max_grad_norm": float("inf"), "folder": tmp_path, "rates": [0.1, float("nan")]}
+    writer.begin(tmp_path, 0, 4, [])
+    config = read_history(tmp_path).header["config"]
+    assert config == {"max_grad_norm": "Infinity", "folder": str(tmp_path), "rates": [0.1, "NaN"]}

@@ -17,7 +17,7 @@ ORDER = [
     "direction", "initialisation", "metrics", "lora", "saved",
     "sources", "readahead", "partial", "devices", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "stamp", "history", "adapter_folder", "project", "engines",
-    "templates", "quiet", "anchor", "constraint", "interruption", "attaching",
+    "templates", "quiet", "anchor", "trained", "resuming", "constraint", "interruption", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",
     "args", "schema", "guard", "registration", "startup", "plugin", "summary", "spectra_chart",
