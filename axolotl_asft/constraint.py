@@ -16,7 +16,7 @@ from axolotl_asft.engines import engine, refuse_switching, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.quiet import without_noise
-from axolotl_asft.resuming import peak_before, refuse_other_constraint
+from axolotl_asft.resuming import peak_before, refuse_resumed
 from axolotl_asft.trained import Trained
 
 # The weights of a saved adapter are rounded, after they were shortened: this much past the budget is no breach.
@@ -219,7 +219,7 @@ class Constraint:
             refuse_switching(self.trainer.optimizer)
         self._peak = None
         if state.global_step:
-            refuse_other_constraint(self._checkpoint(), self.settings())
+            refuse_resumed(self.trainer, self._checkpoint(), self.settings())
             peak = peak_before(self._checkpoint(), state.log_history)
             self._peak = None if peak is None else torch.tensor(peak)
         self._first_step = state.global_step

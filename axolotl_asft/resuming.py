@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HISTORY_FILE, read_history
 from axolotl_asft.stamp import read_stamp
@@ -39,6 +42,24 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint} was trained under {key} {then}, and this run asks for {now}; go on with the constraint of "
             "the checkpoint, or start anew in another output_dir"
         )
+
+
+def refuse_resumed(trainer: Trainer, checkpoint: Path, settings: dict[str, Any]) -> None:
+    """`refuse_other_constraint` by the main process, on whose disk stamp and history are, for all of them.
+
+    Raises:
+        AsftError: on every process, what the main one found.
+    """
+    found: list[str | None] = [None]
+    if trainer.is_world_process_zero():
+        try:
+            refuse_other_constraint(checkpoint, settings)
+        except AsftError as error:
+            found = [str(error)]
+    if trainer.args.world_size > 1:
+        broadcast_object_list(found)
+    if found[0] is not None:
+        raise AsftError(found[0])
 
 
 def peak_before(checkpoint: Path, logged: list[dict[str, Any]]) -> float | None:

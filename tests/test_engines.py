@@ -63,7 +63,7 @@ def unconstrained(forked_train, pair, dataset, direction_file, start, tmp_path_f
     return config
 
 
-def two_processes(config, launcher, count):
+def two_processes(config, launcher, count, check=True):
     return axolotl(
         "train",
         str(config),
@@ -72,6 +72,7 @@ def two_processes(config, launcher, count):
         "--",
         *count,
         cwd=config.parent,
+        check=check,
         ACCELERATE_USE_CPU="true",
         OMP_NUM_THREADS="1",
     )
@@ -137,6 +138,20 @@ def test_the_anchor_under_ddp_equals_one_process(forked_train, start, pair, data
     assert distance(one, two) < 0.002
     for line, other in zip(log_history(configs[1])[:STEPS], log_history(configs[2])[:STEPS], strict=True):
         assert other["asft/anchor_kl"] == pytest.approx(line["asft/anchor_kl"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_constraint_ends_every_process(one_process, pair, dataset, direction_file, tmp_path):
+    """The main process looks at it, and says so to the others, on whose disks it need not be."""
+    checkpoint = sorted((one_process.parent / "out").glob("checkpoint-*"))[0]
+    options = {**RUN, "resume_from_checkpoint": str(checkpoint), "plugins": ["asft", "cpu_plugin.CpuPlugin"]}
+    config = write_config(tmp_path, pair[1], dataset, block(direction_file, lambda_reg=7.0), **options)
+    result = two_processes(config, "torchrun", ["--nproc_per_node=2"], check=False)
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert f"{checkpoint} was trained under lambda_reg" in output, output
+    assert "and this run asks for 7.0" in output
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("rank", [4, 3])
