@@ -88,6 +88,7 @@ class AsftPlugin(BasePlugin):
             options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
         plugin = weakref.ref(self)  # of a sweep each run has a plugin of its own, and leaves a handler behind
         trainer.add_callback(StampOnInterrupt(lambda: _held(plugin())))
+        self._trained = None
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
         if cfg.lora_model_dir:
             taken_out = [layer.name for layer in self._constraint.penalty.layers if layer.was_taken_out]
