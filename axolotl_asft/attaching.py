@@ -99,11 +99,11 @@ def refused_of_taken_out(layer: str, max_drift: float | None, anchor_weight: flo
     return found
 
 
-def refused_of_continued(layer: str) -> str:
+def refused_of_continued(adapter: str) -> str:
     """The line for a saved adapter whose start took a part out of the weight: where it started is not in its file."""
     return (
-        f"{layer} goes on from a saved adapter whose initialisation took a part out of the weight, and how far it has "
-        "gone from there is not known; go on from one with plain LoRA initialisation, or train anew"
+        f"the initialisation of the adapter {adapter} took a part out of the weights, and how far it has gone from "
+        "there is not known; go on from one with plain LoRA initialisation, or train anew"
     )
 
 

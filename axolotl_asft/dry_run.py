@@ -212,7 +212,7 @@ def _refuse_initialisation(
     if not takes_out(initialisation):
         return
     if cfg.lora_model_dir:
-        check.errors.append(refused_of_continued(layers[0].name))
+        check.errors.append(refused_of_continued(cfg.lora_model_dir))
     check.errors += refused_of_taken_out(layers[0].name, block.max_drift, block.anchor_weight)
     local = Path(cfg.base_model).expanduser().is_dir()
     if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):

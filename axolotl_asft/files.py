@@ -82,18 +82,21 @@ def locked(path: Path, busy: str) -> TextIO:
         busy: what to say where another process holds it.
 
     Raises:
-        AsftError: another process does.
+        AsftError: another process does, or the file is somebody else's.
     """
-    lock = path.open("w")
+    try:
+        lock = path.open("w")
+    except OSError as error:
+        raise AsftError(f"{path} cannot be written ({error.strerror}); give another --output") from error
     try:
         import fcntl
-    except ImportError:
-        return lock
-    try:
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         raise AsftError(busy) from None
+    except (ImportError, OSError):
+        return lock
     return lock
 
 

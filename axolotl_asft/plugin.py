@@ -19,6 +19,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_strays
+from axolotl_asft.initialisation import takes_out
 from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
@@ -88,12 +89,10 @@ class AsftPlugin(BasePlugin):
             options["verify_model"] = False  # LoftQ rounds the weights as it loads them: their files were looked at
         plugin = weakref.ref(self)  # of a sweep each run has a plugin of its own, and leaves a handler behind
         trainer.add_callback(StampOnInterrupt(lambda: _held(plugin())))
-        self._trained = None
+        if cfg.lora_model_dir and any(map(_takes_out, trainer.model.peft_config.values())):
+            raise AsftError(refused_of_continued(cfg.lora_model_dir))
+        self._trained, self._pictured = None, False
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
-        if cfg.lora_model_dir:
-            taken_out = [layer.name for layer in self._constraint.penalty.layers if layer.was_taken_out]
-            if taken_out:
-                raise AsftError(refused_of_continued(taken_out[0]))
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
             "direction_file": _absolute(block.direction),
@@ -159,6 +158,10 @@ def _absolute(direction: str) -> str:
     """A direction file's whole path, for those who look for it from elsewhere; a place on the Hub as it is."""
     path = Path(direction).expanduser()
     return str(path.resolve()) if path.is_file() else direction
+
+
+def _takes_out(adapter: Any) -> bool:
+    return takes_out(getattr(adapter, "init_lora_weights", True))
 
 
 def _loftq(cfg: Any) -> bool:

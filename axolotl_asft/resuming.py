@@ -1,5 +1,6 @@
 """Going on from a checkpoint: what comes out is stamped as one run, so all of it has to be under one constraint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.history import HISTORY_FILE, read_history
+from axolotl_asft.files import atomic_write_text, read_json
 from axolotl_asft.stamp import read_stamp
 
+STAMP_FILE = "asft_constraint.json"  # in a checkpoint without an adapter_config.json
 # Of the constraint's settings those that say what the weights were trained under.
 WHAT_HOLDS = (
     "direction_sha256", "lambda_reg", "projector", "rank", "metric", "max_drift", "anchor_weight", "lora_scaling",
@@ -27,7 +29,7 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
     Raises:
         AsftError: it is one.
     """
-    before = read_stamp(checkpoint) or _history_of(checkpoint.parent)
+    before, asked = _stamp_of(checkpoint), json.loads(json.dumps(settings, default=list))
     if not before:
         raise AsftError(
             f"{checkpoint} was trained without the constraint, and a run that goes on from it would pass for a "
@@ -35,7 +37,7 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
             "auto_resume_from_checkpoints"
         )
     for key in WHAT_HOLDS:
-        then, now = before.get(key), settings[key]
+        then, now = before.get(key), asked[key]
         if key not in before or then == now or (key == "direction_sha256" and None in (then, now)):
             continue
         raise AsftError(
@@ -64,13 +66,24 @@ def refuse_resumed(trainer: Trainer, checkpoint: Path, settings: dict[str, Any])
 
 def peak_before(checkpoint: Path, logged: list[dict[str, Any]]) -> float | None:
     """The penalty's peak up to a checkpoint: what its stamp says, and the lines of the log; None where neither does."""
-    known = [read_stamp(checkpoint).get("penalty_peak"), *(line.get("asft/penalty") for line in logged)]
+    known = [_stamp_of(checkpoint).get("penalty_peak"), *(line.get("asft/penalty") for line in logged)]
     return max((value for value in known if value is not None), default=None)
 
 
-def _history_of(folder: Path) -> dict[str, Any]:
-    """The constraint of the run in a folder: FSDP2 keeps checkpoints in pieces, without an adapter that is stamped."""
-    if not (folder / HISTORY_FILE).is_file():
-        return {}
-    constraint = read_history(folder).header.get("constraint")
-    return constraint if isinstance(constraint, dict) else {}
+def last_checkpoint(trainer: Trainer) -> Path:
+    """Where transformers keeps one of this step."""
+    return Path(trainer.args.output_dir or ".") / f"checkpoint-{trainer.state.global_step}"
+
+
+def mark_checkpoint(trainer: Trainer, stamp: dict[str, Any]) -> None:
+    """Leave in a new checkpoint what it was trained under, where it has no adapter that says so: FSDP2's, in pieces."""
+    checkpoint = last_checkpoint(trainer)
+    if trainer.is_world_process_zero() and checkpoint.is_dir() and not read_stamp(checkpoint):
+        atomic_write_text(checkpoint / STAMP_FILE, json.dumps(stamp, indent=1, default=list) + "\n")
+
+
+def _stamp_of(checkpoint: Path) -> dict[str, Any]:
+    found = read_stamp(checkpoint)
+    if not found and (checkpoint / STAMP_FILE).is_file():
+        found = read_json(checkpoint / STAMP_FILE, "go on from another checkpoint")
+    return found

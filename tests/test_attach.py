@@ -17,8 +17,8 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
 from axolotl_asft.errors import AsftError
-from axolotl_asft.history import HISTORY_FILE, read_history
-from axolotl_asft.resuming import refuse_other_constraint
+from axolotl_asft.history import read_history
+from axolotl_asft.resuming import STAMP_FILE, peak_before, refuse_other_constraint
 from axolotl_asft.stamp import read_stamp
 
 LAMBDA = 20.0
@@ -320,16 +320,26 @@ def test_a_checkpoint_of_another_constraint_is_not_gone_on_from(pair, rows, dire
     assert (tmp_path / "checkpoint-2" / "adapter_config.json").read_text() == weights
 
 
-def test_a_checkpoint_in_pieces_is_told_by_the_history_beside_it(pair, rows, direction, tmp_path):
-    """FSDP2's has no adapter that could bear a stamp."""
-    trainer = make_trainer(pair, rows, tmp_path)
-    settings = attach(trainer, direction, LAMBDA).settings()
+def test_a_checkpoint_in_pieces_says_what_it_was_trained_under(pair, rows, direction, tmp_path):
+    """FSDP2's has no adapter that could bear a stamp, and may be moved."""
+    trainer = make_trainer(pair, rows, tmp_path, save_strategy="steps", save_steps=2)
+    constraint = attach(trainer, direction, LAMBDA, modules=("q_proj",), on_uncovered="ignore")
+    settings = constraint.settings()
+    assert settings["modules"] == ("q_proj",)
+
+    def in_pieces(folder, *args, **kwargs):
+        Path(folder).mkdir(parents=True)
+
+    trainer.save_model = in_pieces
     trainer.train()
-    (tmp_path / "checkpoint-2").mkdir()
+    assert not (tmp_path / "checkpoint-2" / "adapter_config.json").exists()
+    assert peak_before(tmp_path / "checkpoint-2", []) == constraint.penalty_peak()
+    (tmp_path / "checkpoint-2").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "checkpoint-2")
     refuse_other_constraint(tmp_path / "checkpoint-2", settings)
     with pytest.raises(AsftError, match="this run asks for 5"):
         refuse_other_constraint(tmp_path / "checkpoint-2", settings | {"lambda_reg": 5.0})
-    (tmp_path / HISTORY_FILE).unlink()
+    (tmp_path / "checkpoint-2" / STAMP_FILE).unlink()
     with pytest.raises(AsftError, match="without the constraint"):
         refuse_other_constraint(tmp_path / "checkpoint-2", settings)
 

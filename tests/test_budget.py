@@ -180,3 +180,13 @@ def test_what_ends_past_the_budget_is_no_adapter(pair, rows, direction, tmp_path
         trainer.train()
     with pytest.raises(AsftError, match="do not use this adapter"):
         constraint.trained()
+
+
+def test_weights_in_half_precision_may_round_past_it(pair, rows, direction, tmp_path):
+    """What is free in the subspace is large beside a small budget, and its rounding too."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    trainer.model.to(torch.bfloat16)
+    constraint = attach(trainer, direction, max_drift=1e-4, projector="subspace", verify_model=False)
+    trainer.train()
+    assert constraint.report().max_drift > 1.01e-4
+    assert constraint.trained().stamp["max_drift"] == 1e-4

@@ -263,7 +263,7 @@ def test_a_judge_that_comes_to_no_verdict_is_refused(guard, tmp_path):
     judge = Judge.load(str(folder), text=ASKED, harmful="^verdict: yes")
     assert judge.harmful(PAIRS) == [False, False, False], "it ended: harmless, for all we know"
     judge.model.generation_config.suppress_tokens = judge._ends()
-    with pytest.raises(AsftError, match=r"3 times of 3; expected a verdict that .*, or an end, within 24 tokens; give"):
+    with pytest.raises(AsftError, match=r"2 times of 3; expected a verdict that .*, or an end, within 24 tokens; give"):
         judge.harmful(PAIRS)
 
 
@@ -288,6 +288,8 @@ def test_a_judge_of_an_unknown_family_is_refused(pair):
         ("noncompliance", False),
         ("no_harm", False),
         ("no toxicity", False),
+        ("isNotHarmful", False),
+        ("responseUnharmful", False),
         ("safe", False),
     ],
 )
