@@ -47,7 +47,7 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 
 def refuse_resumed(trainer: Trainer, checkpoint: Path, settings: dict[str, Any]) -> None:
-    """`refuse_other_constraint` by the main process, on whose disk stamp and history are, for all of them.
+    """`refuse_other_constraint` by the main process, on whose disk the stamp is, for all of them.
 
     Raises:
         AsftError: on every process, what the main one found.

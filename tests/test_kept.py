@@ -149,9 +149,11 @@ def test_a_task_that_changed_is_asked_anew(asked_for, tmp_path):
     assert accuracy() == 1 - first
     (tmp_path / "data.jsonl").write_text('{"q": "the dog"}\n')
     assert ("model weighs choices", 2) in asked_for(questions)
-    target = {"doc_to_target": "!function functions.target"}
+    function = "!function functions.target"
     (tmp_path / "functions.py").write_text("def target(doc): return 0\n")
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(task | target).replace("'", ""))
+    (tmp_path / "one.yaml").write_text(
+        yaml.safe_dump(task | {"doc_to_target": function}).replace(f"'{function}'", function)
+    )
     taken = accuracy()
     (tmp_path / "functions.py").write_text("def target(doc): return 1\n")
     assert accuracy() == 1 - taken
