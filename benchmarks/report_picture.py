@@ -16,14 +16,10 @@ import yaml
 
 from axolotl_asft.errors import AsftError
 from benchmarks.safety import HERE, SETTINGS, Bench, Run, trained
+from benchmarks.safety_table import DEFAULT
 
 PICTURE = HERE.parent / "docs" / "report.png"
-EVERY_STEP = {"training": {"logging_steps": 1}}
-DEFAULT = {"metric": "fisher", "lambda_reg": 0.1, "anchor_weight": 3}
-METHODS = {
-    "report-asft": {"asft": DEFAULT, **EVERY_STEP},
-    "report-plain": {"asft": DEFAULT | {"lambda_reg": 0, "anchor_weight": 0}, **EVERY_STEP},
-}
+STRENGTHS = {"report-asft": {}, "report-plain": {"lambda_reg": 0, "anchor_weight": 0}}  # in place of the default's
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1145, 1650
 
@@ -35,8 +31,11 @@ def main() -> None:
     browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if browser is None:
         raise SystemExit(f"none of {', '.join(CHROMIUM)} is installed; the picture needs one")
-    bench = Bench(yaml.safe_load(SETTINGS.read_text()) | {"methods": METHODS}, work)
-    asft, plain = (trained(bench, Run("classification", 0.1, method, 0))[0] for method in METHODS)
+    settings = yaml.safe_load(SETTINGS.read_text())
+    block, every_step = settings["methods"][DEFAULT]["asft"], {"logging_steps": 1}
+    methods = {name: {"asft": block | changes, "training": every_step} for name, changes in STRENGTHS.items()}
+    bench = Bench(settings | {"methods": methods}, work)
+    asft, plain = (trained(bench, Run("classification", 0.1, method, 0))[0] for method in methods)
     page = work / "report-picture" / "report.html"
     page.parent.mkdir(exist_ok=True)
     report = [sys.executable, "-m", "axolotl_asft", "report", str(asft), "--compare", f"plain={plain}", "-o", str(page)]

@@ -334,14 +334,13 @@ def test_a_checkpoint_in_pieces_says_what_it_was_trained_under(pair, rows, direc
     trainer.train()
     assert not (tmp_path / "checkpoint-2" / "adapter_config.json").exists()
     assert peak_before(tmp_path / "checkpoint-2", []) == constraint.penalty_peak()
-    (tmp_path / "checkpoint-2").rename(tmp_path / "moved")
-    (tmp_path / "moved").rename(tmp_path / "checkpoint-2")
-    refuse_other_constraint(tmp_path / "checkpoint-2", settings)
+    moved = (tmp_path / "checkpoint-2").rename(tmp_path / "moved")
+    refuse_other_constraint(moved, settings)
     with pytest.raises(AsftError, match="this run asks for 5"):
-        refuse_other_constraint(tmp_path / "checkpoint-2", settings | {"lambda_reg": 5.0})
-    (tmp_path / "checkpoint-2" / STAMP_FILE).unlink()
+        refuse_other_constraint(moved, settings | {"lambda_reg": 5.0})
+    (moved / STAMP_FILE).unlink()
     with pytest.raises(AsftError, match="without the constraint"):
-        refuse_other_constraint(tmp_path / "checkpoint-2", settings)
+        refuse_other_constraint(moved, settings)
 
 
 def test_a_loop_without_events_is_no_constrained_training(pair, rows, direction, tmp_path):
