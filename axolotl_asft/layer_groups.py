@@ -17,6 +17,8 @@ from axolotl_asft.sharding import add_to_gradients, overwrite, whole
 
 # What one group's products may take beside the directions, in bytes: the layers of a large model are taken in turns.
 TEMPORARY_BYTES = 24 * 2**20
+# On a GPU launches take longer than the arithmetic, and what the backward pass took is free again by then.
+TEMPORARY_BYTES_ON_GPU = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class LayerGroup:
 
 
 def grouped(layers: Iterable[ConstrainedLayer]) -> list[LayerGroup]:
-    """The layers in groups of one shape, device and scaling, none larger than `TEMPORARY_BYTES` at work allows."""
+    """The layers in groups of one shape, device and scaling, none larger than `may_take` allows."""
     kinds: dict[tuple, list[ConstrainedLayer]] = {}
     for layer in layers:
         A, B = layer.found.A, layer.found.B
@@ -158,15 +160,20 @@ def grouped(layers: Iterable[ConstrainedLayer]) -> list[LayerGroup]:
     for kind, alike in kinds.items():
         # a meta device has nothing on it yet: the directions follow A when it is first used
         device = torch.device("cpu") if kind[4].type == "meta" else kind[4]
-        groups += [LayerGroup(chunk, device) for chunk in _chunks(alike)]
+        groups += [LayerGroup(chunk, device) for chunk in _chunks(alike, may_take(device))]
     return groups
 
 
-def _chunks(alike: list[ConstrainedLayer]) -> Iterator[list[ConstrainedLayer]]:
-    """In turns of at most `TEMPORARY_BYTES`; neighbours keep nearly as many columns: little is filled up."""
+def may_take(device: torch.device) -> int:
+    """What a group's products may take on this device, in bytes."""
+    return TEMPORARY_BYTES_ON_GPU if device.type == "cuda" else TEMPORARY_BYTES
+
+
+def _chunks(alike: list[ConstrainedLayer], most: int) -> Iterator[list[ConstrainedLayer]]:
+    """In turns of at most `most` bytes at work; neighbours keep nearly as many columns: little is filled up."""
     alike = sorted(alike, key=ConstrainedLayer.bytes_at_work, reverse=True)
     while alike:
-        count = max(1, TEMPORARY_BYTES // alike[0].bytes_at_work())
+        count = max(1, most // alike[0].bytes_at_work())
         yield alike[:count]
         alike = alike[count:]
 

@@ -12,6 +12,8 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
+from benchmarks.shapes import stored_bytes
+
 
 class AlternatingPlugin(BasePlugin):
     """Even steps are constrained, odd ones are not; both are of one trainer, model and data."""
@@ -21,7 +23,7 @@ class AlternatingPlugin(BasePlugin):
         lambda_reg, penalty, anchor = constraint.lambda_reg, constraint.penalty, constraint._anchor
         add_gradient, ask = penalty.add_gradient, constraint._ask
         spent = {"added": 0.0}
-        record = []
+        record, kept = [], stored_bytes(penalty)
 
         def no_waiting(*args, **kwargs):
             """On a GPU: an error where the penalty waits for the device."""
@@ -54,7 +56,13 @@ class AlternatingPlugin(BasePlugin):
 
             def on_step_end(self, args, state, control, **kwargs):
                 seconds = clock() - self.started
-                line = {"constrained": constraint.lambda_reg > 0, "seconds": seconds, **spent, "peak": peak()}
+                line = {
+                    "constrained": constraint.lambda_reg > 0,
+                    "seconds": seconds,
+                    **spent,
+                    "peak": peak(),
+                    "kept": kept,
+                }
                 constraint.lambda_reg, constraint._anchor = lambda_reg, anchor  # what the stamp speaks of
                 record.append(line)
                 Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)

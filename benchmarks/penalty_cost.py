@@ -10,10 +10,11 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from axolotl_asft import AlignmentDirection, AlignmentPenalty
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, layer_groups
 from axolotl_asft.lora import FoundLayer
 from axolotl_asft.penalty import lora_penalty, orthogonal_part
 from benchmarks.counting import Counter
@@ -32,7 +33,9 @@ def penalty_alone(asked: argparse.Namespace) -> list[dict[str, Any]]:
         ("SmolLM2-135M, 210 layers", SHAPES["SmolLM2-135M"], {}, 5),
     ):
         model = lora_model(shape.config(), 16, device=asked.device)
-        penalty = AlignmentPenalty(model, random_direction(model, 64), verify_model=False, **options)
+        penalty = AlignmentPenalty(
+            model, random_direction(model, 64, device=asked.device), verify_model=False, **options
+        )
         projectors = literal_projectors(penalty)  # made once: the authors' code makes them at every start
         functions = {
             "ours": penalty.add_gradient,
@@ -134,6 +137,33 @@ def operations(penalty: AlignmentPenalty) -> int:
             r, k = found.A.shape[0], group.U.shape[2]
             total += (out * (k + r) + wide * r) * r
     return total
+
+
+def groups(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time and memory of one penalty over what a group of layers may take: `layer_groups.may_take` is chosen by it."""
+    lines = []
+    for name, layers in (("1B", 16), ("7B", 8)):
+        for sketch in (0, 256):
+            penalties = {}
+            for megabytes in (24, 64, 128, 256):
+                with mock.patch.object(layer_groups, "may_take", lambda device, most=megabytes * 2**20: most):
+                    penalty = random_penalty(SHAPES[name], layers, 16, 64, sketch, asked.device)
+                with Counter() as counted:
+                    penalty.add_gradient()
+                penalties[megabytes] = penalty, counted.peak
+            functions = {str(megabytes): penalty.add_gradient for megabytes, (penalty, _) in penalties.items()}
+            seconds = in_turns(functions, 9, asked.device)
+            metric = f"fisher, {sketch} columns" if sketch else "weights, k = 64"
+            lines += [
+                {
+                    "what": f"{name}, {layers} decoder layers, {metric}, {megabytes} MB",
+                    "seconds": seconds[str(megabytes)],
+                    "temporaries": peak,
+                    "groups": len(penalty.groups),
+                }
+                for megabytes, (penalty, peak) in penalties.items()
+            ]
+    return lines
 
 
 # ---- memory and start

@@ -61,13 +61,15 @@ def lora_model(config: LlamaConfig, r: int, dtype: torch.dtype = torch.float32, 
     return model
 
 
-def random_direction(model: PeftModel, k: int, sketch: int = 0, orthonormal: bool = False) -> AlignmentDirection:
-    """k directions a layer, and with `sketch` a Fisher metric of that many columns on both sides."""
-    generator = torch.Generator().manual_seed(1)
+def random_direction(
+    model: PeftModel, k: int, sketch: int = 0, orthonormal: bool = False, device: str = "cpu"
+) -> AlignmentDirection:
+    """k directions a layer, and with `sketch` a Fisher metric of that many columns on both sides; drawn on `device`."""
+    generator = torch.Generator(device).manual_seed(1)
 
     def columns(rows: int, count: int) -> Tensor:
-        matrix = torch.randn(rows, count, generator=generator)
-        return (torch.linalg.qr(matrix).Q if orthonormal else matrix / rows**0.5).bfloat16()
+        matrix = torch.randn(rows, count, generator=generator, device=device)
+        return (torch.linalg.qr(matrix).Q if orthonormal else matrix / rows**0.5).bfloat16().cpu()
 
     modules, entries = {}, {}
     for layer in trainable_lora_layers(model):
@@ -100,7 +102,7 @@ def random_direction(model: PeftModel, k: int, sketch: int = 0, orthonormal: boo
 def random_penalty(shape: Shape, layers: int, r: int, k: int, sketch: int = 0, device: str = "cpu") -> AlignmentPenalty:
     """The penalty of a model of this shape with that many decoder layers."""
     model = lora_model(shape.config(layers), r, device=device)
-    return AlignmentPenalty(model, random_direction(model, k, sketch), verify_model=False)
+    return AlignmentPenalty(model, random_direction(model, k, sketch, device=device), verify_model=False)
 
 
 def stored_bytes(penalty: AlignmentPenalty) -> int:

@@ -2,18 +2,21 @@
 
     python -m benchmarks.step_overhead                     # everything on this machine's CPU: about half an hour
     python -m benchmarks.step_overhead step --model 7B     # a random Llama in NF4 on a GPU, 2048 tokens
-    python -m benchmarks.step_overhead penalty growth memory startup table
+    python -m benchmarks.step_overhead step --model 7B --variants 'r = 16, accumulation 1, fisher*'
+    python -m benchmarks.step_overhead penalty groups growth memory startup table
 
 From the repository's root. Measured side by side, in turns, in one process; each part replaces its lines in
 results/step_overhead.json, and `table` draws results/step_overhead.md and .png from it.
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,9 @@ import torch
 
 from axolotl_asft import AlignmentDirection
 from axolotl_asft.files import atomic_write_text
+from axolotl_asft.layer_groups import may_take
 from benchmarks.measuring import machine
-from benchmarks.penalty_cost import growth, memory, penalty_alone, startup
+from benchmarks.penalty_cost import groups, growth, memory, penalty_alone, startup
 from benchmarks.shapes import SHAPES, lora_model, random_direction
 
 HERE = Path(__file__).parent
@@ -33,9 +37,18 @@ MB = 1e6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"step": step, "penalty": penalty_alone, "growth": growth, "memory": memory, "startup": startup}
+    parts = {
+        "step": step,
+        "penalty": penalty_alone,
+        "groups": groups,
+        "growth": growth,
+        "memory": memory,
+        "startup": startup,
+    }
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}, table; default: all")
     parser.add_argument("--model", default="SmolLM2-135M", choices=SHAPES, help="of the part `step`")
+    parser.add_argument("--variants", default="*", help="of the part `step`, by their names with * and ?")
+    parser.add_argument("--base", type=Path, help="SmolLM2 as benchmarks.safety_model makes it, or its tokenizer alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
     if unknown := set(asked.parts) - {*parts, "table"}:
@@ -47,19 +60,20 @@ def main() -> None:
             write_table(RESULTS)
             continue
         print(f"{name} ...", flush=True)
-        keep(name, asked.device, parts[name](asked))
+        for line in parts[name](asked):
+            keep(name, asked.device, line)
 
 
-def keep(part: str, device: str, lines: list[dict[str, Any]]) -> None:
-    """Put the lines in the place of what was measured before on this kind of device."""
+def keep(part: str, device: str, line: dict[str, Any]) -> None:
+    """Put the line in the place of what was measured before on this kind of device."""
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    what = (part, device, line.get("what"))
+    found = [other for other in found if (other["part"], other["device"], other.get("what")) != what]
     where = {"part": part, "device": device, "machine": machine(device), "made": time.strftime("%Y-%m-%d")}
-    lines = [where | line for line in lines]
-    replaced = {(line["part"], line["device"], line.get("what")) for line in lines}
-    found = [line for line in found if (line["part"], line["device"], line.get("what")) not in replaced]
-    atomic_write_text(RESULTS, "".join(["[\n", ",\n".join(json.dumps(line) for line in found + lines), "\n]\n"]))
-    for line in lines:
-        print(json.dumps({key: value for key, value in line.items() if key not in where}), flush=True)
+    where |= {} if part == "groups" else {"groups of": may_take(torch.device(device))}
+    lines = [json.dumps(each) for each in (*found, where | line)]
+    atomic_write_text(RESULTS, "".join(["[\n", ",\n".join(lines), "\n]\n"]))
+    print(json.dumps(line), flush=True)
 
 
 # ---- a training step, through axolotl
@@ -87,39 +101,44 @@ ON_A_GPU = [
 ]
 
 
-def step(asked: argparse.Namespace) -> list[dict[str, Any]]:
+def step(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One optimizer step with and without the constraint, in turns in one axolotl run; every kind of penalty."""
     on_gpu = asked.device == "cuda"
-    lines = []
+    variants = [v for v in (ON_A_GPU if on_gpu else ON_A_CPU) if fnmatch.fnmatchcase(str(v), asked.variants)]
     with tempfile.TemporaryDirectory(prefix="asft-step-") as folder:
-        model = _checkpoint(asked.model, Path(folder))
-        for variant in ON_A_GPU if on_gpu else ON_A_CPU:
+        model = _checkpoint(asked, Path(folder))
+        for variant in variants:
             record = _train(Path(folder), model, asked.model, variant, on_gpu)[2:]  # the first two warm up
             on, off = ([line for line in record if line["constrained"] == which] for which in (True, False))
             added, without = (
                 statistics.median(line[key] for line in kind) for kind, key in ((on, "added"), (off, "seconds"))
             )
-            lines.append({
+            peaks = {}
+            if on_gpu:
+                most, least = (max(line["peak"] for line in kind) for kind in (on, off))
+                kept = record[0]["kept"]
+                peaks = {"peak without": least - kept, "kept": kept, "extra peak": most - least}
+            yield {
                 "what": f"{asked.model}, {variant}",
                 "step": without, "constrained step": statistics.median(line["seconds"] for line in on),
                 "added": added, "share": added / without,
                 "steps": len(record),
-                "extra peak": max(line["peak"] for line in on) - max(line["peak"] for line in off) if on_gpu else None,
-            })  # fmt: skip
-    return lines
+                **peaks,
+            }  # fmt: skip
 
 
-def _checkpoint(name: str, folder: Path) -> Path:
+def _checkpoint(asked: argparse.Namespace, folder: Path) -> Path:
     """SmolLM2 itself, or random weights of a shape with its tokenizer."""
     from benchmarks.safety_model import make_base
 
-    smollm2 = make_base(folder / "SmolLM2-135M")
+    name, smollm2 = asked.model, asked.base or make_base(folder / "SmolLM2-135M")
     if name == "SmolLM2-135M":
         return smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = SHAPES[name].config(vocabulary=49152)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+    with torch.device(asked.device):
+        config = SHAPES[name].config(vocabulary=49152)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder / name)
     return folder / name
 
@@ -131,7 +150,7 @@ def _train(folder: Path, model: Path, name: str, variant: Variant, on_gpu: bool)
     r, accumulation = variant.r, variant.accumulation
     direction = folder / f"{name}-{variant.sketch}-{variant.anchored}.safetensors"
     if not direction.is_file():
-        _write_direction(name, variant, direction)
+        _write_direction(name, variant, direction, "cuda" if on_gpu else "cpu")
     length, micro, steps = (2048, 1, 12) if on_gpu else (512, 4, 8)
     long = "Say it again, as you did before, and then once more. " * (length // 10)
     write_chats(folder / "long.jsonl", [Example(f"{i}: {long}", long) for i in range(micro * accumulation * steps)])
@@ -160,13 +179,13 @@ def _train(folder: Path, model: Path, name: str, variant: Variant, on_gpu: bool)
     return json.loads((folder / "out" / "steps.json").read_text())
 
 
-def _write_direction(name: str, variant: Variant, path: Path) -> None:
+def _write_direction(name: str, variant: Variant, path: Path, device: str) -> None:
     """Random directions of the model's shapes, and answers as many and as long as `extract` keeps."""
     from axolotl_asft.evaluation.prompts import load_prompts
     from axolotl_asft.metrics import OWN_WORDS
 
     empty = lora_model(SHAPES[name].config(), 1)
-    direction = random_direction(empty, 0 if variant.sketch else 64, variant.sketch, orthonormal=True)
+    direction = random_direction(empty, 0 if variant.sketch else 64, variant.sketch, orthonormal=True, device=device)
     if variant.anchored:
         chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
         prompts = [*load_prompts("harmful", "train"), *load_prompts("borderline", "train")]

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from axolotl_asft.files import atomic_write_text
+from axolotl_asft.layer_groups import TEMPORARY_BYTES, TEMPORARY_BYTES_ON_GPU, may_take
 
 Line = dict[str, Any]
 
@@ -42,25 +45,37 @@ def _mb(count: float) -> str:
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
 
 
+def _on_which(line: Line, lines: list[Line]) -> str:
+    """The machine, where there are several; and of layers taken in other groups than now, by how much at a time."""
+    several = len({other["machine"] for other in lines}) > 1
+    now = may_take(torch.device(line["device"]))
+    groups = f", in groups of {line['groups of'] >> 20} MB" if line["groups of"] != now else ""
+    return (f", {line['machine'].split(', ')[1]}" if several else "") + groups
+
+
 def _steps(lines: list[Line]) -> list[str]:
+    measured = [key for key in ("peak without", "kept", "extra peak") if key in lines[0]]  # on a GPU
     rows = [
-        (line["what"], _ms(line["step"]), _ms(line["added"]), f"{line['share']:.2%}",
-         "" if line["extra peak"] is None else _mb(line["extra peak"]))
+        (line["what"] + _on_which(line, lines), _ms(line["step"]), _ms(line["added"]), f"{line['share']:.2%}",
+         *(_mb(max(0, line[key])) for key in measured))
         for line in lines
     ]  # fmt: skip
     note = (
         "Constrained and unconstrained steps take turns in one run of axolotl; medians. Added: the time of the "
         "penalty's gradient, and of the anchor's forward and backward passes over 8 answers; the share is of an "
         "unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is slower, and the "
-        "share smaller). On a GPU: NF4, one micro-batch of 2048 tokens, gradient checkpointing."
+        "share smaller). On a GPU: QLoRA in NF4, micro-batches of 2048 tokens, gradient checkpointing; the most memory "
+        "that torch had handed out in an unconstrained step, what the constraint keeps there all the time, and how "
+        "much higher a constrained step's peak is than an unconstrained one's beside it."
     )
-    head = ("model", "step without", "added", "share of the step", "extra peak memory")
+    head = ("model", "step without", "added", "share of the step", *(f"memory: {key}" for key in measured))
     return [note, _table(head, rows)]
 
 
 def _alone(lines: list[Line]) -> list[str]:
     times = [
-        (line["what"], *(_ms(line[way]) for way in ("ours", "one layer at a time", "naive, factored", "literal")),
+        (line["what"] + _on_which(line, lines),
+         *(_ms(line[way]) for way in ("ours", "one layer at a time", "naive, factored", "literal")),
          f"{line['ratio']:,.0f}")
         for line in lines
     ]  # fmt: skip
@@ -83,7 +98,7 @@ def _alone(lines: list[Line]) -> list[str]:
 
 def _memory(lines: list[Line]) -> list[str]:
     rows = [
-        (line["what"], _mb(line["stored"]), _mb(line["temporaries"]), f"{line['launches']:,}",
+        (line["what"] + _on_which(line, lines), _mb(line["stored"]), _mb(line["temporaries"]), f"{line['launches']:,}",
          f"{line['measured layers']} of {line['layers']}")
         for line in lines
     ]  # fmt: skip
@@ -92,6 +107,19 @@ def _memory(lines: list[Line]) -> list[str]:
         "layers as the last column says; what is kept and the launches are multiplied up. A metric with 256 columns on "
         "both sides of every layer is the most that `extract` makes by default; it keeps fewer where they hold 99 %.",
         _table(("model", "kept", "temporaries", "launches", "decoder layers measured"), rows),
+    ]
+
+
+def _groups(lines: list[Line]) -> list[str]:
+    rows = [
+        (line["what"], _ms(line["seconds"]), _mb(line["temporaries"]), str(line["groups"])) for line in lines
+    ]  # fmt: skip
+    return [
+        "Layers of one shape are taken together, as many as a group's temporaries may take: "
+        f"{TEMPORARY_BYTES >> 20} MB on a CPU, {TEMPORARY_BYTES_ON_GPU >> 20} MB on a GPU, where launches cost "
+        "more than arithmetic, and the backward pass has just freed more. Value and gradient; medians of calls in "
+        "turns.",
+        _table(("penalty of, and a group may take", "time", "temporaries", "groups"), rows),
     ]
 
 
@@ -131,6 +159,7 @@ def _growth(lines: list[Line]) -> list[str]:
 SECTIONS = (
     ("step", "### One optimizer step", _steps),
     ("penalty", "### The penalty alone", _alone),
+    ("groups", "### Layers at a time", _groups),
     ("memory", "### Memory", _memory),
     ("startup", "### The start of a run", _startup),
     ("growth", "### How it grows", _growth),

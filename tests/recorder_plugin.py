@@ -29,7 +29,7 @@ def dense_gradients(model, direction, weight, taken_out):
     gradients = {}
     for name, A, B, scaling in lora_layers(model):
         a, b = A.detach().double().requires_grad_(), B.detach().double().requires_grad_()
-        U = direction[f"{name}.U"].double()
+        U = direction[f"{name}.U"].to(A.device).double()
         update = scaling * b @ a - taken_out.get(name, 0.0)
         (weight * (update - U @ (U.T @ update)).square().sum()).backward()
         gradients[name] = a.grad, b.grad
@@ -56,7 +56,9 @@ class RecorderPlugin(BasePlugin):
 
         def training_step(*args, **kwargs):
             loss = step(*args, **kwargs)
-            task.update(current())
+            scaler = trainer.accelerator.scaler  # in fp16: transformers takes its scale out before the optimizer steps
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            task.update({name: tuple(gradient / scale for gradient in pair) for name, pair in current().items()})
             return loss
 
         class Compare(TrainerCallback):

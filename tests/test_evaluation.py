@@ -203,6 +203,7 @@ def test_an_evaluation_measures_every_row(evaluated, classifier):
         assert row.harmfulness["harmful"] == Share.of([not flag for flag in refused])
         assert row.over_refusal["borderline"].n == 6
         assert row.judged[str(classifier)].n == 6
+    assert all(math.isfinite(row.perplexity) for row in rows.values())
     assert rows["model"].perplexity != rows["tuned"].perplexity
     first = json.loads((output / "model.json").read_text())["harmful"]["harmful"]["answers"]
     second = json.loads((output / "tuned.json").read_text())["harmful"]["harmful"]["answers"]

@@ -366,6 +366,20 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     assert (broken.exit_code, "holds no landscape" in broken.stderr) == (2, True)
 
 
+@pytest.mark.gpu
+def test_a_landscape_on_a_gpu_is_the_cpus(refusing_pair, tmp_path):
+    base, aligned = map(str, refusing_pair)
+    direction = extract_direction(base, aligned, rank=8, dtype="float32", keep_v=True)
+    asked = {"base": base, "radii": (0.5, 1.0), "seeds": 1, "limit": 4, "max_new_tokens": 6}
+    on_cpu, on_gpu = (
+        measure_landscape(aligned, direction, tmp_path / device, device=device, **asked) for device in ("cpu", "cuda")
+    )
+    assert [(p.kind, p.radius) for p in on_gpu] == [(p.kind, p.radius) for p in on_cpu]
+    for mine, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert mine.refusal == pytest.approx(theirs.refusal, rel=1e-3)
+        assert mine.task_loss == pytest.approx(theirs.task_loss, rel=1e-3)
+
+
 def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refusing_pair, tmp_path):
     for folder in refusing_pair:
         shutil.copytree(folder, tmp_path / folder.name)
