@@ -67,7 +67,7 @@ def _cost_lines(check: Check) -> list[tuple[str, str]]:
         ("memory", f"{size_text(sum(cost.memory.values()))} on the device ({held}),"),
         ("", f"and about {size_text(cost.temporary)} for a moment, a few layers at a time"),
         ("step", f"about {cost.share:.2%} of its operations ({_flops(cost)}), estimated from sizes;"),
-        ("", "of its time more, since the constraint computes in fp32"),
+        ("", "of its time more: it computes in fp32, and on a fast GPU launches take longer than arithmetic"),
     ]
 
 

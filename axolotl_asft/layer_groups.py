@@ -160,13 +160,14 @@ def grouped(layers: Iterable[ConstrainedLayer]) -> list[LayerGroup]:
     for kind, alike in kinds.items():
         # a meta device has nothing on it yet: the directions follow A when it is first used
         device = torch.device("cpu") if kind[4].type == "meta" else kind[4]
-        groups += [LayerGroup(chunk, device) for chunk in _chunks(alike, may_take(device))]
+        groups += [LayerGroup(chunk, device) for chunk in _chunks(alike, may_take())]
     return groups
 
 
-def may_take(device: torch.device) -> int:
-    """What a group's products may take on this device, in bytes."""
-    return TEMPORARY_BYTES_ON_GPU if device.type == "cuda" else TEMPORARY_BYTES
+def may_take() -> int:
+    """What a group's products may take, in bytes. By the machine and not by where the weights are now: the processes of
+    a run, of which one may have them on its CPU and others nowhere yet, have to gather the same layers together."""
+    return TEMPORARY_BYTES_ON_GPU if torch.cuda.is_available() else TEMPORARY_BYTES
 
 
 def _chunks(alike: list[ConstrainedLayer], most: int) -> Iterator[list[ConstrainedLayer]]:

@@ -162,13 +162,13 @@ def peak_memory() -> int:
 
 
 def _wait(device: str) -> None:
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
 
 
 def _warm_up(device: str) -> None:
     """What a process does once on its GPU: a context, cuBLAS and cuSOLVER."""
-    if device == "cuda":
+    if device != "cpu":
         matrix = torch.randn(64, 32, device=device)
         torch.linalg.svd(matrix @ matrix.T)
         torch.linalg.qr(matrix)
@@ -186,7 +186,7 @@ def child(way: str, arguments: str) -> None:
     started, processor = time.monotonic(), time.process_time()
     result = WAYS[way](**options)
     took = {"seconds": time.monotonic() - started, "processor": time.process_time() - processor}
-    on_gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    on_gpu = torch.cuda.max_memory_allocated() if device != "cpu" else 0
     print(json.dumps((result or {}) | took | {"peak": peak_memory(), "imports": imports, "on_gpu": on_gpu}))
 
 
@@ -207,6 +207,7 @@ def measure(model: Model, folder: Path, device: str) -> dict:
     """All ways on one model; seconds of the whole model, multiplied where they were not all run."""
     pair = folder / model.title / "base", folder / model.title / "aligned"
     written = model.written[device == "cuda"]
+    kind, device = device, "cuda:0" if device == "cuda" else device  # one GPU, whatever there are
     run("write", pair, layers=written, device=device)
     whole, shapes = model.layers / written, model.shapes()
     names = {tuple(sorted(shape)): f"model.layers.0.{part}" for part, shape in shapes.items()}
@@ -222,8 +223,8 @@ def measure(model: Model, folder: Path, device: str) -> dict:
             loops.append((counts[shape] * model.layers, run("full_svd", pair, names=name, device=device)))
     dense = run("authors", pair, names=",".join(f"model.layers.0.{part}" for part in shapes), device=device)
     found = {
-        "machine": machine(device),
-        "device": device,
+        "machine": machine(kind),
+        "device": kind,
         "title": model.title,
         "layers": model.layers,
         "pair": reading[0]["bytes"] * whole,

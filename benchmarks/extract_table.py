@@ -9,7 +9,8 @@ def report(results: list[dict], rank: int) -> str:
     for device, text in (
         ("cpu", "On a CPU: {}, which did other things too (so processor time stands beside the wall's); every process "
          "on one thread."),
-        ("cuda", "On a GPU (`--device cuda`): {}. Every way but reading decomposes on the GPU."),
+        ("cuda", "On a GPU (`--device cuda`): {}. All but reading computes on the GPU; this reads files that were "
+         "just read."),
     ):  # fmt: skip
         mine = [found for found in results if found["device"] == device]
         if mine:

@@ -40,20 +40,27 @@ def main() -> None:
 
 def run() -> str:
     environment = {**os.environ, "ASFT_TEST_GPU": "1"}
-    return subprocess.run([sys.executable, *COMMAND], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, *COMMAND], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if not OUTCOME.search(done.stdout):
+        raise SystemExit(f"no test ran:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def this_machine() -> str:
     import torch
 
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if torch.cuda.is_available() else "no GPU"
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU")
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
 def report(logs: list[str], machine: str, note: str = "") -> str:
     outcomes: dict[str, str] = {}
     seconds: dict[str, str] = {}
     for log in logs:
-        outcomes |= {test: outcome for outcome, test in OUTCOME.findall(log)}
+        found = {test: outcome for outcome, test in OUTCOME.findall(log)}
+        outcomes |= found
+        seconds = {test: took for test, took in seconds.items() if test not in found}
         seconds |= {test: took for took, test in SECONDS.findall(log)}
     rows = [f"| `{test}` | {outcomes[test].lower()} | {seconds.get(test, '')} |" for test in sorted(outcomes)]
     head = [

@@ -36,18 +36,19 @@ def penalty_alone(asked: argparse.Namespace) -> list[dict[str, Any]]:
         penalty = AlignmentPenalty(
             model, random_direction(model, 64, device=asked.device), verify_model=False, **options
         )
-        projectors = literal_projectors(penalty)  # made once: the authors' code makes them at every start
+        factors = [projector_of(penalty, layer) for layer in penalty.layers]
+        projectors = literal_projectors(factors)  # made once: the authors' code makes them at every start
         functions = {
             "ours": penalty.add_gradient,
-            "one layer at a time": partial(layer_by_layer, penalty),
-            "naive, factored": partial(naive, penalty),
+            "one layer at a time": partial(layer_by_layer, penalty, factors),
+            "naive, factored": partial(naive, penalty, factors),
             "literal": partial(authors, penalty, projectors),
         }
         seconds = in_turns(functions, repeats, asked.device)
         with Counter() as counted:
             penalty.add_gradient()
         with Counter() as one_by_one:
-            layer_by_layer(penalty)
+            layer_by_layer(penalty, factors)
         with Counter() as literally:
             authors(penalty, projectors)
         kept = sum(C.nbytes for C in projectors)
@@ -60,27 +61,28 @@ def penalty_alone(asked: argparse.Namespace) -> list[dict[str, Any]]:
     return lines
 
 
-def layer_by_layer(penalty: AlignmentPenalty) -> None:
+Factors = list[tuple[torch.Tensor, torch.Tensor]]  # U and c of every layer
+
+
+def layer_by_layer(penalty: AlignmentPenalty, factors: Factors) -> None:
     """The same closed formula through autograd, a layer at a time."""
     total = 0
-    for layer in penalty.layers:
-        total = total + lora_penalty(layer.A, layer.B, *projector_of(penalty, layer), layer.scaling)
+    for layer, (U, c) in zip(penalty.layers, factors, strict=True):
+        total = total + lora_penalty(layer.A, layer.B, U, c, layer.scaling)
     total.backward()
 
 
-def naive(penalty: AlignmentPenalty) -> None:
+def naive(penalty: AlignmentPenalty, factors: Factors) -> None:
     """((I - C) B) A written out, out x in, and autograd."""
     total = 0
-    for layer in penalty.layers:
-        U, c = projector_of(penalty, layer)
+    for layer, (U, c) in zip(penalty.layers, factors, strict=True):
         Z = orthogonal_part(layer.B.float(), U.float(), c)
         total = total + (layer.scaling * Z @ layer.A.float()).square().sum()
     total.backward()
 
 
-def literal_projectors(penalty: AlignmentPenalty) -> list[torch.Tensor]:
+def literal_projectors(factors: Factors) -> list[torch.Tensor]:
     """C of every layer, out x out."""
-    factors = [projector_of(penalty, layer) for layer in penalty.layers]
     return [(U.float() * c) @ U.float().T for U, c in factors]
 
 
@@ -146,7 +148,7 @@ def groups(asked: argparse.Namespace) -> list[dict[str, Any]]:
         for sketch in (0, 256):
             penalties = {}
             for megabytes in (24, 64, 128, 256):
-                with mock.patch.object(layer_groups, "may_take", lambda device, most=megabytes * 2**20: most):
+                with mock.patch.object(layer_groups, "may_take", lambda most=megabytes * 2**20: most):
                     penalty = random_penalty(SHAPES[name], layers, 16, 64, sketch, asked.device)
                 with Counter() as counted:
                     penalty.add_gradient()

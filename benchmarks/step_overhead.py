@@ -70,7 +70,7 @@ def keep(part: str, device: str, line: dict[str, Any]) -> None:
     what = (part, device, line.get("what"))
     found = [other for other in found if (other["part"], other["device"], other.get("what")) != what]
     where = {"part": part, "device": device, "machine": machine(device), "made": time.strftime("%Y-%m-%d")}
-    where |= {} if part == "groups" else {"groups of": may_take(torch.device(device))}
+    where |= {} if part == "groups" else {"groups of": may_take()}
     lines = [json.dumps(each) for each in (*found, where | line)]
     atomic_write_text(RESULTS, "".join(["[\n", ",\n".join(lines), "\n]\n"]))
     print(json.dumps(line), flush=True)
@@ -104,7 +104,10 @@ ON_A_GPU = [
 def step(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One optimizer step with and without the constraint, in turns in one axolotl run; every kind of penalty."""
     on_gpu = asked.device == "cuda"
-    variants = [v for v in (ON_A_GPU if on_gpu else ON_A_CPU) if fnmatch.fnmatchcase(str(v), asked.variants)]
+    known = ON_A_GPU if on_gpu else ON_A_CPU
+    variants = [variant for variant in known if fnmatch.fnmatchcase(str(variant), asked.variants)]
+    if not variants:
+        raise SystemExit(f"no variant is like {asked.variants!r}; there are {'; '.join(map(str, known))}")
     with tempfile.TemporaryDirectory(prefix="asft-step-") as folder:
         model = _checkpoint(asked, Path(folder))
         for variant in variants:
@@ -139,6 +142,7 @@ def _checkpoint(asked: argparse.Namespace, folder: Path) -> Path:
     with torch.device(asked.device):
         config = SHAPES[name].config(vocabulary=49152)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        torch.cuda.empty_cache()  # the training is another process's
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder / name)
     return folder / name
 

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from axolotl_asft.files import atomic_write_text
-from axolotl_asft.layer_groups import TEMPORARY_BYTES, TEMPORARY_BYTES_ON_GPU, may_take
+from axolotl_asft.layer_groups import TEMPORARY_BYTES, TEMPORARY_BYTES_ON_GPU
 
 Line = dict[str, Any]
 
@@ -24,6 +22,7 @@ def write_table(results: Path) -> None:
         machines = sorted({line["machine"] for line in mine})
         days = sorted({line["made"] for line in mine})
         parts.append(f"## On {device}: {'; '.join(machines)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}")
+        mine = [line | {"what": line["what"] + _on_which(line, mine)} for line in mine]
         for part, heading, table in SECTIONS:
             if found := [line for line in mine if line["part"] == part]:
                 parts += [heading, *table(found)]
@@ -48,15 +47,16 @@ def _mb(count: float) -> str:
 def _on_which(line: Line, lines: list[Line]) -> str:
     """The machine, where there are several; and of layers taken in other groups than now, by how much at a time."""
     several = len({other["machine"] for other in lines}) > 1
-    now = may_take(torch.device(line["device"]))
-    groups = f", in groups of {line['groups of'] >> 20} MB" if line["groups of"] != now else ""
+    now = TEMPORARY_BYTES_ON_GPU if line["device"] == "cuda" else TEMPORARY_BYTES
+    of = line.get("groups of", now)
+    groups = f", in groups of {of >> 20} MB" if of != now else ""
     return (f", {line['machine'].split(', ')[1]}" if several else "") + groups
 
 
 def _steps(lines: list[Line]) -> list[str]:
     measured = [key for key in ("peak without", "kept", "extra peak") if key in lines[0]]  # on a GPU
     rows = [
-        (line["what"] + _on_which(line, lines), _ms(line["step"]), _ms(line["added"]), f"{line['share']:.2%}",
+        (line["what"], _ms(line["step"]), _ms(line["added"]), f"{line['share']:.2%}",
          *(_mb(max(0, line[key])) for key in measured))
         for line in lines
     ]  # fmt: skip
@@ -65,8 +65,8 @@ def _steps(lines: list[Line]) -> list[str]:
         "penalty's gradient, and of the anchor's forward and backward passes over 8 answers; the share is of an "
         "unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is slower, and the "
         "share smaller). On a GPU: QLoRA in NF4, micro-batches of 2048 tokens, gradient checkpointing; the most memory "
-        "that torch had handed out in an unconstrained step, what the constraint keeps there all the time, and how "
-        "much higher a constrained step's peak is than an unconstrained one's beside it."
+        "that torch had handed out in an unconstrained step, less what the constraint keeps there all the time, then "
+        "that, and how much higher a constrained step's peak is than an unconstrained one's beside it."
     )
     head = ("model", "step without", "added", "share of the step", *(f"memory: {key}" for key in measured))
     return [note, _table(head, rows)]
@@ -74,7 +74,7 @@ def _steps(lines: list[Line]) -> list[str]:
 
 def _alone(lines: list[Line]) -> list[str]:
     times = [
-        (line["what"] + _on_which(line, lines),
+        (line["what"],
          *(_ms(line[way]) for way in ("ours", "one layer at a time", "naive, factored", "literal")),
          f"{line['ratio']:,.0f}")
         for line in lines
@@ -98,7 +98,7 @@ def _alone(lines: list[Line]) -> list[str]:
 
 def _memory(lines: list[Line]) -> list[str]:
     rows = [
-        (line["what"] + _on_which(line, lines), _mb(line["stored"]), _mb(line["temporaries"]), f"{line['launches']:,}",
+        (line["what"], _mb(line["stored"]), _mb(line["temporaries"]), f"{line['launches']:,}",
          f"{line['measured layers']} of {line['layers']}")
         for line in lines
     ]  # fmt: skip
@@ -120,6 +120,7 @@ def _groups(lines: list[Line]) -> list[str]:
         "more than arithmetic, and the backward pass has just freed more. Value and gradient; medians of calls in "
         "turns.",
         _table(("penalty of, and a group may take", "time", "temporaries", "groups"), rows),
+        *dict.fromkeys(line["note"] for line in lines if "note" in line),
     ]
 
 

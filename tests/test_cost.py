@@ -135,3 +135,14 @@ def test_the_counter_counts():
     counted = count(work)
     assert (counted.launches, counted.allocated, counted.peak) == (3 * 2 + 2, (3 * 2 + 1) * 400, 800)
     assert counted.waits == ["aten::_local_scalar_dense"]
+
+
+def test_where_there_is_a_gpu_more_layers_are_taken_at_a_time(monkeypatch):
+    """By the machine, so that all processes of a run make the same groups, wherever their weights are at first."""
+    few = shapes.random_penalty(shapes.SHAPES["SmolLM2-135M"], 30, 16, 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    many = shapes.random_penalty(shapes.SHAPES["SmolLM2-135M"], 30, 16, 64)
+    assert 4 <= len(many.groups) < len(few.groups)
+    assert max(group.bytes_at_work for group in many.groups) <= layer_groups.TEMPORARY_BYTES_ON_GPU
+    monkeypatch.undo()
+    assert layer_groups.may_take() == layer_groups.TEMPORARY_BYTES
