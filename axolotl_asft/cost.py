@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from axolotl_asft.anchor import TEXTS
-from axolotl_asft.layer_groups import LayerGroup
+from axolotl_asft.layer_groups import TEMPORARY_BYTES_ON_GPU, LayerGroup
 
 # Floating-point operations a parameter and token: forward 2, and backward 2, since frozen weights get no gradient.
 FORWARD, BACKWARD = 2, 2
@@ -18,7 +18,7 @@ class Cost:
 
     Attributes:
         memory: what stays there, in bytes: "U", "c", "X", "Y", and "initial" (A0 and B0 of PiSSA and its like).
-        temporary: bytes while a few layers are worked on, about.
+        temporary: bytes while a few layers are worked on, about: on a GPU, which takes more of them than a CPU.
         penalty_flops: floating-point operations of the penalty, an optimizer step.
         anchor_flops: of the model's passes over the anchor's answers, an optimizer step, about.
         task_flops: of the model's forward and backward passes, an optimizer step, about.
@@ -77,7 +77,16 @@ def estimate(
     )
     passes = FORWARD * (2 if checkpointing else 1) + BACKWARD
     anchor, task = (float(passes * parameters * count) for count in (anchor_tokens, tokens))
-    return Cost(memory, max(group.bytes_at_work for group in groups), flops, anchor, task)
+    return Cost(memory, _at_a_time(groups, [size for size, _ in sizes]), flops, anchor, task)
+
+
+def _at_a_time(groups: Sequence[LayerGroup], sizes: Sequence["_Sizes"]) -> int:
+    """Bytes of the layers that a GPU takes together: those of one shape, and of one layer at least."""
+    alike: dict[_Sizes, int] = {}
+    for group, size in zip(groups, sizes, strict=True):
+        alike[size] = alike.get(size, 0) + group.bytes_at_work
+    most = max(group.bytes_at_work // len(group.found) for group in groups)
+    return max(most, *(min(total, TEMPORARY_BYTES_ON_GPU) for total in alike.values()))
 
 
 def tokens_asked(answers: Sequence[Sequence[str]]) -> int:

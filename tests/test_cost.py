@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainers import make_trainer
 
-from axolotl_asft import AlignmentPenalty, attach, layer_groups
+from axolotl_asft import AlignmentPenalty, attach, cost, layer_groups
 from axolotl_asft.direction import AlignmentDirection
 from benchmarks import counting, shapes
 
@@ -143,6 +143,9 @@ def test_where_there_is_a_gpu_more_layers_are_taken_at_a_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     many = shapes.random_penalty(shapes.SHAPES["SmolLM2-135M"], 30, 16, 64)
     assert 4 <= len(many.groups) < len(few.groups)
-    assert max(group.bytes_at_work for group in many.groups) <= layer_groups.TEMPORARY_BYTES_ON_GPU
+    most = max(group.bytes_at_work for group in many.groups)
+    assert most <= layer_groups.TEMPORARY_BYTES_ON_GPU
+    foreseen = cost.estimate(few.groups, parameters=1, tokens=1, checkpointing=False).temporary
+    assert foreseen == pytest.approx(most, rel=0.1), "what `check` says, without a GPU"
     monkeypatch.undo()
     assert layer_groups.may_take() == layer_groups.TEMPORARY_BYTES
