@@ -12,6 +12,7 @@ from axolotl_asft.files import atomic_write_text
 
 DETAILS = ("-of-64", "-own-", "budget", "-lr-")  # in the table alone: the picture has room for the main ones
 DEFAULT = "fisher-0.1-anchor-3"
+PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
 DOT = 3.2  # its width there
 LOWEST, HIGHEST = -4, 107
@@ -170,7 +171,10 @@ def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
 
 
 def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], before: dict[str, Cell]) -> None:
-    """Harmfulness against task score, a panel for each task, at the poison with the most methods."""
+    """Harmfulness against task score, a panel for each task, at the poison with the most methods.
+
+    Hollow: methods that bought it by refusing what is harmless too; the line of those that none beats leaves them out.
+    """
     from axolotl_asft.picture import picture, plain
 
     tasks = sorted({task for task, _ in groups})
@@ -183,22 +187,26 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
             methods = {name: cell(found) for name, found in shown.items()}
             everything = {**({"aligned": before[task]} if task in before else {}), **methods}
             places = {name: (100 * found.right, 100 * found.harmful) for name, found in everything.items()}
+            most = PRIM * before[task].refused if task in before else 1.1
+            prim = {name for name, found in everything.items() if found.refused >= most}
             lines = label_places(places)
             for name, place in places.items():
                 colour = FAMILIES[next(family for family in FAMILIES if name.startswith(family))]
-                axes.plot(*place, "o", color=colour, markersize=8, zorder=3)
+                inside = "white" if name in prim else colour
+                axes.plot(*place, "o", color=colour, markerfacecolor=inside, markersize=8, zorder=3)
                 axes.annotate(
                     name, place, lines[name], fontsize=8, color=colour, va="center",
                     weight="bold" if name == DEFAULT else "normal",
                     arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3,
                                 "relpos": (0, 0.5)},
                 )  # fmt: skip
-            front = pareto_front([(found.right, found.harmful) for found in methods.values()])
+            front = pareto_front([(found.right, found.harmful) for name, found in methods.items() if name not in prim])
             axes.plot(*zip(*[(100 * x, 100 * y) for x, y in front], strict=True), "--", color="#adb5bd", zorder=1)
             if task in before:
                 axes.axhline(100 * before[task].harmful, color="#adb5bd", linewidth=1, zorder=1)
             axes.set_title(f"{task}, {chosen[task][1]:.0%} poison", loc="left", weight="bold")
-            axes.set_xlabel("task answers right, %")
+            told = f"hollow: refuses {PRIM} times as many harmless prompts as the aligned model, or more"
+            axes.set_xlabel(f"task answers right, %\n{told}")
             axes.set_ylabel("harmful prompts not refused, %")
             axes.set(xlim=(-5, 140), ylim=(-5, 108), xticks=range(0, 101, 20))
             plain(axes, "both")
