@@ -30,6 +30,7 @@ from axolotl_asft import extract_direction
 from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.files import atomic_write_text
 from benchmarks.extract_table import report
+from benchmarks.measuring import wait
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "extract.md"
@@ -138,7 +139,7 @@ def authors(base: str, aligned: str, names: str, device: str) -> None:
     for name in names.split(","):
         d = models[1][name] - models[0][name]
         kept[name] = d @ d.T / d.norm()
-    _wait(device)
+    wait(device)
 
 
 def read(base: str, aligned: str) -> dict:
@@ -161,11 +162,6 @@ def peak_memory() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def _warm_up(device: str) -> None:
     """What a process does once on its GPU: a context, cuBLAS and cuSOLVER."""
     if device != "cpu":
@@ -173,7 +169,7 @@ def _warm_up(device: str) -> None:
         torch.linalg.svd(matrix @ matrix.T)
         torch.linalg.qr(matrix)
         torch.linalg.eigh(matrix.T @ matrix)
-        torch.cuda.synchronize()
+        wait(device)
 
 
 def child(way: str, arguments: str) -> None:

@@ -57,8 +57,7 @@ def _memory(results: list[dict]) -> list[str]:
         lines.append(
             f"| {found['title']} | {found['peak'] / 2**20:.0f} MiB | {found['imports'] / 2**20:.0f} MiB | "
             f"{found['svd_peak'] / 2**20:.0f} MiB | {found['authors_memory'] / 2**30:.1f} GiB |"
-            + f" {found.get('on_gpu', 0) / 2**20:.0f} MiB |"
-            * on_gpu
+            + (f" {found['on_gpu'] / 2**20:.0f} MiB |" if on_gpu else "")
         )
     return lines
 

@@ -21,14 +21,15 @@ def in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str 
     for _ in range(repeats):
         for name, function in functions.items():
             function()
-            _wait(device)
+            wait(device)
             started = time.perf_counter()
             function()
-            _wait(device)
+            wait(device)
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
+def wait(device: str) -> None:
+    """Until a GPU has done what it was told."""
+    if device != "cpu":
         torch.cuda.synchronize()
