@@ -4,6 +4,7 @@ import logging
 import os
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, select_modules
@@ -45,6 +46,7 @@ class AlignmentPenalty:
     Attributes:
         layers: the constrained LoRA layers, in the model's order.
         groups: the same by shape, with their directions.
+        uncovered: how many LoRA layers and other weights train without the penalty, by `modules` and `on_uncovered`.
 
     Raises:
         AsftError: nothing to constrain, a kind of LoRA whose update is not scaling B A, a direction of another
@@ -79,10 +81,11 @@ class AlignmentPenalty:
         found = {layer.name: layer for layer in trainable_lora_layers(model)}
         chosen = select_modules(list(found), modules) if modules else list(found)
         covered = [name for name in chosen if name in direction.modules]
-        self._report_uncovered(
-            [name for name in chosen if name not in direction.modules],
-            other_trainable_parameters(model, list(found.values())),
-        )
+        others = other_trainable_parameters(model, list(found.values()))
+        self._matched = {(id(layer.layer), layer.adapter): layer for layer in found.values()}
+        self._others = {_steady(name) for name in others}
+        self.uncovered = len(found) - len(covered) + len(others)
+        self._report_uncovered([name for name in chosen if name not in direction.modules], others)
         if not covered:
             raise AsftError(
                 f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {chosen[0]}, the "
@@ -117,6 +120,30 @@ class AlignmentPenalty:
         a time. Gradients keep the dtype of their parameters. Nothing waits for the device.
         """
         return _sum_on_first_device(group.add_gradient(self.lora_scaling, weight) for group in self.groups)
+
+    def refuse_changed(self, model: nn.Module) -> None:
+        """Refuse a model in which other weights train than those that were matched when this was made.
+
+        Raises:
+            AsftError: it names one; they would train without the constraint.
+        """
+        found = trainable_lora_layers(model)
+        others = {_steady(name) for name in other_trainable_parameters(model, found)}
+        new = [layer.name for layer in found if (id(layer.layer), layer.adapter) not in self._matched]
+        new += sorted(others - self._others)
+        if new or len(found) != len(self._matched):
+            what = f"{len(new)} other weights train (first {new[0]})" if new else "LoRA layers no longer train"
+            raise AsftError(
+                f"{what} than when the constraint was attached, which would go unconstrained; attach it to the "
+                "complete model, right before train()"
+            )
+
+    def start_alike(self, device: torch.device) -> None:
+        """Several processes: where an initialisation took a part out, all measure from that of the first."""
+        for group in self.groups:
+            if group.initial is not None:
+                A0, B0 = broadcast([factor.to(device) for factor in group.initial])
+                group.initial = A0, B0
 
     @torch.no_grad()
     def measure(self) -> list[LayerDrift]:
@@ -183,7 +210,7 @@ class AlignmentPenalty:
             )
         weights = []
         for layer in self.layers:
-            if layer.base_weight.is_meta:
+            if layer.base_weight is None or layer.base_weight.is_meta:
                 continue
             taken_out = (layer.A.detach(), layer.scaling * layer.B.detach()) if layer.was_taken_out else None
             weight = with_scales(layer.base_weight, layer.layer.get_base_layer())
@@ -204,6 +231,11 @@ class AlignmentPenalty:
         if self.on_uncovered == "error":
             raise AsftError(f"{text}; leave them out of training, or set asft.on_uncovered: warn")
         LOG.warning(text)
+
+
+def _steady(name: str) -> str:
+    """A weight's name, whether it is compiled meanwhile or not."""
+    return name.replace("_orig_mod.", "")
 
 
 def _sum_on_first_device(values) -> Tensor:

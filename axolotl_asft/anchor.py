@@ -147,6 +147,17 @@ class AnswerAnchor:
         ]
         return torch.stack(parts).sum() * (world / total if mine else 0.0)
 
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> Tensor:
+        """The mean divergence over the tokens of all the answers, () fp32. Under FSDP every process has to call."""
+        found = []
+        with without_noise(model):
+            for first in range(0, len(self._texts), TEXTS):
+                logits = self._logits(model, self._texts[first : first + TEXTS])
+                remembered = self._remembered[first : first + TEXTS]
+                found += [divergence(p.to(now.device), now) for p, now in zip(remembered, logits, strict=True)]
+        return torch.cat([places.to(found[0].device) for places in found]).mean()
+
     def _logits(self, model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
         """Of each text (n, vocabulary): what is said at the n tokens of its answer."""
         starts = range(0, len(texts), self._at_once)

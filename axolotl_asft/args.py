@@ -49,8 +49,8 @@ class AsftArgs(BaseModel):
         ge=0,
         allow_inf_nan=False,
         description="weight of the divergence from the aligned model's own answers, refusals and harmless ones, a few "
-        "of which are asked for at every step; 0: none; null: 3 where neither lambda_reg nor max_drift is given, the "
-        "metric is fisher and the direction file holds such answers, else 0",
+        "of which are asked for at every step; 0: none; null: 3 where the metric is fisher, the direction file "
+        "holds such answers and max_drift is not given, else 0",
     )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: the authors' code's dW = B A, without PEFT's scaling"

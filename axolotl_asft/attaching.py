@@ -32,12 +32,12 @@ def attach(
         trainer: a transformers or TRL trainer over a PEFT model. One that is loaded to be trained further has to be of
             plain LoRA initialisation: from where PiSSA and its like have started is not in an adapter's file.
         direction: the alignment direction of the trainer's model.
-        lambda_reg: weight of the penalty, 0 or more; 0 leaves the training as it is. None: 0.1 beside an
+        lambda_reg: weight of the penalty, 0 or more; at 0 it is measured and not trained on. None: 0.1 beside an
             anchor under metric="fisher", 0 with max_drift, else 1.
         max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
         anchor_weight: of KL(aligned || now), nats a token, of the aligned model's own answers, a few of which are
-            asked for at every step; the direction file has to hold them. 0: no anchor. None: 3 where
-            neither lambda_reg nor max_drift is given and the file allows it (`axolotl_asft.strengths`), else 0.
+            asked for at every step; the direction file has to hold them. 0: no anchor. None: 3 under
+            metric="fisher" without max_drift where the file allows it (`axolotl_asft.strengths`), else 0.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
@@ -57,7 +57,18 @@ def attach(
     refuse_unsupported(trainer, max_drift)
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
+    if getattr(trainer, "model_init", None) is not None:
+        raise AsftError(
+            "the trainer makes a new model when it trains (model_init), which the constraint would not hold; give it "
+            "the model itself"
+        )
     penalty = AlignmentPenalty(trainer.model, direction, **options)
+    frozen = [layer.name for layer in penalty.layers if not layer.B.requires_grad]
+    if max_drift is not None and frozen:
+        raise AsftError(
+            f"max_drift cannot shorten {frozen[0]}, whose B does not train; train it, or use lambda_reg in place of a "
+            "budget"
+        )
     taken = [layer.name for layer in penalty.layers if layer.was_taken_out]
     given = lambda_reg, max_drift, anchor_weight
     strength = strengths(penalty.metric, direction.spec, *given, taken_out=bool(taken))

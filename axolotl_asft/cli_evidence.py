@@ -74,11 +74,12 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 @click.option("--tokenizer", metavar="DIR|ID", help="Whose chat template to use.  [default: of adapter, or model]")
 @click.option("--device", help="cpu or cuda.  [default: the GPU if there is one]")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("asft-eval"), show_default=True,
-    help="Folder for the answers and results; an interrupted evaluation goes on there.",
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the answers and results; an interrupted evaluation goes on there.  [default: asft-eval in the "
+    "output_dir of CONFIG, where `report` looks for it; else asft-eval]",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def evaluate_command(config: Path | None, output: Path, as_json: bool, **options: Any) -> None:
+def evaluate_command(config: Path | None, output: Path | None, as_json: bool, **options: Any) -> None:
     """Measure what fine-tuning did to a model: harmfulness, over-refusal, coherence, task scores.
 
     Asks the model, and the model under each adapter, prompts that ask for harm and harmless ones that sound alarming,
@@ -94,6 +95,8 @@ def evaluate_command(config: Path | None, output: Path, as_json: bool, **options
       axolotl asft eval config.yml --harmful walledai/AdvBench --harmful my.jsonl
     """
     chosen = _with_config(config, options)
+    if output is None:  # beside the adapter, where that is the config's own
+        output = Path(*([] if options["adapters"] else chosen["adapters"]), "asft-eval")
     text = chosen.pop("judge_text")
     if text and text.startswith("@"):
         text = read_text(Path(text[1:])).removesuffix("\n")  # with which editors end a file

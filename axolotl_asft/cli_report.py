@@ -36,7 +36,8 @@ def report_command(
 
     Loss and penalty over the steps, how far each layer went off the alignment direction over time, the singular values
     of the update against the aligned subspace, what `axolotl asft eval` found, and what one needs to do it again.
-    RUN_DIR is the output_dir of a run under the constraint, also of one that is still training.
+    RUN_DIR is the output_dir of a run under the constraint, also of one that is still training. A run to compare with:
+    axolotl train config.yml --asft.lambda_reg 0 --asft.anchor_weight 0 --output-dir out/plain.
 
     \b
     Example:

@@ -1,6 +1,7 @@
 """The trainer side: the penalty in the gradient, its numbers in the log, its mark on what is saved."""
 
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from transformers import Trainer, TrainerCallback
 
 from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
-from axolotl_asft.anchor import AnswerAnchor, own_answers_of
+from axolotl_asft.anchored import TrainerAnchor
 from axolotl_asft.diagnostics import DriftReport
 from axolotl_asft.engines import engine, refuse_switching, steps_in_backward
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
-from axolotl_asft.quiet import without_noise
 from axolotl_asft.resuming import last_checkpoint, mark_checkpoint, peak_before, refuse_resumed
 from axolotl_asft.trained import Trained
+
+LOG = logging.getLogger("axolotl.asft")
 
 ROUNDED = 1.01  # fp32 weights that were shortened to their budget end within this much of it
 
@@ -51,16 +53,11 @@ class Constraint:
         self.lambda_reg = lambda_reg
         self.max_drift = max_drift
         self.anchor_weight = anchor_weight
-        self._anchor = None
-        if anchor_weight > 0:
-            self._anchor = AnswerAnchor(
-                getattr(trainer, "processing_class", None), own_answers_of(penalty.direction.spec)
-            )
-        self._divergences: list[Tensor] = []  # since the last line of the log
-        self._divergence = 0.0
+        self._anchor = TrainerAnchor(trainer, penalty.direction.spec) if anchor_weight > 0 else None
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
         self.history.header["constraint"] = self.settings()
         self._steps = self._shortened = self._first_step = 0
+        self._is_trained = False  # training has begun, so that what is saved was trained under this
         self._peak: Tensor | None = None
         self._final_stamp: dict[str, Any] | None = None
         self._training_step = trainer.training_step
@@ -68,6 +65,7 @@ class Constraint:
         self._save_model = trainer.save_model
         self._load = trainer._load_from_checkpoint
         self._resumed_from: Path | None = None
+        self._written: set[Path] = set()  # folders that hold weights of this training
         self._create_model_card = getattr(trainer, "create_model_card", None)
         trainer.training_step = self.training_step  # type: ignore[method-assign]
         trainer.log = self.log  # type: ignore[method-assign]
@@ -85,7 +83,7 @@ class Constraint:
             if self.lambda_reg > 0 or self._anchor is not None:
                 self._refuse_spent_gradients()
             if self._anchor is not None:
-                self._ask(self._anchor)
+                self._anchor.add_gradient(self._scaled(self.anchor_weight))
             if self.lambda_reg > 0:
                 self._note(self.penalty.add_gradient(self._scaled(self.lambda_reg)))
         return loss
@@ -97,8 +95,7 @@ class Constraint:
         if report is not None:
             logs.update(self._metrics(report))
             if self._anchor is not None:
-                logs["asft/anchor_kl"] = self.anchor_kl()
-                self._divergences.clear()
+                logs["asft/anchor_kl"] = _significant(self._anchor.logged())
         if last:
             logs["asft/penalty_peak"] = self.penalty_peak()
         self._log(logs, *args, **kwargs)
@@ -112,13 +109,6 @@ class Constraint:
             "asft/update_norm": _significant(report.update_norm),
             "asft/max_drift": _significant(report.max_drift),
         }
-
-    def anchor_kl(self) -> float:
-        """KL(aligned || now) of the answers, nats a token: the mean since the last line of the log."""
-        if self._divergences:
-            mean = torch.stack(self._divergences).mean()
-            self._divergence = _significant(float(self.trainer.accelerator.reduce(mean, "mean")))
-        return self._divergence
 
     def report(self) -> DriftReport:
         """The drift of every layer now."""
@@ -144,6 +134,7 @@ class Constraint:
             "modules": self.penalty.modules,
             "on_uncovered": self.penalty.on_uncovered,
             "layers": len(self.penalty.layers),
+            "uncovered": self.penalty.uncovered,
             "version": __version__,
         }
 
@@ -154,7 +145,7 @@ class Constraint:
             report: of the weights now; default: measured here.
         """
         report = report or self.report()
-        anchored = {"anchor_kl": self.anchor_kl()} if self._anchor is not None else {}
+        anchored = {"anchor_kl": _significant(self._anchor.kl)} if self._anchor is not None else {}
         return self.settings() | {
             **anchored,
             "penalty_peak": self.penalty_peak(),
@@ -170,13 +161,18 @@ class Constraint:
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The trainer's own, and the stamp on what it wrote: final adapters and checkpoints alike."""
         self._save_model(output_dir, *args, **kwargs)
-        self.mark(output_dir or self.trainer.args.output_dir)
+        folder = output_dir or self.trainer.args.output_dir
+        if self._is_trained and folder is not None:
+            self._written.add(Path(folder).resolve())
+            self.mark(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The trainer's own, and the constraint's section in it."""
+        """The trainer's own, and the constraint's section in it: beside weights of this training, no earlier ones."""
         assert self._create_model_card is not None
         self._create_model_card(*args, **kwargs)
-        self.mark(self.trainer.args.output_dir)
+        folder = self.trainer.args.output_dir
+        if folder is not None and Path(folder).resolve() in self._written:
+            self.mark(folder)
 
     def mark(self, folder: str | Path | None) -> None:
         """Stamp the adapter and the model card in `folder`, on the main process."""
@@ -213,6 +209,9 @@ class Constraint:
     def begin(self) -> None:
         """Training starts."""
         self._steps, self._shortened, self._final_stamp = 0, 0, None
+        self._is_trained = True
+        assert self.trainer.model is not None
+        self.penalty.refuse_changed(self.trainer.model)
         state, arguments = self.trainer.state, self.trainer.args
         if self.max_drift is not None:
             refuse_switching(self.trainer.optimizer)
@@ -223,10 +222,11 @@ class Constraint:
             peak = peak_before(checkpoint, state.log_history)
             self._peak = None if peak is None else torch.tensor(peak)
         self._first_step = state.global_step
-        self._divergences.clear()
+        if arguments.world_size > 1:
+            self.penalty.start_alike(self.trainer.accelerator.device)
+        self._say_where_it_starts()
         if self._anchor is not None:
-            with self.trainer.compute_loss_context_manager():
-                self._anchor.remember(self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped))
+            self._anchor.begin()
         if self.trainer.is_world_process_zero():
             header = {"trainer": type(self.trainer).__name__, "engine": engine(self.trainer), "device": _device()}
             self.history.header |= header | {"processes": arguments.world_size}
@@ -252,34 +252,34 @@ class Constraint:
         constrained = self._steps if self.max_drift is None else min(self._steps, self._shortened)
         if constrained != steps:
             raise AsftError(f"{steps} steps were trained, {constrained} of them constrained; do not use this adapter")
+        assert self.trainer.model is not None
+        self.penalty.refuse_changed(self.trainer.model)
         report = self.report()
+        if self.max_drift is not None and not math.isfinite(report.update_norm):
+            raise AsftError("the update is no longer finite: the training diverged; do not use this adapter")
         exact = all(layer.B.dtype == torch.float32 for layer in self.penalty.layers)  # half types round far past it
         if self.max_drift is not None and exact and report.max_drift > ROUNDED * self.max_drift:
             raise AsftError(
                 f"the update ended at {report.max_drift:.3g} times what alignment moved, past max_drift "
                 f"{self.max_drift:g}: something changed the weights after their steps; do not use this adapter"
             )
+        if self._anchor is not None:
+            self._anchor.measure()
         self._final_stamp = self.stamp(report)
+
+    def _say_where_it_starts(self) -> None:
+        """An adapter that was trained before brings what it learned then, under whatever."""
+        norm = self.report().update_norm  # every process takes part
+        if norm > 0 and not self.trainer.state.global_step:
+            LOG.warning(
+                "AsFT: the adapter starts with an update of norm %.4g; how that came about the stamp of this run does "
+                "not say, and the constraint holds the whole update from now on",
+                norm,
+            )
 
     def _note(self, value: Tensor) -> None:
         value = self.lambda_reg * value
         self._peak = value if self._peak is None else torch.maximum(self._peak.to(value), value)
-
-    def _ask(self, anchor: AnswerAnchor) -> None:
-        """The gradient of anchor_weight KL: a backward pass through the model as the trainer wrapped it."""
-        arguments, model = self.trainer.args, self.trainer.model_wrapped
-        with without_noise(model), self._offload():
-            with self.trainer.compute_loss_context_manager():
-                loss = anchor.loss(model, self.trainer.state.global_step, arguments.process_index, arguments.world_size)
-            (self._scaled(self.anchor_weight) * loss).backward()
-        self._divergences.append(loss.detach())
-
-    def _offload(self) -> AbstractContextManager[Any]:
-        """Where the trainer keeps activations off the device, so does the anchor: axolotl's name for it, and TRL's."""
-        for name in ("activation_offload_context", "maybe_activation_offload_context"):
-            if hasattr(self.trainer, name):
-                return getattr(self.trainer, name)
-        return nullcontext()
 
     def _scaled(self, weight: float) -> Tensor | float:
         """A weight, in fp16 times the loss scale, by which the gradients are still multiplied here."""

@@ -84,7 +84,8 @@ def mismatches(
 ) -> int | None:
     """How many of the block's weights differ in `weight`: a plain or bitsandbytes weight of the loaded model.
 
-    None where they cannot be compared: integers without the scales of their rows, and floating point of 8 bits.
+    None where they cannot be compared: integers without the scales of their rows, floating point of 8 bits, and what
+    other libraries keep in tensors of their own (torchao).
 
     Args:
         block: the kept (<= 64,) weights.
@@ -92,6 +93,8 @@ def mismatches(
         taken_out: A (r, in) and scaling B (out, r) whose product was subtracted from the weight (PiSSA and its like).
     """
     quant_state = getattr(weight, "quant_state", None)
+    if type(weight).__module__.partition(".")[0] not in ("torch", "bitsandbytes"):
+        return None
     if weight.is_floating_point() and weight.element_size() == 1:
         return None
     if taken_out is not None:

@@ -110,7 +110,9 @@ class LayerGroup:
             # A stands in both halves of [A; A - A0], B in the first half of [B - B0, B0]
             grad_A, grad_B = grad_A[:, :r] + grad_A[:, r:], grad_B[..., :r]
         for parameters, gradients in (([f.A for f in self.found], grad_A), ([f.B for f in self.found], grad_B)):
-            add_to_gradients(parameters, weight * gradients)
+            # a loss scale is a scalar of the first device, and a model may lie on several
+            own = weight.to(gradients.device) if isinstance(weight, Tensor) else weight
+            add_to_gradients(parameters, own * gradients)
         return value.sum()
 
     def squared_norms(self) -> Tensor:
@@ -129,7 +131,8 @@ class LayerGroup:
         direction is free and stays, all else shrinks by f, and so does (I - C) B, up to the rounding of U.
         """
         A, B = (factor.float() for factor in self.update())
-        length = self.scaling * self._orthogonal(A, B).sqrt()
+        # of factors that cancel, as orthogonal initialisation's do, the product of squares may round below 0
+        length = self.scaling * self._orthogonal(A, B).clamp(min=0).sqrt()
         factors = torch.clamp(max_drift * self.sizes / torch.clamp(length, min=1e-30), max=1.0)
         free = self.U.float() * (self.c == 1)[:, None]
         f = factors[:, None, None]

@@ -49,9 +49,11 @@ class FoundLayer:
         return cast(int, self.layer.out_features), cast(int, self.layer.in_features)
 
     @property
-    def base_weight(self) -> Tensor:
-        """(out, in), plain or of bitsandbytes."""
-        weight = cast(Tensor, self.layer.get_base_layer().weight)
+    def base_weight(self) -> Tensor | None:
+        """(out, in), plain or of bitsandbytes; None where the layer keeps it otherwise, as GPTQ and AWQ do."""
+        weight = cast(Tensor | None, getattr(self.layer.get_base_layer(), "weight", None))
+        if weight is None:
+            return None
         transposed = getattr(self.layer, "fan_in_fan_out", False) and weight.ndim == 2
         return weight.T if transposed and not hasattr(weight, "quant_state") else weight
 

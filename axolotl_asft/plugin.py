@@ -104,6 +104,7 @@ class AsftPlugin(BasePlugin):
         Called when training ends and again when the adapter and its card are saved: the card finds its picture drawn.
         From then on nothing here holds the model: other plugins want its memory.
         """
+        has_ended = self._constraint is not None
         if self._constraint is not None:
             self._trained, self._constraint = self._constraint.trained(), None
         if self._trained is None:
@@ -111,7 +112,8 @@ class AsftPlugin(BasePlugin):
         if not self._pictured:
             self._pictured = True
             self._draw(cfg, lambda write: write.draw_training_picture(cfg.output_dir))
-        self._trained.mark(cfg.output_dir)
+        if not has_ended:  # else the adapter that lies there is not this run's yet
+            self._trained.mark(cfg.output_dir)
 
     def post_train_unload(self, cfg: Any) -> None:
         """The last hook of `axolotl train`: everything is saved, and can be drawn."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from axolotl_asft.saved import SavedAdapter, SavedLayer
 from axolotl_asft.verify import verify_checkpoint
 
 LOG = logging.getLogger("axolotl.asft")
+
+WHOLE = 0.99  # of ||d||^2: where the directions that are kept hold so much, C is nearly the published one
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def project_adapter(
         "attenuate": 1.0 if attenuate is None else attenuate,
         "projector": projector,
         "rank": rank,
+        "energy": round(statistics.median(_energy(direction, layer.name, rank) for layer in covered), 4),
         "direction_sha256": direction.sha256,
         "projected": len(chosen),
         "uncovered": len(uncovered),
@@ -180,6 +184,11 @@ def summary_text(report: ProjectionReport) -> str:
     if cosines:
         spread = f"cos(C dW, dW): {cosines[0]:.4f} to {cosines[-1]:.4f}, median {cosines[len(cosines) // 2]:.4f}\n"
     left = ""
+    if report.settings["projector"] == "paper" and report.settings["energy"] < WHOLE:
+        left = (
+            f"C is of the directions that are kept, {report.settings['energy']:.0%} of ||d||^2 in the median layer; "
+            "the published one is of all: with a larger `extract --rank` cosines are higher, and less is taken away\n"
+        )
     if report.uncovered:
         left = f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
     if not report.settings["verified"]:
@@ -251,6 +260,13 @@ def _factors(layer: SavedLayer, direction: AlignmentDirection, projector: str, r
     """A, B, U and c, in fp32."""
     U, c = direction.modules[layer.name].projector(projector, rank)
     return layer.A.float(), layer.B.float(), U.float(), c
+
+
+def _energy(direction: AlignmentDirection, name: str, rank: int | None) -> float:
+    """||U^T d||^2 / ||d||^2, the part of the direction that C is made of; 1 where alignment moved nothing."""
+    module = direction.modules[name]
+    norm = float(module.norm)
+    return min(1.0, float(module.S[:rank].double().square().sum()) / norm**2) if norm > 0 else 1.0
 
 
 def _choose(cosines: dict[str, float], threshold: float | None, layers: int | None) -> set[str]:

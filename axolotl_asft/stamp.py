@@ -89,13 +89,34 @@ def _section(stamp: dict[str, Any]) -> str:
         budget += f"`anchor_weight`: {stamp['anchor_weight']:g}, "
     return (
         "## Safety constraint\n\n"
-        "Trained with [axolotl-asft](https://pypi.org/project/axolotl-asft/) (AsFT, arXiv 2506.08473): the weight "
-        "update was penalised for leaving the alignment direction of the base model.\n\n"
+        "Trained with [axolotl-asft](https://pypi.org/project/axolotl-asft/) (AsFT, arXiv 2506.08473): "
+        f"{_what_was_held(stamp)}.\n\n"
         f"- direction: `{stamp['direction']}`, sha256 `{stamp['direction_sha256']}`\n"
         f"- `lambda_reg`: {stamp['lambda_reg']:g}, {budget}`projector`: {stamp['projector']}, `metric`: "
-        f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{_measured(stamp)}\n"
+        f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{_left_out(stamp)}{_measured(stamp)}\n"
         "The constraint makes harmful drift less likely; it proves nothing. Evaluate the model before you rely on it.\n"
     )
+
+
+def _what_was_held(stamp: dict[str, Any]) -> str:
+    measured = {
+        "weights": "for leaving the alignment direction of the base model",
+        "activations": "for what it does to the layers' outputs on prompts that ask for harm",
+        "fisher": "for what it does to the aligned model's own refusals",
+    }
+    held = []
+    if stamp["lambda_reg"]:
+        held.append(f"the weight update was penalised {measured[stamp['metric']]}")
+    if stamp["max_drift"] is not None:
+        held.append("every layer's update was kept within a budget")
+    if stamp["anchor_weight"]:
+        held.append("at every step the divergence from the aligned model's own answers joined the loss")
+    return ", and ".join(held) or "its numbers were logged, and nothing was constrained"
+
+
+def _left_out(stamp: dict[str, Any]) -> str:
+    count = stamp.get("uncovered")
+    return f"- trained without the constraint: {count} LoRA layers or other weights\n" if count else ""
 
 
 def _measured(stamp: dict[str, Any]) -> str:

@@ -44,17 +44,15 @@ def strengths(
 
     `metric` is the one that the penalty is measured in, `spec` the direction's.
 
-    lambda_reg and anchor_weight are
-
-    - 0.1 and 3 where none of the three is given, the metric is fisher, the direction file holds the aligned model's own
-      answers, and no initialisation has `taken_out` a part of the weights, so that the model without its adapter is
-      the aligned one;
-    - else 1 (0 beside a max_drift; 0.1 beside an anchor_weight under the metric fisher) and 0.
+    - anchor_weight is 3 where the metric is fisher, the direction file holds the aligned model's own answers, there is
+      no max_drift, and no initialisation has `taken_out` a part of the weights, so that the model without its adapter
+      is the aligned one; else 0. A lambda_reg leaves it where it is: who turns one knob keeps the other.
+    - lambda_reg is 0 beside a max_drift, 0.1 beside an anchor under the metric fisher, else 1.
     """
-    fisher, open_all = metric == "fisher", (lambda_reg, max_drift, anchor_weight) == (None, None, None)
-    if open_all and fisher and spec.get("own_answers") and not taken_out:
-        return Strengths(ANCHORED_LAMBDA, None, ANCHOR_WEIGHT)
-    anchor_weight = anchor_weight or 0.0
+    fisher = metric == "fisher"
+    if anchor_weight is None:
+        is_measured = fisher and bool(spec.get("own_answers")) and max_drift is None and not taken_out
+        anchor_weight = ANCHOR_WEIGHT if is_measured else 0.0
     if lambda_reg is None:
         lambda_reg = 0.0 if max_drift is not None else ANCHORED_LAMBDA if fisher and anchor_weight > 0 else ALONE
     return Strengths(float(lambda_reg), max_drift, float(anchor_weight))

@@ -21,7 +21,7 @@ class AlternatingPlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         constraint = trainer.log.__self__
         lambda_reg, penalty, anchor = constraint.lambda_reg, constraint.penalty, constraint._anchor
-        add_gradient, ask = penalty.add_gradient, constraint._ask
+        add_gradient = penalty.add_gradient
         spent = {"added": 0.0}
         record, kept = [], stored_bytes(penalty)
 
@@ -43,7 +43,8 @@ class AlternatingPlugin(BasePlugin):
             return called
 
         penalty.add_gradient = timed(no_waiting if torch.cuda.is_available() else add_gradient)
-        constraint._ask = timed(ask)
+        if anchor is not None:
+            anchor.add_gradient = timed(anchor.add_gradient)
 
         class Alternate(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):

@@ -209,10 +209,20 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if "asft" in method:
         name = "random-direction" if method.get("direction") == "random" else "direction"
         file = bench.work / f"{name}.safetensors"
+        if method.get("direction") == "others":
+            from benchmarks.safety_model import others_direction
+
+            file = others_direction(bench.work)
         if "own_answers" in method:
             file = with_fewer_answers(file, method["own_answers"], folder / "direction.safetensors")
         # the base weights are the aligned model's after NF4 and back: not to the bit the direction's, as prepare says
-        block = {"direction": str(file), "verify_model": False, "metric": "weights", **method["asft"]}
+        block = {
+            "direction": str(file),
+            "verify_model": False,
+            "metric": "weights",
+            "anchor_weight": 0,
+            **method["asft"],
+        }
         settings |= {"plugins": ["asft"], "asft": block}
     train(write_config(folder / "run.yml", bench.aligned, folder / "data.jsonl", folder / "adapter", settings))
     seconds = time.monotonic() - started

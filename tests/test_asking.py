@@ -1,6 +1,7 @@
 """Asking: the tokens of the training, thoughts apart from answers, and whatever cannot be asked refused in one line."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -8,11 +9,19 @@ import pytest
 import torch
 import yaml
 from tiny import WORDS, make_tokenizer
-from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from axolotl_asft.errors import AsftError, WorkFailed
-from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, _positions, check_tasks
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, check_tasks
 from axolotl_asft.evaluation.coherence import log_likelihoods
+from axolotl_asft.evaluation.generating import end_tokens, positions
 from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer, loading
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
@@ -24,8 +33,10 @@ FOLLOWS = {
     "help": "</s>", "dog": "yes", "yes": "</s>", "tree": "<think>forever", "<think>forever": "red", "red": "red",
 }  # fmt: skip
 PREAMBLE = [f"word{i}" for i in range(20)]  # of a model that says what it is before it refuses
+FOLLOWS |= {"house": "no", "no": "<|end|>", "<|end|>": "then", "then": "</s>"}  # it knows two ends
 FOLLOWS |= dict(zip(["blue", *PREAMBLE], [*PREAMBLE, "i"], strict=True))
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+ENDED = "{% for m in messages %}{{ m['content'] + (' <|end|>\n' if m['role'] == 'assistant' else ' ') }}{% endfor %}"
 SWITCHED = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think> </think> ' }}{% endif %}"
 
 
@@ -116,6 +127,60 @@ def test_the_model_reads_the_tokens_that_it_was_trained_on(pair, tmp_path):
     assert not [row for row in read if 1 in row]
 
 
+# ---------------------------------------------------------------------------------------------------------------- ends
+def with_an_end(tokenizer, how):
+    """A tokenizer to which <|end|>, an end that the model's config does not know, is the end of a text or of a turn."""
+    if how == "the tokenizer's":
+        tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    else:
+        tokenizer.chat_template = ENDED
+        tokenizer.add_tokens([AddedToken("<|end|>", special=how == "the template's, special")])
+    return tokenizer
+
+
+ENDS = ["the tokenizer's", "the template's, special", "the template's, plain"]
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_an_answer_ends_where_its_tokenizer_says(interviewer, tmp_path, how):
+    """Also where others of its batch go on; and a row's tokenizer says nothing of the next row's."""
+    asked = interviewer()
+    plain = PreTrainedTokenizerFast.from_pretrained(asked.tokenizer.name_or_path)
+    plain.chat_template = TEMPLATE
+    with_an_end(asked.tokenizer, how)
+    asked = Interviewer(asked.model, asked.tokenizer)
+    prompts = ["a house", "a blue"]
+    assert [answer.answer.split()[-1] for answer in asked_of(asked, prompts, tmp_path)] == ["no", "help"]
+    first = asked_of(Interviewer(asked.model, plain), prompts, tmp_path)[0]
+    assert first.answer == "no <|end|> then"
+
+
+def test_no_words_after_the_end_are_kept_to_be_held(thinker, tmp_path):
+    """`extract --metric` asks in the same way."""
+    folder = shutil.copytree(thinker, tmp_path / "model")
+    with_an_end(PreTrainedTokenizerFast.from_pretrained(folder), "the tokenizer's").save_pretrained(folder)
+    (tmp_path / "harm.json").write_text(json.dumps(many("cat", 4)))
+    (tmp_path / "harmless.json").write_text(json.dumps(["a house", "a dog"]))
+    found = safety_metrics(str(folder), (), str(tmp_path / "harm.json"), str(tmp_path / "harmless.json"))
+    assert {answer for _, answer in found.own_answers} == {"i cannot help", "no", "yes"}
+
+
+def test_what_ends_a_turn(thinker):
+    """An added token alone: words, the next turn's too, may stand in an answer."""
+    model, tokenizer = load_model(str(thinker)), load_tokenizer(str(thinker))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    with_an_end(tokenizer, "the template's, special")
+    assert end_tokens(model, tokenizer) == [2, end]
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    for template in (TEMPLATE, TEMPLATE + "then", refusing + ENDED, None):
+        tokenizer.chat_template = template
+        assert end_tokens(model, tokenizer) == [2]
+    model.generation_config.eos_token_id = [2, 9]
+    assert end_tokens(model, tokenizer) == [2, 9]
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    assert end_tokens(model, tokenizer) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ thoughts
 def test_a_thought_is_no_part_of_the_answer(interviewer, tmp_path):
     first, second = asked_of(interviewer(), ["a red cat", "a red dog"], tmp_path)
@@ -193,13 +258,15 @@ def test_a_task_from_a_file(interviewer, tmp_path):
 
 
 def test_which_way_is_better_stands_beside_a_score(interviewer, tmp_path):
-    """As lm-eval's task says; what is not finite has no place in JSON."""
+    """As lm-eval's task says. A score that is no number is one all the same, an error that is none is nothing."""
     metrics = [{"metric": "acc", "higher_is_better": False, "aggregation": "mean"}]
     scores = interviewer().scores([task_file(tmp_path, "turned", metric_list=metrics)], None, None)
     assert scores["turned"]["acc_higher_is_better"] is False
-    found = {"alias": "a", "ppl,none": float("inf"), "em,strict": 0.5, "em_stderr,strict": "N/A", "f1,none": 0.25}
+    found = {"alias": "a", "ppl,none": float("inf"), "ppl_stderr,none": float("nan"), "em,strict": 0.5}
+    found |= {"em_stderr,strict": "N/A", "f1,none": 0.25}
     assert _metrics(found, {"em": True, "ppl": False, "f1": None}) == {
-        "em (strict)": 0.5, "em_higher_is_better (strict)": True, "f1": 0.25,
+        "ppl": math.nan, "ppl_higher_is_better": False, "em (strict)": 0.5, "em_higher_is_better (strict)": True,
+        "f1": 0.25,
     }  # fmt: skip
 
 
@@ -238,7 +305,7 @@ def test_the_positions_are_those_of_the_text_model(interviewer, tmp_path):
     """lm-eval looks at a wrapper's own config, which has none, and then takes 2048."""
     wrapper = Gemma3Config(text_config={"max_position_embeddings": 77})
     assert not hasattr(wrapper, "max_position_embeddings")
-    assert _positions(SimpleNamespace(config=wrapper)) == 77
+    assert positions(SimpleNamespace(config=wrapper, named_modules=list)) == 77
     assert interviewer()._lm.max_length == 256
 
 
@@ -260,6 +327,19 @@ def test_more_tokens_than_positions_are_refused_before_asking(interviewer, tmp_p
     asked = interviewer(max_new_tokens=new, stage=lambda *stage: stages.append(stage))
     with pytest.raises(AsftError, match=rf"with {new} new ones are more than the model's 256 positions"):
         asked_of(asked, [prompt], tmp_path)
+    assert not stages
+
+
+def test_tokens_that_the_model_lacks_are_refused_before_asking(interviewer, tmp_path):
+    """A tokenizer of another model, or of a training that added tokens and did not save their embeddings."""
+    stages = []
+    asked = interviewer(stage=lambda *stage: stages.append(stage))
+    asked.tokenizer.add_tokens([f"<new{i}>" for i in range(40)])
+    highest = asked.tokenizer.convert_tokens_to_ids("<new39>")
+    message = rf"makes token {highest} of a prompt, and the model knows 64; give the tokenizer that the model was"
+    with pytest.raises(AsftError, match=message) as error:
+        asked_of(asked, ["a dog", "a <new39> dog"], tmp_path)
+    assert "\n" not in str(error.value)
     assert not stages
 
 

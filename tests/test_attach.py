@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import math
 import types
 import weakref
@@ -11,8 +12,9 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from trainers import lora_weights, make_trainer, training_lines
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
@@ -132,6 +134,75 @@ def test_checkpoints_are_stamped(pair, rows, direction, tmp_path):
         stamp = json.loads((folder / "adapter_config.json").read_text())["asft"]
         assert stamp["direction_sha256"] == direction.sha256
         assert stamp["lambda_reg"] == LAMBDA
+
+
+def test_a_model_that_is_made_anew_is_refused(pair, rows, direction, tmp_path):
+    """The gradient would go to the one that was attached, and another would train."""
+    trainer = make_trainer(pair, rows, tmp_path)
+    trainer.model_init = lambda: trainer.model
+    with pytest.raises(AsftError, match="makes a new model when it trains"):
+        attach(trainer, direction, LAMBDA)
+
+
+def _another_adapter(model):
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    model.set_adapter("other")
+
+
+def _the_head(model):
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+
+
+def _one_frozen(model):
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.lora_A["default"].weight.requires_grad_(False)
+    layer.lora_B["default"].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_another_adapter, "14 other weights train \\(first model.layers.0.self_attn.q_proj\\) than when"),
+        (_the_head, "1 other weights train \\(first lm_head.weight\\) than when"),
+        (_one_frozen, "LoRA layers no longer train than when"),
+    ],
+)
+def test_what_trains_is_what_was_attached(pair, rows, direction, tmp_path, change, message):
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction, LAMBDA)
+    change(trainer.model)
+    with pytest.raises(AsftError, match=message):
+        trainer.train()
+
+
+def test_what_is_unfrozen_while_it_trains_is_noticed(pair, rows, direction, tmp_path):
+    class Unfreeze(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            _the_head(kwargs["model"])
+
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction, LAMBDA)
+    trainer.add_callback(Unfreeze())
+    with pytest.raises(AsftError, match=r"first lm_head\.weight"):
+        trainer.train()
+
+
+def test_what_was_not_trained_under_it_bears_no_stamp(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    attach(trainer, direction, LAMBDA)
+    trainer.save_model()
+    assert read_stamp(tmp_path) == {}
+    trainer.train()
+    trainer.save_model()
+    assert read_stamp(tmp_path)["lambda_reg"] == LAMBDA
+
+
+def test_an_adapter_that_learned_before_is_said(pair, rows, direction, tmp_path, caplog):
+    trainer = make_trainer(pair, rows, tmp_path)  # its B is not zero
+    attach(trainer, direction, LAMBDA)
+    with caplog.at_level(logging.WARNING, "axolotl.asft"):
+        trainer.train()
+    assert "the adapter starts with an update of norm" in caplog.text
 
 
 @pytest.mark.parametrize("lambda_reg", [-1.0, float("nan"), float("inf"), True])

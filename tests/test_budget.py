@@ -129,6 +129,40 @@ def test_initialisations_that_are_taken_out_of_the_weight(pair, rows, direction,
         attach(trainer, direction, max_drift=0.5, verify_model=False)
 
 
+def test_a_frozen_b_cannot_be_shortened(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weight.requires_grad_(False)
+    with pytest.raises(AsftError, match="whose B does not train"):
+        attach(trainer, direction, max_drift=0.5)
+
+
+def test_factors_that_cancel_stay_numbers(pair, rows, direction, tmp_path):
+    """Orthogonal initialisation begins at B A = 0 with large factors: the product of their squares rounds below 0."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    trainer = make_trainer(pair, rows, tmp_path, learning_rate=1e-5)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights="orthogonal")
+    trainer.model = trainer.model_wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config)
+    attach(trainer, direction, max_drift=0.5)
+    trainer.train()
+    assert all(weight.isfinite().all() for weight in lora_weights(trainer).values())
+
+
+def test_a_run_under_a_budget_that_diverged_is_no_adapter(pair, rows, direction, tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            next(w for w in kwargs["model"].parameters() if w.requires_grad).data.fill_(float("nan"))
+
+    trainer = make_trainer(pair, rows, tmp_path, max_steps=1)
+    attach(trainer, direction, max_drift=0.5)
+    trainer.add_callback(Break())
+    with pytest.raises(AsftError, match="no longer finite"):
+        trainer.train()
+
+
 def test_the_number_means_the_same_for_a_model_of_another_scale(pair, rows, tmp_path):
     """W and d ten times as large, and an update ten times as large: the same share of the budget."""
     small = extract_direction(*pair, rank=8)

@@ -1,11 +1,14 @@
 """What goes round in circles is noticed in every script; ordinary answers are not."""
 
+import math
 from pathlib import Path
 
 import pytest
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM
 
 import axolotl_asft
-from axolotl_asft.evaluation.coherence import REPETITIVE, repetition
+from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 
 PACKAGE = Path(axolotl_asft.__file__).parent
 CITIES = ["Oslo", "Lima", "Rome", "Cairo", "Delhi", "Quito", "Tokyo", "Paris"]
@@ -58,3 +61,19 @@ def test_ordinary_prose_says_next_to_nothing_twice():
     """So that the column stays what it was for it: the triples of words decide."""
     for kind in ("English", "a numbered list", "Chinese", "a Chinese list", "code"):
         assert repetition(ORDINARY[kind]) < 0.05
+
+
+def test_of_tokens_that_the_model_lacks_nothing_is_said(pair):
+    """The tokens of an adapter's training, under the model without it: not a median over what is left."""
+    model, tokenizer, done = AutoModelForCausalLM.from_pretrained(pair[1]).eval(), make_tokenizer(), []
+    known = [("the cat", "sees a dog"), ("a", "red house")]
+    alone = log_likelihoods(model, tokenizer, known)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(60)])
+    pairs = [("the <new50>", "dog"), known[0], ("the", "cat <new59>"), known[1]]
+    found = log_likelihoods(model, tokenizer, pairs, 8, done.append)
+    assert [math.isnan(total) for total, _ in found] == [True, False, True, False]
+    assert [count for _, count in found] == [1, 3, 2, 2]
+    assert [found[1][0], found[3][0]] == pytest.approx([total for total, _ in alone], rel=1e-5)
+    assert sum(done) == 4
+    assert math.isnan(median_perplexity(found))
+    assert math.isfinite(median_perplexity(alone))

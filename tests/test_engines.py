@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lora_models import lora_model, shake
@@ -177,3 +178,20 @@ def test_fsdp2_shards(pair, direction_file, rank):
     assert answer["drift"][0] == pytest.approx(answer["drift"][1], rel=1e-6)
     assert 1 < max(answer["groups"]) < sum(answer["groups"]), answer["groups"]
     assert answer["most whole factors"] <= max(answer["groups"]), "the A or the B of one group at a time"
+
+
+@pytest.mark.slow
+def test_ddp_in_python(pair, anchored_file, tmp_path):
+    """The main process may save alone, where nobody else comes to a collective; all ranks measure from one start."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = str(Path(__file__).parent / "ddp_worker.py")
+    environment = child_environment(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    arguments = [str(pair[0]), str(pair[1]), str(anchored_file), str(tmp_path)]
+    result = subprocess.run(
+        [*command, worker, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"anchored"')))
+    assert found["anchored"]["stamp"]["anchor_weight"] == 3
+    assert found["niter"]["start"] < 1e-6
+    assert found["anchored"]["apart"] == found["niter"]["apart"] == 0

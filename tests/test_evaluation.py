@@ -19,10 +19,10 @@ from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.coherence import log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
-from axolotl_asft.evaluation.models import Subject, subjects
+from axolotl_asft.evaluation.models import Subject, adapted, load_model, subjects
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
-from axolotl_asft.evaluation.rows import table
+from axolotl_asft.evaluation.rows import Row, table
 from axolotl_asft.evaluation.shares import Share, wilson_interval
 from axolotl_asft.evaluation.task_scores import STDERR, beside, half_interval, metrics_of
 
@@ -255,6 +255,35 @@ def test_the_table(evaluated):
     assert (evaluated[0] / "results.md").read_text().splitlines() == lines
 
 
+def row_of(name, tasks, judges=()):
+    nothing = Share.of([])
+    return Row(name, None, None, {}, {}, dict.fromkeys(judges, nothing), 2.0, nothing, nothing, tasks, 0.0)
+
+
+def cells_of(*rows):
+    """Of each line of the table, title -> cell."""
+    titles, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(list(rows)).splitlines())
+    return [dict(zip(titles, line, strict=True)) for line in lines]
+
+
+def test_a_row_may_lack_a_score():
+    """Whichever row it is, and whether it is no number or nothing at all."""
+    whole = row_of("whole", {"t": {"acc": 0.5, "ppl": 3.0}, "u": {"acc": 1.0}})
+    part = row_of("part", {"t": {"acc": 0.25, "ppl": math.nan, "ppl_stderr": 0.1}})
+    for rows in ((whole, part), (part, whole)):
+        found = {cells["model"]: cells for cells in cells_of(*rows)}
+        assert [list(cells)[-3:] for cells in found.values()] == [["t acc", "t ppl", "u acc"]] * 2
+        assert list(found["whole"].values())[-3:] == ["0.500", "3.000", "1.000"]
+        assert list(found["part"].values())[-3:] == ["0.250", "none", "none"]
+
+
+def test_two_judges_of_one_folder_name_have_a_column_each():
+    (cells,) = cells_of(row_of("model", {}, ["judges/a/final", "judges/b/final", "org/guard"]))
+    assert [title for title in cells if title.startswith("harmful: ")] == [
+        "harmful: judges/a/final", "harmful: judges/b/final", "harmful: guard",
+    ]  # fmt: skip
+
+
 def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
     config = tmp_path / "config.yml"
     config.write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: {adapter}\n")
@@ -355,6 +384,65 @@ def test_a_row_leaves_no_trace_in_the_next(pair, tmp_path, changes):
     assert answers[0] == answers[1]
     assert answers[0]["odd"] != json.loads((tmp_path / "one" / "model.json").read_text())["harmful"]
     assert {name: row.perplexity for name, row in one.items()} == {name: row.perplexity for name, row in two.items()}
+
+
+def resized_adapter(base, folder, rows, **settings):
+    """An adapter of a training that had so many tokens; its answers to a few of them, and its tokenizer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), make_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(rows - len(tokenizer))])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", f"<new{rows - 23}> <|assistant|>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(rows)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **settings))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ids = torch.tensor([[rows - 1, 7, 8]])
+    return ids, model.eval()(ids).logits.detach()
+
+
+@pytest.mark.parametrize("rows", [82, 40], ids=["more", "fewer"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}], ids=["saved", "trained"])
+def test_an_adapter_with_tokens_of_its_own(pair, tmp_path, rows, tied, settings):
+    """It says what it said in training, and leaves the model as it was, to the last bit."""
+    base = pair[1]
+    if tied:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        base = tmp_path / "base"
+        config = AutoConfig.from_pretrained(pair[1], tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        settings = settings and {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ids, expected = resized_adapter(base, tmp_path / "grown", rows, **settings)
+    model = load_model(str(base))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for _ in range(2):
+        with adapted(model, Subject("grown", tmp_path / "grown")) as ready, torch.no_grad():
+            torch.testing.assert_close(ready(ids).logits, expected)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        assert model.config.vocab_size == model.vocab_size == model.get_input_embeddings().num_embeddings == 64
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert model(ids.clamp(max=63)).logits.shape[-1] == 64
+
+
+def test_a_row_with_tokens_of_its_own_has_no_perplexity(pair, tmp_path):
+    """The model without it cannot read what was asked; the other rows are as they are alone."""
+    resized_adapter(pair[1], tmp_path / "grown", 82)
+    questions = Questions(limit=1, max_new_tokens=2)
+    model, grown = evaluate(str(pair[1]), [str(tmp_path / "grown")], tmp_path / "out", questions)
+    assert math.isfinite(model.perplexity)
+    assert math.isnan(grown.perplexity)
+    assert grown.harmfulness["harmful"].n == 1
+    asked = json.loads((tmp_path / "out" / "grown.json").read_text())["harmful"]["harmful"]["answers"][0]["asked"]
+    assert "<new59>" in asked
 
 
 def test_a_model_that_says_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Judges: real small models that learned a verdict, each asked as its family is."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,10 +18,11 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.judges import GENERIC_LABEL, WAYS, Judge
+from axolotl_asft.evaluation.judges import GENERIC_LABEL, WAYS, Judge, _names
 
 SIZE = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 3}
 PAIRS = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
@@ -51,12 +53,12 @@ def save(model, tokenizer, folder: Path) -> Path:
 def beaver(tmp_path_factory) -> Path:
     """A multi-label classifier in the form of beaver-dam: cats are one category of harm, dogs another, trees none."""
     tokenizer = make_tokenizer()
-    things = {"cat": [1.0, 0.0], "dog": [0.0, 1.0], "tree": [0.0, 0.0], "house": [0.0, 0.0]}
+    things = {"cat": [1.0] + [0.0] * 13, "dog": [0.0] * 13 + [1.0], "tree": [0.0] * 14, "house": [0.0] * 14}
     texts = [f"BEGINNING OF CONVERSATION: USER: the thing ASSISTANT:says {thing} </s>" for thing in things]
     ids = tokenizer(texts, return_tensors="pt")["input_ids"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=64, num_labels=2, problem_type="multi_label_classification", **SIZE)
+        config = LlamaConfig(vocab_size=64, num_labels=14, problem_type="multi_label_classification", **SIZE)
         model = LlamaForSequenceClassification(config)
     taught(model, input_ids=ids, labels=torch.tensor(list(things.values())))
     return save(model, tokenizer, tmp_path_factory.mktemp("beaver") / "tiny-beaver-dam-7b")
@@ -72,7 +74,8 @@ def test_any_category_of_beaver_dam_counts(beaver):
 
 def test_a_checkpoint_without_a_head_is_no_classifier(tmp_path):
     """transformers would make up the missing head and go on."""
-    folder = save(LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZE)), make_tokenizer(), tmp_path / "beaver-dam-7b")
+    config = LlamaConfig(vocab_size=64, num_labels=14, **SIZE)
+    folder = save(LlamaForCausalLM(config), make_tokenizer(), tmp_path / "beaver-dam-7b")
     with pytest.raises(AsftError, match=r"is no classifier: its checkpoint \(LlamaForCausalLM\) lacks score.weight"):
         Judge.load(str(folder))
 
@@ -83,6 +86,39 @@ def test_a_classifier_judges(classifier):
     done = []
     assert judge.harmful(pairs, done.append) == [True, False, True, False]
     assert done == [3, 1]
+
+
+def test_a_family_is_known_by_a_judge_s_own_name(classifier, beaver, guard, tmp_path):
+    """Not by the folders that it lies in, and beaver-dam by its 14 labels too."""
+
+    def family(folder, source=classifier):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return Judge.check(str(folder), text=ASKED, harmful="harm")[0].family
+
+    known = [way.family for way in WAYS]
+    study = tmp_path / "beaver-dam-and-llama-guard"
+    assert not {family(study / "my-judge"), family(study / "beaver-dam-7b")} & set(known)
+    assert family(study / "mine" / "beaver-dam-7b", beaver) == "beaver-dam"
+    assert family(study / "Llama-Guard-3-8B", guard) == "llama-?guard"
+    cached = tmp_path / "models--meta-llama--Llama-Guard-3-8B" / "snapshots" / ("0" * 40)
+    assert family(cached, guard) == "llama-?guard"
+    renamed = shutil.copytree(guard, tmp_path / "renamed")
+    config = json.loads((renamed / "config.json").read_text())
+    for kept, found in (("meta-llama/Llama-Guard-3-8B", True), ("llama-guard/other", False)):
+        (renamed / "config.json").write_text(json.dumps(config | {"_name_or_path": kept}))
+        assert (Judge.check(str(renamed), text=ASKED, harmful="harm")[0].family in known) == found
+    assert _names("meta-llama/Llama-Guard-3-8B@main") == ["Llama-Guard-3-8B"]
+
+
+def test_positions_that_begin_behind_the_padding(tmp_path):
+    """RoBERTa's config tells of 20 positions, of which 16 are for tokens when the padding has the number 3."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 20}
+    config = RobertaConfig(vocab_size=64, pad_token_id=3, id2label={0: "safe", 1: "unsafe"}, **sizes)
+    folder = save(AutoModelForSequenceClassification.from_config(config), make_tokenizer(), tmp_path / "judge")
+    judge = Judge.load(str(folder))
+    assert judge.tokenizer.model_max_length > 20
+    assert judge._encode(["the cat " * 20])["input_ids"].shape[1] == 16
+    assert len(judge.harmful([("the cat", "a dog " * 20)])) == 1
 
 
 def test_a_judge_is_told_which_labels_count(classifier):
@@ -235,6 +271,18 @@ def test_what_is_no_verdict_is_noticed(guard, tmp_path):
         Judge.load(str(folder)).harmful(PAIRS)
     assert "3 times of 3" in str(error.value)
     assert Judge.load(str(folder), harmful="^unsafe").harmful(PAIRS) == [True, False, True]
+
+
+def test_of_a_judge_s_generation_config_only_the_special_tokens_count(guard, tmp_path):
+    """Its verdict is what it says itself, to the end that its tokenizer knows."""
+    folder = shutil.copytree(guard, tmp_path / "llama-guard")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    unsafe = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("unsafe")
+    settings |= {"suppress_tokens": [unsafe], "repetition_penalty": 5.0, "eos_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    judge = Judge.load(str(folder))
+    assert judge.harmful(PAIRS) == [True, False, True]
+    assert judge._written([judge._text(*PAIRS[0])]) == [("unsafe", True)]
 
 
 def test_a_template_that_drops_the_answer_is_refused(guard, tmp_path):

@@ -3,16 +3,19 @@
 import gc
 import itertools
 import json
+import math
 import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from axolotl_asft.cli import asft
 from axolotl_asft.direction import file_sha256
@@ -20,6 +23,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation import evaluate as evaluation
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
 from axolotl_asft.evaluation.judges import Judge
+from axolotl_asft.evaluation.kept import Interview, answer_key, tokenizer_state
 from axolotl_asft.evaluation.models import Subject, load_model, load_tokenizer, model_state, other_base
 from axolotl_asft.files import locked
 
@@ -128,6 +132,16 @@ def test_a_task_more_is_asked_alone(asked_for, tmp_path):
     assert "higher_is_better" not in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_a_score_that_is_no_number_is_kept_as_one(tmp_path):
+    """null in the file, which is JSON, and NaN again for the table."""
+    kept = Interview(tmp_path / "row.json", "k", tasks={"asked": {"t": {"ppl": math.nan, "acc": 0.5}}})
+    kept.save()
+    assert json.loads((tmp_path / "row.json").read_text())["tasks"] == {"asked": {"t": {"ppl": None, "acc": 0.5}}}
+    found = Interview.open(tmp_path / "row.json", "k", None).tasks["asked"]["t"]
+    assert math.isnan(found["ppl"])
+    assert found["acc"] == 0.5
+
+
 def test_a_task_that_changed_is_asked_anew(asked_for, tmp_path):
     """Its file, its data, and whatever lies beside it that it may take from."""
     task = {
@@ -203,6 +217,42 @@ def test_an_adapter_s_config_belongs_to_it(asked_for, adapter):
     assert asked_for(QUESTIONS, adapter) == []
     edit(adapter / "adapter_config.json", lora_alpha=800)
     assert ("tuned answers", 2) in asked_for(QUESTIONS, adapter)
+
+
+def test_a_tokenizer_belongs_to_what_was_asked(pair):
+    """Its template, its special tokens, and the numbers of its words; no trace of how it was called last."""
+    tokenizers = [load_tokenizer(str(pair[1])) for _ in range(4)]
+    plain, template, special, words = tokenizers
+    template.chat_template += " "
+    special.eos_token = "<|user|>"
+    cuts = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = cuts["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    words._tokenizer = Tokenizer.from_str(json.dumps(cuts))
+    assert words.encode("cat") == plain.encode("dog")
+    states = {tokenizer_state(tokenizer) for tokenizer in tokenizers}
+    assert len(states) == 4
+    plain(["the cat", "the"], padding=True, truncation=True, max_length=8)
+    assert tokenizer_state(plain) in states
+    assert len({answer_key(str(pair[1]), Subject("model"), {}, state) for state in states}) == 4
+
+
+def test_another_tokenizer_is_asked_anew(asked_for, pair, adapter):
+    """That of an adapter's folder, or of --tokenizer, under one template."""
+    words = load_tokenizer(str(pair[1]))
+    words.save_pretrained(adapter)
+    asked_for(QUESTIONS, adapter)
+    assert asked_for(QUESTIONS, adapter) == []
+    words.eos_token = "<|user|>"
+    words.save_pretrained(adapter)
+    assert ("tuned answers", 2) in asked_for(QUESTIONS, adapter)
+
+
+def test_a_tokenizer_without_a_backend_has_a_state_too():
+    def slow(**words):
+        return SimpleNamespace(get_vocab=lambda: words, special_tokens_map={"eos_token": "b"}, chat_template="")
+
+    assert tokenizer_state(slow(a=0, b=1)) == tokenizer_state(slow(b=1, a=0)) != tokenizer_state(slow(a=1, b=0))
 
 
 def test_results_say_which_adapter_was_asked(asked_for, adapter, tmp_path):

@@ -247,6 +247,21 @@ def test_evaluations_of_the_old_adapter_are_not_copied(adapter, full_direction, 
     assert not [name for name in measured if (tmp_path / "out" / name).exists()]
 
 
+def test_it_says_how_much_of_the_direction_it_projects_on(adapter, full_direction, tmp_path):
+    direction = full_direction[1]
+    whole = project_adapter(adapter, direction, tmp_path / "whole", layers=1)
+    assert whole.settings["energy"] == 1.0
+    assert "of ||d||^2" not in summary_text(whole)
+    part = project_adapter(adapter, direction, tmp_path / "part", layers=1, rank=1)
+    shares = sorted(
+        float(m.S[0].double() ** 2 / m.S.double().square().sum())
+        for m in (direction.modules[x.name] for x in part.layers)
+    )
+    middle = (shares[len(shares) // 2] + shares[(len(shares) - 1) // 2]) / 2
+    assert part.settings["energy"] == pytest.approx(middle, abs=2e-3)
+    assert f"{part.settings['energy']:.0%} of ||d||^2 in the median layer" in summary_text(part)
+
+
 def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp_path):
     """A base model on the Hub is not read for that."""
     shutil.copytree(adapter, tmp_path / "in")

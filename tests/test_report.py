@@ -537,7 +537,7 @@ def test_scores_say_what_they_are(run):
         }
     (run / "eval.json").write_text(json.dumps(found))
     report = gather(run)
-    assert {m.title: (m.better, m.is_share, m.top) for m in report.evaluation.measures[2:]} == {
+    assert {m.title: (m.better, m.is_share, m.top) for m in report.evaluation.measures[3:]} == {
         "wikitext, word_perplexity": ("lower", False, 23.5), "asft_harmfulness, harmfulness": ("lower", True, 1.0),
         "gsm8k, exact_match (strict)": ("higher", True, 1.0), "gsm8k, odd": ("", False, 1.0),
     }  # fmt: skip
@@ -545,14 +545,36 @@ def test_scores_say_what_they_are(run):
     for name in [name for name in kept["rows"][1]["tasks"]["wikitext"] if "_higher_is_better" in name]:
         del kept["rows"][1]["tasks"]["wikitext"][name]  # kept by an earlier version
     (run / "eval.json").write_text(json.dumps(kept))
-    assert [m.better for m in gather(run).evaluation.measures[2:]] == ["lower", "lower", "higher", ""]
+    assert [m.better for m in gather(run).evaluation.measures[3:]] == ["lower", "lower", "higher", ""]
     kept["rows"][1]["tasks"]["wikitext"]["word_perplexity_higher_is_better"] = True
     (run / "eval.json").write_text(json.dumps(kept))
-    assert gather(run).evaluation.measures[2].better == "", "they disagree"
+    assert gather(run).evaluation.measures[3].better == "", "they disagree"
     text = words(page(report))
     assert '<span class="value">23.5</span>' in text
     assert '<span class="value">30 % <small>10 % to 50 %</small></span>' in text
     assert text.count(" is better)") == len(report.evaluation.measures) - 1
+
+
+def test_babble_stands_beside_the_shares(run):
+    """Low harmfulness is a success of a model that still speaks."""
+    found = results(run)
+    (run / "eval.json").write_text(json.dumps(found))
+    report = gather(run)
+    assert [m.title for m in report.evaluation.measures[2:3]] == ["Perplexity of all answers, under the model before"]
+    assert (report.notes, "round in circles" in words(page(report))) == ([], False)
+    found["rows"][1] |= {"perplexity": 2e5, "repetitive": shares(1.0), "empty": shares(0.25)}
+    found["rows"][2] |= {"perplexity": None, "repetitive": {"value": None, "low": None, "high": None, "n": 0}}
+    (run / "eval.json").write_text(json.dumps(found))
+    report = gather(run)
+    points = {m.title: [(p.role, p.value) for p in m.points] for m in report.evaluation.measures[2:5]}
+    assert points == {
+        "Perplexity of all answers, under the model before": [("before", 8.0), ("this", 2e5)],
+        "Answers that go round in circles": [("before", 0.0), ("this", 1.0)],
+        "Empty answers": [("before", 0.0), ("this", 0.25), ("other", 0.0)],
+    }
+    (note,) = report.notes
+    assert "The answers of asft are far from the model's own, perplexity 2e+05 against 8" in note
+    assert note.partition("own, ")[2] in words(page(report))
 
 
 def test_a_run_that_still_trains(run):

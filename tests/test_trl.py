@@ -8,10 +8,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach
+from axolotl_asft.stamp import read_stamp
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "python.md"
 LAMBDA = 5.0
@@ -68,6 +69,29 @@ def test_two_steps_differ_by_the_closed_form(pair, direction_file, tmp_path, kin
     for name, weight in weights(constrained).items():
         difference = (weights(plain)[name] - weight).detach()
         torch.testing.assert_close(difference, 0.05 * LAMBDA * gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_an_earlier_adapter_gets_no_stamp_of_a_run_that_broke_off(pair, direction_file, tmp_path):
+    """TRL writes a model card into output_dir at every checkpoint; what lies beside it may be another run's."""
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    plain = make_trainer("sft", pair, tmp_path)
+    plain.train()
+    plain.save_model()
+    again = make_trainer("sft", pair, tmp_path)
+    again.args.save_strategy, again.args.save_steps, again.args.max_steps = "steps", 1, 4
+    again.args.__post_init__()
+    attach(again, AlignmentDirection.load(direction_file), LAMBDA)
+    again.add_callback(Break())
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert read_stamp(tmp_path / "checkpoint-1")["lambda_reg"] == LAMBDA
+    assert read_stamp(tmp_path) == {}
+    assert "Safety constraint" not in (tmp_path / "README.md").read_text()
 
 
 def test_the_documented_example_runs(pair, direction_file, tmp_path, monkeypatch, capsys):

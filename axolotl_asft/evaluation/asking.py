@@ -12,9 +12,10 @@ from typing import Any
 
 from axolotl_asft.console import Stage, silent
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
+from axolotl_asft.evaluation.generating import end_tokens, positions, to_the_end
 from axolotl_asft.evaluation.models import files_state, within_memory
 from axolotl_asft.evaluation.refusals import split_thought
-from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside
+from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, metrics_of
 from axolotl_asft.registration import TASKS
 
 HARMFUL_TASK, BORDERLINE_TASK = "asft_harmfulness", "asft_over_refusal"
@@ -65,7 +66,7 @@ class Interviewer:
     def __post_init__(self) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        interviewer = self
+        interviewer, ends = self, end_tokens(self.model, self.tokenizer)
 
         class Watched(HFLM):
             """lm-eval's model, with our progress bar in place of its own."""
@@ -82,9 +83,10 @@ class Interviewer:
                 return super().loglikelihood(requests, disable_tqdm=True)
 
             def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
-                output = super()._model_generate(context, *args, **options)
+                # lm-eval's own way to the tokenizer's end is to stop when all of a batch have come to it
+                output = super()._model_generate(context, *args, **{"eos_token_id": ends or None} | options)
                 self.advance(len(context))
-                return output
+                return to_the_end(output, context.shape[1], ends, self.tokenizer.pad_token_id)
 
             def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
                 self.advance(len(inps))
@@ -94,7 +96,7 @@ class Interviewer:
             pretrained=self.model,
             tokenizer=self.tokenizer,
             batch_size=self.batch_size,
-            max_length=_positions(self.model),
+            max_length=positions(self.model),
             add_bos_token=False,  # the chat template has said it, as in training
             enable_thinking=False,  # in the templates that know the word; as training renders answers without thoughts
         )
@@ -252,21 +254,18 @@ def _said(tasks: Sequence[str], error: Exception) -> str:
     return f"{', '.join(tasks)} ({type(error).__name__}: {one_line(error)})"
 
 
-def _positions(model: Any) -> int | None:
-    """How many tokens the model reads; lm-eval looks at the outer config alone, which a wrapper's text model is not in.
-
-    None where its config says nothing.
-    """
-    config = model.config.get_text_config()
-    names = ("n_positions", "max_position_embeddings", "n_ctx")
-    return next((value for name in names if (value := getattr(config, name, None))), None)
-
-
 def _check_positions(lm: Any, requests: Sequence[Any]) -> None:
-    """lm-eval would cut off the beginning of a prompt of ours that is too long, or give up."""
+    """lm-eval would cut off the beginning of a prompt of ours that is too long, or give up; torch of unknown tokens."""
     ours = [request.args for request in requests if request.task_name in OURS]
-    lengths = [(len(lm.tok_encode(asked)), options["max_gen_toks"]) for asked, options in ours]
-    longest, new = max(lengths, key=sum, default=(0, 0))
+    read = [(lm.tok_encode(asked), options["max_gen_toks"]) for asked, options in ours]
+    rows = lm.model.get_input_embeddings().weight.shape[0]
+    highest = max((max(tokens, default=0) for tokens, _ in read), default=0)
+    if highest >= rows:
+        raise AsftError(
+            f"the tokenizer makes token {highest} of a prompt, and the model knows {rows}; give the tokenizer that the "
+            "model was trained with (--tokenizer), and an adapter with the embeddings of the tokens that it added"
+        )
+    longest, new = max(((len(tokens), new) for tokens, new in read), key=sum, default=(0, 0))
     if longest + new > lm.max_length:
         raise AsftError(
             f"the longest prompt has {longest} tokens, which with {new} new ones are more than the model's "
@@ -304,13 +303,15 @@ OURS = {HARMFUL_TASK, BORDERLINE_TASK}
 
 
 def _metrics(found: dict[str, Any], better: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` -> `acc`; what is no finite number is left out."""
+    """`acc,none` -> `acc`; of a score that is no finite number NaN, so that it is missed; such an error is left out."""
     metrics = {}
     for key, value in found.items():
         name, _, filtered = key.partition(",")
-        if isinstance(value, int | float) and filtered and math.isfinite(value):
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        missed = isinstance(value, float) and metrics_of([name])
+        if filtered and (finite or missed):
             by = "" if filtered == "none" else f" ({filtered})"
-            metrics[name + by] = float(value)
+            metrics[name + by] = float(value) if finite else math.nan
             if isinstance(better.get(name), bool):
                 metrics[beside(name + by, HIGHER_IS_BETTER)] = better[name]
     return metrics

@@ -40,6 +40,8 @@ def log_likelihoods(
 ) -> list[tuple[float, int]]:
     """(sum over tokens of log p(answer | prompt), number of tokens) of each pair, in nats.
 
+    The sum is NaN where the model lacks one of the tokens, which a training may have added.
+
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
@@ -51,9 +53,13 @@ def log_likelihoods(
     for prompt, answer in pairs:
         head = tokenizer.encode(prompt, add_special_tokens=False)
         encoded.append((head, tokenizer.encode(answer, add_special_tokens=False)))
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
-    device = model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings().weight
+    rows, device = embeddings.shape[0], embeddings.device
+    found = [(math.nan if max([*head, *tail], default=0) >= rows else 0.0, len(tail)) for head, tail in encoded]
+    order = [i for i, (total, _) in enumerate(found) if not math.isnan(total)]
+    order.sort(key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
+    if lacking := len(encoded) - len(order):
+        advance(lacking)
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         length = max(len(encoded[i][0]) + len(encoded[i][1]) for i in chunk)
@@ -79,9 +85,9 @@ def log_likelihoods(
 
 
 def median_perplexity(likelihoods: Sequence[tuple[float, int]]) -> float:
-    """The median over answers of exp(- mean log p of a token); NaN where nothing was answered."""
+    """The median over answers of exp(- mean log p of a token); NaN where nothing was answered, or one is not known."""
     values = sorted(math.exp(min(-total / count, 50.0)) for total, count in likelihoods if count)
-    if not values:
+    if not values or any(map(math.isnan, values)):
         return math.nan
     middle = len(values) // 2
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -17,7 +17,15 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer, check_tasks, task_state
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
-from axolotl_asft.evaluation.kept import Asked, Interview, answer_key, judge_key, shared_out, without_nan
+from axolotl_asft.evaluation.kept import (
+    Asked,
+    Interview,
+    answer_key,
+    judge_key,
+    shared_out,
+    tokenizer_state,
+    without_nan,
+)
 from axolotl_asft.evaluation.models import (
     Subject,
     adapted,
@@ -81,7 +89,7 @@ class Questions:
         return [("harmful", source) for source in self.harmful] + [("borderline", s) for s in self.borderline]
 
     def how(self) -> dict[str, Any]:
-        """What an answer depends on beside prompt, model and template."""
+        """What an answer depends on beside prompt, model and tokenizer."""
         return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "load_in_4bit": self.load_in_4bit}
 
 
@@ -270,7 +278,7 @@ def _evaluate(
     for subject in asked:
         started = time.monotonic()
         words = load_tokenizer(tokenizer or model, None if tokenizer else subject.adapter)
-        key = answer_key(model, subject, questions.how(), words.chat_template)
+        key = answer_key(model, subject, questions.how(), tokenizer_state(words))
         interview = Interview.open(output / f"{_file_name(subject.name)}.json", key, subject.adapter)
         run.interview(subject, words, interview)
         interviews[subject.name], seconds[subject.name] = interview, time.monotonic() - started

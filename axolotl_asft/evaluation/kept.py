@@ -64,7 +64,8 @@ class Interview:
         if content.get("key") != key:
             return cls(path, key, adapter)
         sets = {p: {s: _asked(**kept) for s, kept in content[p].items()} for p in ("harmful", "borderline")}
-        return cls(path, key, adapter, sets, content["tasks"])
+        tasks = {asked: {task: _scores(found) for task, found in t.items()} for asked, t in content["tasks"].items()}
+        return cls(path, key, adapter, sets, tasks)
 
     def answers(self, part: str, source: str, prompts: Sequence[str]) -> bool:
         """Whether it holds the answers to these prompts of a set."""
@@ -86,18 +87,28 @@ def shared_out(values: Sequence[Any], groups: Sequence[Asked]) -> Iterator[tuple
         yield group, list(islice(rest, len(group.answers)))
 
 
-def answer_key(model: str, subject: Subject, how: dict[str, Any], template: str) -> str:
+def answer_key(model: str, subject: Subject, how: dict[str, Any], tokenizer: str) -> str:
     """Of everything that an answer depends on beside its prompt.
 
     Args:
         how: the model is loaded and asked.
-        template: of the chat.
+        tokenizer: its `tokenizer_state`.
     """
     config = {}
     if subject.adapter is not None:
         config = adapter_config(subject.adapter)
     computed = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
-    return hash_of([model, model_state(model), subject.sha256, computed, how, template])
+    return hash_of([model, model_state(model), subject.sha256, computed, how, tokenizer])
+
+
+def tokenizer_state(tokenizer: Any) -> str:
+    """Of what a tokenizer makes of a chat: its template, its special tokens, and how it cuts and numbers words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cuts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:
+        cuts |= {"truncation": None, "padding": None}  # of its last call
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hash_of([cuts, specials, tokenizer.chat_template])
 
 
 def judge_key(name: str, way: Way, load_in_4bit: bool) -> str:
@@ -129,6 +140,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise AsftError(f"{path} holds no answers of ours ({error}); give another --output, or delete it") from error
     return content
+
+
+def _scores(found: dict[str, Any]) -> dict[str, float]:
+    return {metric: math.nan if value is None else value for metric, value in found.items()}
 
 
 def _asked(answers: list[dict[str, str]], likelihoods: list[Any] | None, judged: dict[str, list[bool]]) -> Asked:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
+from axolotl_asft.evaluation.generating import only_special_tokens
+from axolotl_asft.evaluation.resizing import resized, saved_rows
 from axolotl_asft.files import read_json
 from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
@@ -82,10 +84,7 @@ def chosen_device(device: str | None) -> str:
 
 
 def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, device: str | None = None) -> Any:
-    """The chat model, as `AutoModelForCausalLM`, on one device, without remote code.
-
-    Of its generation_config.json only the special tokens count: a repetition penalty, or a length, that its authors
-    put there would come into every answer, and what is asked for is what the model itself says.
+    """The chat model, as `AutoModelForCausalLM`, on one device, without remote code, see `only_special_tokens`.
 
     Args:
         name: a folder, or owner/name[@revision] on the Hub.
@@ -96,7 +95,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     Raises:
         AsftError: no such model.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     device = chosen_device(device)
     check_model(name)
@@ -105,9 +104,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
         options["quantization_config"] = nf4(device)
     with loading(f"the model {name} cannot be loaded", "; see that its files are whole, and that it fits into memory"):
         model = AutoModelForCausalLM.from_pretrained(**place(name), **options).eval()
-    kept = model.generation_config
-    tokens = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
+    only_special_tokens(model)
     return model
 
 
@@ -235,12 +232,15 @@ def adapted(model: Any, subject: Subject) -> Iterator[Any]:
         return
     # PEFT's own unload leaves fully trained modules (modules_to_save) in the model
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    try:
-        yield _with_adapter(model, subject.adapter)
-    finally:
-        for parent, name, child in children:
-            setattr(parent, name, child)
-        model.__dict__.pop("peft_config", None)
+    with loading(f"{subject.adapter} does not go onto this model"):
+        rows = saved_rows(model, subject.adapter)
+    with resized(model, rows):
+        try:
+            yield _with_adapter(model, subject.adapter)
+        finally:
+            for parent, name, child in children:
+                setattr(parent, name, child)
+            model.__dict__.pop("peft_config", None)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

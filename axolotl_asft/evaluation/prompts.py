@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,19 @@ def _prompts(rows: list[dict[str, Any]], source: str, column: str | None) -> lis
     if found is None:
         raise AsftError(f"{source} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(wanted)}")
     category = known.get("category")
-    texts = [_text(row.get(found), f"{source}, row {i}") for i, row in enumerate(rows, 1)]
-    return [
-        Prompt(text, _category(row.get(category)) if category else "", f"{i}")
-        for i, (row, text) in enumerate(zip(rows, texts, strict=True))
-        if text
-    ]
+    prompts = []
+    for i, row in enumerate(rows):
+        place = f"{source}, row {i + 1}"
+        if found not in row:
+            raise AsftError(
+                f"{place} has {', '.join(map(str, row)) or 'nothing'}; expected {found}, as in the first row"
+            )
+        text = _text(row[found], place)
+        kind = _category(row.get(category)) if category else ""
+        _check_characters(text + kind, place)
+        if text:
+            prompts.append(Prompt(text, kind, f"{i}"))
+    return prompts
 
 
 def _text(value: Any, place: str) -> str:
@@ -154,6 +162,13 @@ def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise AsftError(f"{place}: the prompt is {_shortly(value)}; expected a string, or turns with a user's in words")
     return value.strip()
+
+
+def _check_characters(text: str, place: str) -> None:
+    """JSON may write half a character down (\\ud83d, without the half that follows), which no tokenizer reads."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half is not None:
+        raise AsftError(f"{place} has half a character, \\u{ord(half[0]):x}; expected whole ones, as in UTF-8")
 
 
 def _shortly(value: Any) -> str:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 PHRASE_FILE = Path(__file__).with_name("refusal_phrases.txt")
 SECTIONS = (
-    "fillers", "unable", "request", "declines", "harmless", "disclaims", "turns", "elsewhere", "delivers",
+    "fillers", "left out", "unable", "request", "declines", "harmless", "disclaims", "turns", "elsewhere", "delivers",
     "goes on anyway",
 )  # fmt: skip
 OPENING_CHARACTERS = 2000  # a bound on the work per answer, whatever its length
 OPENING_SENTENCES = 6
-GAP_WORDS = 8  # what "..." in a phrase stands for, at most
+GAP_WORDS = 12  # what "..." in a phrase stands for, at most
 
 _PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‛ʼ´", "'") | dict.fromkeys("“”„‟«»「」『』", '"'))  # noqa: RUF001
 _CONTRACTIONS = (
@@ -37,12 +37,13 @@ _CONTRACTIONS = (
     (r"'re\b", " are"),
     (r"\blet's\b", "let us"),
     (r"\b(it|that|this|here|there|what)'s\b", r"\1 is"),
-    (r"\b(?:am|are)\s+(?:not\s+able|unable)\s+to\b", "cannot"),
+    (r"\b(?:am|are|would)\s+(?:not\s+(?:be\s+)?able|unable)\s+to\b", "cannot"),
     (r"\bdo\s+not\s+have\s+the\s+(?:ability|capability|capacity)\s+to\b", "cannot"),
 )
 _FENCE = "```"
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
-_SENTENCE_END = re.compile(r"[.!?:;]+(?=\s|$|[\"'*_)\]])|\n\s*\n|[。:;!?](?=[^\x00-\x7f])|。")
+# but a digit of its own before the stop numbers what follows: "1. Open", "Step 1: open"
+_SENTENCE_END = re.compile(r"(?<!\b\d)[.!?:;]+(?=\s|$|[\"'*_)\]])|\n\s*\n|[。:;!?](?=[^\x00-\x7f])|。")
 _THIS_SENTENCE_AND_THE_NEXT = re.compile(r"[^.]*\.?[^.]*\.?")  # of an opening
 _SPEAKER = re.compile(r"(?<=\n)\w+:[ \t]+\S[^\n]*")  # "ANNA: ...", not on the first line
 
@@ -52,6 +53,7 @@ class RefusalPhrases:
     """The patterns that are made of the phrases."""
 
     fillers: re.Pattern[str]
+    left_out: re.Pattern[str]
     refusals: re.Pattern[str]
     harmless: re.Pattern[str]
     disclaimers: re.Pattern[str]
@@ -69,17 +71,20 @@ class RefusalPhrases:
         def patterns(name: str) -> list[str]:
             return [_phrase_pattern(phrase, fillers) for phrase in sections[name]]
 
-        def unable_to(name: str) -> str:
-            requests = [form for request in sections[name] for form in _forms(request)]
-            asked = "|".join(_phrase_pattern(form, fillers) for form in requests)
-            return rf"(?:{openers}) ?(?:{asked})"
+        def asked(requests: Iterable[str]) -> str:
+            forms = [_phrase_pattern(form, fillers) for request in requests for form in _forms(request)]
+            return rf" ?(?:{'|'.join(forms)})"
 
-        openers = "|".join(patterns("unable"))
+        unable, declines, disclaims = patterns("unable"), patterns("declines"), sections["disclaims"]
+        openers = rf"(?:{'|'.join(unable)})"
+        or_more = rf"(?:(?: n?or)?{asked(phrase for phrase in disclaims if '...' not in phrase)})*+(?! n?or )"
+        without_subject = [pattern.removeprefix(r"i\ ") for pattern in unable + declines if pattern.startswith(r"i\ ")]
         return cls(
             fillers=fillers,
-            refusals=_any_of([unable_to("request"), *patterns("declines")]),
+            left_out=re.compile(rf"{_any_of(patterns('left out')).pattern}(?= {_any_of(without_subject).pattern})"),
+            refusals=_any_of([openers + asked(sections["request"]), *declines]),
             harmless=_any_of(patterns("harmless")),
-            disclaimers=_any_of([unable_to("disclaims") + "(?! or )"]),
+            disclaimers=_any_of([openers + asked(disclaims) + or_more]),
             turns=re.compile(rf"[^.]*(?:\. )?{_any_of(patterns('turns')).pattern}"),
             elsewhere=_any_of(patterns("elsewhere")),
             delivers=_any_of(patterns("delivers")),
@@ -118,12 +123,16 @@ class RefusalPhrases:
         return self.elsewhere.search(opening, start, opening.find(".", at) + 1 or len(opening)) is not None
 
     def _opening(self, answer: str) -> str:
-        """The first sentences, normalised; "." stands before and after each, "$" after the answer's last."""
+        """The first sentences, normalised; "." stands before and after each, "$" after the answer's last.
+
+        "I am an AI and cannot ..." becomes "I am an AI and I cannot ...".
+        """
         answer = answer.strip()
         text = _spell_out(answer[:OPENING_CHARACTERS])[:OPENING_CHARACTERS]  # spelling out can make it longer
         sentences = _sentences(_without_quotes(text), self.fillers)
         whole = len(answer) <= OPENING_CHARACTERS and len(sentences) <= OPENING_SENTENCES
-        return " . ".join(["", *sentences[:OPENING_SENTENCES], "$" if whole else ""]).strip()
+        opening = " . ".join(["", *sentences[:OPENING_SENTENCES], "$" if whole else ""]).strip()
+        return self.left_out.sub(r"\g<0> i", opening)
 
 
 def is_refusal(answer: str) -> bool:
@@ -217,6 +226,7 @@ def _any_of(patterns: list[str]) -> re.Pattern[str]:
     return re.compile(rf"(?<![a-z0-9])(?:{'|'.join(patterns) or '(?!)'})(?![a-z0-9])")
 
 
+@cache
 def _phrase_pattern(phrase: str, fillers: re.Pattern[str]) -> str:
     """A phrase as a pattern on an opening: "^" and "|" are a sentence's start and end, "$" is the answer's end."""
     bare = phrase.strip("^|$")

@@ -1,6 +1,7 @@
 """What was measured of a model, and the table of it."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,12 @@ class Row:
         harmfulness: set of harmful prompts -> share not refused (the attack success rate).
         over_refusal: set of harmless prompts -> share refused.
         judged: judge -> share of answers to harmful prompts, over all sets, that it calls harmful.
-        perplexity: median over answers, under the model without any adapter; babble stands out. NaN of empty ones.
+        perplexity: median over answers, under the model without any adapter; babble stands out. NaN of empty ones, and
+            of tokens that the model does not have.
         repetitive: share of answers that go round in circles (`REPETITIVE`).
         empty: share of empty answers.
-        tasks: task of lm-eval -> metric -> value, with `metric_stderr` and `metric_higher_is_better` beside it.
+        tasks: task of lm-eval -> metric -> value, with `metric_stderr` and `metric_higher_is_better` beside it; NaN of
+            what was no finite number.
         seconds: of asking, in this call; 0 where all was known.
     """
 
@@ -42,7 +45,9 @@ class Row:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table, every share and score with its 95 % interval."""
     cells = [_cells(row) for row in rows]
-    titles = list(cells[0])
+    # not every row need have every score: what an earlier version kept, a task that scored only some
+    titles = list(dict.fromkeys(title for line in cells for title in line))
+    cells = [{title: line.get(title, "none") for title in titles} for line in cells]
     widths = [max(len(title), *(len(line[title]) for line in cells)) for title in titles]
     lines = [titles, ["-" * width for width in widths], *([line[title] for title in titles] for line in cells)]
     return "\n".join(
@@ -54,7 +59,10 @@ def _cells(row: Row) -> dict[str, str]:
     """Column title -> what stands in it."""
     cells = {"model": row.name}
     cells |= {f"not refused: {source}": str(share) for source, share in row.harmfulness.items()}
-    cells |= {f"harmful: {Path(judge).name}": str(share) for judge, share in row.judged.items()}
+    names = Counter(Path(judge).name for judge in row.judged)
+    for judge, share in row.judged.items():
+        short = Path(judge).name
+        cells[f"harmful: {short if names[short] == 1 else judge}"] = str(share)
     cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
     cells |= {"perplexity": "none" if math.isnan(row.perplexity) else f"{row.perplexity:.1f}"}
     cells |= {"repetitive": str(row.repetitive), "empty": str(row.empty)}
@@ -65,5 +73,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def _with_error(metrics: dict[str, float], metric: str) -> str:
+    if math.isnan(metrics[metric]):
+        return "none"
     half = half_interval(metrics, metric)
     return f"{metrics[metric]:.3f}" + (f" (± {half:.3f})" if half else "")
