@@ -19,6 +19,12 @@ from axolotl_asft.strengths import WEIGHTS_ALONE, Strengths
 MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.1, 300.0)}
 FAR = 10
 NORMALISE_THE_UPDATE = ("muon", "dion")
+# Where a config names repositories whose code trust_remote_code runs: the model's, and all.
+NAMES_OF_THE_MODEL = ("base_model", "base_model_config")
+NAMES_OF_A_REPOSITORY = (*NAMES_OF_THE_MODEL, "tokenizer_config")
+MODEL_KWARGS = ("model_kwargs", "overrides_of_model_kwargs")  # axolotl's two names of one key
+MODEL_CONFIG = ("model_config", "overrides_of_model_config")
+ANY_KERNEL = "the run may execute kernels of any repository of the Hub that the model names, code that is not axolotl's"
 MEASURES = {
     "weights": "how far the weights move, ||(I - C) dW||",
     "activations": "how far the layers' outputs move on prompts that ask for harm",
@@ -46,11 +52,12 @@ def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenal
             f"{strength.max_drift:g} times what alignment moved it"
         )
     if strength.anchor_weight > 0:
+        unasked = ", since the direction file holds what it asks for" if block.anchor_weight is None else ""
         asked = tokens_asked(penalty.direction.spec.get("own_answers", []))
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
-            f"anchor_weight {strength.anchor_weight:g}: at every step {TEXTS} of the aligned model's own answers are "
-            "asked for, and the divergence from them joins the loss, nats a token; about "
+            f"anchor_weight {strength.anchor_weight:g}{unasked}: at every step {TEXTS} of the aligned model's own "
+            "answers are asked for, and the divergence from them joins the loss, nats a token; about "
             f"{asked} tokens more a step, where the task has up to {most:,}"
         )
     if not block.lora_scaling:
@@ -175,17 +182,35 @@ def on_foreign_code(content: dict[str, Any], remote_code: bool) -> list[str]:
     found = []
     if content.get("trust_remote_code"):
         here = "and this check ran it" if remote_code else "this check did without"
-        found.append(f"trust_remote_code: the run executes code of the repository {content.get('base_model')}; {here}")
+        found.append(f"trust_remote_code: {_code_of(content, NAMES_OF_A_REPOSITORY)}; {here}")
+    for key in MODEL_KWARGS:
+        block = _dict(content.get(key))
+        if block.get("trust_remote_code"):  # past the key above: the model is loaded with it all the same
+            found.append(f"{key}.trust_remote_code: {_code_of(content, NAMES_OF_THE_MODEL)}; this check did without")
+        if block.get("allow_all_kernels"):
+            found.append(f"{key}.allow_all_kernels: {ANY_KERNEL}")
     plugins = content.get("plugins")
-    others = [
-        str(name)
-        for name in (plugins if isinstance(plugins, list) else [])
-        if name not in OUR_NAMES and not _of_axolotl(str(name))
-    ]
-    for key, names in [("plugins", others), *_named_code(content).items()]:
-        if names:
-            found.append(f"{key}: {', '.join(names)} is code that is not axolotl's; look at where it comes from")
+    names = [str(name) for name in (plugins if isinstance(plugins, list) else [])]
+    kernels = content.get("use_kernels")
+    if kernels is None and any(name.endswith("kernels.KernelsPlugin") for name in names):
+        kernels = True  # axolotl's plugin sets it
+    if kernels:
+        found.append(f"use_kernels: {ANY_KERNEL}")
+    others = [name for name in names if name not in OUR_NAMES and not _of_axolotl(name)]
+    for key, named in [("plugins", others), *_named_code(content).items()]:
+        if named:
+            found.append(f"{key}: {', '.join(named)} is code that is not axolotl's; look at where it comes from")
     return found
+
+
+def _code_of(content: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Whose code is run: every repository that the config names, in its keys or for the classes of its model."""
+    named = [str(content[key]) for key in keys if content.get(key)]
+    for block in MODEL_CONFIG:
+        classes = _strings(_dict(content.get(block)).get("auto_map"))
+        named += [name.partition("--")[0] for name in classes if "--" in name]
+    named = list(dict.fromkeys(named))
+    return f"the run executes code of the repositor{'y' if len(named) == 1 else 'ies'} {', '.join(named)}"
 
 
 def _named_code(content: dict[str, Any]) -> dict[str, list[str]]:
@@ -198,6 +223,11 @@ def _named_code(content: dict[str, Any]) -> dict[str, list[str]]:
     for key in ("datasets", "test_datasets", "pretraining_dataset"):
         types = [_dict(entry).get("type") for entry in _list(content.get(key))]
         found[f"{key}[].type"] = [name for name in types if _is_foreign_type(name, alone)]
+    blocks = {"": content, **{f"{key}.": _dict(content.get(key)) for key in (*MODEL_KWARGS, *MODEL_CONFIG)}}
+    for place, values in blocks.items():
+        for key in ("attn_implementation", "_attn_implementation"):
+            # with a / it is a kernel, which is compiled code of the Hub
+            found[place + key] = [name for name in _strings(values.get(key)) if "/" in name]
     return found
 
 
@@ -234,6 +264,12 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in a value, however deep."""
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, str) else [text for part in inner for text in _strings(part)]
 
 
 def _of_axolotl(plugin: str) -> bool:

@@ -20,13 +20,22 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
-from axolotl_asft.run_config import lora_model, missed_plugins, missed_targets, run_tokenizer, validated_config
+from axolotl_asft.run_config import (
+    lora_model,
+    missed_plugins,
+    missed_targets,
+    run_processor,
+    run_tokenizer,
+    validated_config,
+)
 from axolotl_asft.strengths import strengths
 from axolotl_asft.templates import template_warning, text_tokenizer
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
 LEFT_OUT = "asft.modules leaves it out"
+OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+OF_A_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass
@@ -99,6 +108,10 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     direction = _try(check, lambda: _direction(check, block))
     if direction is not None:
         _try(check, lambda: _compare_weights(check, block, direction, cfg))
+    code_left_out = bool(content.get("trust_remote_code")) and not remote_code
+    tokenizer = _loaded(check, cfg, "tokenizer_config", OF_A_TOKENIZER, code_left_out, lambda: run_tokenizer(cfg))
+    if tokenizer is not None:
+        _loaded(check, cfg, "processor_config", OF_A_PROCESSOR, code_left_out, lambda: run_processor(cfg, tokenizer))
     model, initialisation = lora_model(cfg)
     layers = trainable_lora_layers(model)
     check.model = {
@@ -138,7 +151,6 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     check.warnings += frozen_by_budget(penalty, strength.max_drift)
     check.warnings += advice.on_pin(block, direction)
     if strength.holds_answers(penalty.metric):
-        tokenizer = run_tokenizer(cfg)
         if strength.anchor_weight > 0:
             _try(check, lambda: text_tokenizer(tokenizer))
         check.warnings += [line for line in [template_warning(tokenizer, direction.spec)] if line]
@@ -153,6 +165,31 @@ def _try(check: Check, step: Any) -> Any:
     except AsftError as error:
         check.errors.append(str(error))
         return None
+
+
+def _loaded(check: Check, cfg: Any, key: str, files: tuple[str, ...], code_left_out: bool, load: Any) -> Any:
+    """What axolotl loads beside the model; None where it cannot be, which is an error where all of it lies here.
+
+    Args:
+        key: of the config, that says where it lies.
+        files: which hold it; where the Hub's cache has none of them, there is nothing to say.
+        code_left_out: the run has code of the repository that this check does without.
+    """
+    try:
+        return load()
+    except AsftError as error:
+        if Path(cfg[key]).is_dir():
+            hint = "; where it needs code of its repository, give --trust-remote-code" if code_left_out else ""
+            (check.warnings if code_left_out else check.errors).append(f"{error}{hint}")
+        elif _cached(cfg[key], cfg.revision_of_model, files):
+            check.warnings.append(f"{error}; the run may have what is not on this machine")
+        return None
+
+
+def _cached(location: str, revision: str | None, files: tuple[str, ...]) -> bool:
+    """Whether the Hub's cache holds one of these files."""
+    wanted = hub_model(location)
+    return wanted is None or any(cached_folder(replace(wanted, revision=revision), [name]) for name in files)
 
 
 def _direction(check: Check, block: AsftArgs) -> AlignmentDirection:

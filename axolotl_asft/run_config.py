@@ -9,6 +9,7 @@ import torch
 import transformers
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders.adapter import load_adapter
+from axolotl.loaders.processor import load_processor
 from axolotl.loaders.tokenizer import load_tokenizer
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.config import normalize_config, prepare_plugins, validate_config
@@ -88,13 +89,26 @@ def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
 
 
 def run_tokenizer(cfg: DictDefault) -> Any | None:
-    """The run's tokenizer with its chat template; None where it cannot be had here, or not without writing files."""
+    """The run's tokenizer with its chat template; None where it cannot be had without writing files.
+
+    Raises:
+        AsftError: axolotl cannot load it, or refuses what the config asks of it.
+    """
     if cfg.added_tokens_overrides:
         return None
-    try:
+    with _in_one_line(f"axolotl cannot load the tokenizer of {cfg.tokenizer_config}"):
         return load_tokenizer(cfg)
-    except Exception:  # the run will say
-        return None
+
+
+def run_processor(cfg: DictDefault, tokenizer: Any) -> None:
+    """What prepares images, as axolotl loads it for every model that can read them; nothing for another.
+
+    Raises:
+        AsftError: axolotl cannot load it.
+    """
+    if cfg.is_multimodal:
+        with _in_one_line(f"axolotl cannot load the processor of {cfg.processor_config}, a model that reads images"):
+            load_processor(cfg, tokenizer)
 
 
 def missed_plugins(cfg: DictDefault) -> list[str]:

@@ -5,19 +5,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
+
+# In a config, aliases written out: a stranger's few lines may stand for billions, or for more levels than Python goes.
+MOST_VALUES, MOST_LEVELS = 100_000, 50
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The keys of a YAML.
 
     Raises:
-        AsftError: no such file, no YAML, or no keys in it.
+        AsftError: no such file, no YAML, no keys in it, or aliases in it that never end, or hardly.
     """
     import yaml
 
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None:  # before anything is built, which writes merged keys (<<) out
+            _refuse_endless(node, path)
+        content = None if node is None else loader.construct_document(node)
+    except AsftError:
+        raise
+    except (ValueError, RecursionError) as error:  # a date of a 13th month, brackets a thousand deep
+        raise AsftError(f"{path} cannot be read as YAML ({one_line(error)}); mend it there") from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
@@ -25,6 +37,43 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AsftError(f"{path} holds no keys; expected an axolotl config")
     return content
+
+
+def _refuse_endless(node: Any, path: Path) -> None:
+    """Refuse YAML that never ends once its aliases are written out, or hardly."""
+    values, levels = _written_out(node, {}, path)
+    if values > MOST_VALUES or levels > MOST_LEVELS:
+        raise AsftError(
+            f"{path} stands for more than {MOST_VALUES:,} values, or more than {MOST_LEVELS} levels, once its aliases "
+            "(*name) are written out; expected an axolotl config, which has hundreds on a few levels; take them out"
+        )
+
+
+def _written_out(node: Any, counted: dict[int, tuple[int, int] | None], path: Path) -> tuple[int, int]:
+    """How many values and levels a node of YAML stands for; each node is looked at once.
+
+    Args:
+        counted: id of a node -> the result, None while it is being counted.
+
+    Raises:
+        AsftError: a node that stands in itself.
+    """
+    if id(node) in counted:
+        known = counted[id(node)]
+        if known is None:
+            raise AsftError(
+                f"{path}, line {node.start_mark.line + 1}: what begins here holds itself, by an alias (*name); "
+                "expected an end; take the alias out"
+            )
+        return known
+    counted[id(node)] = None
+    values, levels = 1, 1
+    for child in [] if isinstance(node.value, str) else node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            more, below = _written_out(part, counted, path)
+            values, levels = values + more, max(levels, below + 1)
+    counted[id(node)] = values, levels
+    return values, levels
 
 
 def read_text(path: Path) -> str:

@@ -207,12 +207,12 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
     started = time.monotonic()
     if "asft" in method:
-        name = "random-direction" if method.get("direction") == "random" else "direction"
-        file = bench.work / f"{name}.safetensors"
-        if method.get("direction") == "others":
-            from benchmarks.safety_model import others_direction
+        kind = method.get("direction")
+        file = bench.work / ("random-direction.safetensors" if kind == "random" else "direction.safetensors")
+        if kind in ("unseen", "others"):
+            from benchmarks.safety_model import fresh_direction
 
-            file = others_direction(bench.work)
+            file = fresh_direction(bench.work, kind)
         if "own_answers" in method:
             file = with_fewer_answers(file, method["own_answers"], folder / "direction.safetensors")
         # the base weights are the aligned model's after NF4 and back: not to the bit the direction's, as prepare says

@@ -21,7 +21,7 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
 from axolotl_asft.files import atomic_write_text
 from benchmarks.axolotl_runs import train, write_chats, write_config
-from benchmarks.safety_data import Example, harmless_prompts, other_harmless_prompts, refusal_tuning, test_data
+from benchmarks.safety_data import Example, harmless_prompts, other_prompts, refusal_tuning, test_data
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -91,21 +91,23 @@ def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
         randomised(direction, seed).save(work / "random-direction.safetensors")
 
 
-def others_direction(work: Path) -> Path:
-    """The direction with metric and answers from requests that the alignment was not taught: HarmBench's, of another
-    hand, and harmless ones of ours that are in no other set."""
-    file, harmless = work / "others-direction.safetensors", work / "other-harmless.txt"
-    if not file.is_file():
-        from benchmarks.safety_elsewhere import prompt_sets
+def fresh_direction(work: Path, kind: str) -> Path:
+    """The direction with metric and answers from requests that the alignment was not taught.
 
-        atomic_write_text(harmless, "".join(f"{prompt}\n" for prompt in other_harmless_prompts()))
+    Args:
+        kind: "unseen", ours that are in no other set, or "others", HarmBench's; the harmless ones are ours in both.
+    """
+    file = work / f"{kind}-direction.safetensors"
+    if not file.is_file():
+        harmful, harmless = (work / f"unseen-{which}.txt" for which in ("harmful", "harmless"))
+        for path, prompts in zip((harmful, harmless), other_prompts(), strict=True):
+            atomic_write_text(path, "".join(f"{prompt}\n" for prompt in prompts))
+        if kind == "others":
+            from benchmarks.safety_elsewhere import prompt_sets
+
+            harmful = Path(prompt_sets()["HarmBench"])
         asked = safety_metrics(
-            str(work / "aligned-nf4"),
-            ["fisher"],
-            prompt_sets()["HarmBench"],
-            str(harmless),
-            dtype="float32",
-            device="cpu",
+            str(work / "aligned-nf4"), ["fisher"], str(harmful), str(harmless), dtype="float32", device="cpu"
         )
         direction = extract_direction(
             work / "base", work / "aligned", rank=64, metrics=asked.metrics, own_answers=asked.own_answers

@@ -1,14 +1,17 @@
 """`axolotl asft check`: says before a run what the run would do, and fails where the run would."""
 
+import copy
 import json
 import os
 import shutil
 from dataclasses import replace
 
 import pytest
+import transformers
 from click.testing import CliRunner
 from lora_models import lora_model
-from tiny import axolotl, make_dataset, random_metric, write_config
+from test_families import FAMILIES
+from tiny import axolotl, make_dataset, make_tokenizer, random_metric, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
@@ -16,7 +19,9 @@ from axolotl_asft.advice import on_foreign_code, on_origin, on_pin
 from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.cost import estimate, tokens_asked
+from axolotl_asft.errors import AsftError
 from axolotl_asft.strengths import WEIGHTS_ALONE
+from axolotl_asft.yaml_config import read_config
 
 FLAG = "--trust-remote-code"
 
@@ -123,6 +128,7 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"gradient_accumulation_steps": 0}, "axolotl refuses the config"),
         ({}, {"overrides_of_model_config": {"hidden_size": "x"}}, "axolotl refuses the config"),
         ({}, {"peft_init_lora_weights": "corda"}, "is initialised by 'corda'"),
+        ({}, {"special_tokens": {"eos_token": "the cat sees dog"}}, "cannot load the tokenizer of"),
         ({}, {"tokens": ["<new>"]}, "`lora_modules_to_save` not properly set"),
         ({}, {"lora_target_linear": None, "lora_target_modules": ["attn"]}, "linear layers are called down_proj"),
         ({}, {"base_model": "no-such-folder"}, "its config.json cannot be read"),
@@ -150,14 +156,48 @@ def test_the_base_model_in_place_of_the_aligned_one(checked, pair):
     assert warned(found, "reads like its base model")
 
 
-@pytest.mark.parametrize("content", ["", "- a list", "key: [unclosed", "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "- a list", "key: [unclosed", "\x00", "day: 2024-13-01", "special_tokens: &a {x: *a}"]
+)
 def test_no_config(tmp_path, content):
     path = tmp_path / "config.yml"
     path.write_text(content)
     result = CliRunner().invoke(asft, ["check", str(path)])
     assert result.exit_code == 2
     assert str(path) in result.output
+    assert "Traceback" not in result.output
     assert CliRunner().invoke(asft, ["check", str(tmp_path / "nothing.yml")]).exit_code == 2
+
+
+BOMBS = [
+    "l0: &l0 {a: 1}\n" + "".join(f"l{i}: &l{i} {form % ', '.join([f'*l{i - 1}'] * 10)}\n" for i in range(1, 7))
+    for form in ("[%s]", "{<<: [%s]}")
+]
+CHAIN = "l0: &l0 x\n" + "".join(f"l{i}: &l{i} [*l{i - 1}]\n" for i in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("special_tokens: &a {x: *a}", "line 1: what begins here holds itself"),
+        ("one: 1\nplugins: &a [[*a]]", "line 2: what begins here holds itself"),
+        *((bomb, "stands for more than 100,000 values") for bomb in BOMBS),
+        (CHAIN, "or more than 50 levels, once its aliases"),
+        (f"a: {'[' * 2000}", "cannot be read as YAML"),
+    ],
+)
+def test_yaml_that_hardly_ends(tmp_path, content, message):
+    """A stranger's few lines; the bombs stand for a million values here, and take a line each for ten times more."""
+    (tmp_path / "config.yml").write_text(content)
+    with pytest.raises(AsftError, match=message):
+        read_config(tmp_path / "config.yml")
+
+
+def test_aliases_that_end(tmp_path):
+    path = tmp_path / "config.yml"
+    path.write_text("one: &one {a: [1, 2]}\ntwo: *one\nthree: {<<: *one, b: *one}\n")
+    one = {"a": [1, 2]}
+    assert read_config(path) == {"one": one, "two": one, "three": {**one, "b": one}}
 
 
 def test_layers_without_a_direction(checked, pair, tmp_path):
@@ -235,10 +275,47 @@ def test_warnings(checked, block, changes, message):
         ({"trl": {"reward_funcs": ["chatml.reward", "./reward.d"]}}, "trl.reward_funcs: chatml.reward"),
         ({"trainer_cls": "evil-pkg.Trainer"}, "trainer_cls: evil-pkg.Trainer"),
         ({"plugins": ["asft", "evil.Plugin", "liger.LigerPlugin"]}, "plugins: evil.Plugin"),
+        ({"attn_implementation": "evil/kernel@v1:attend"}, "attn_implementation: evil/kernel@v1:attend"),
+        ({"model_kwargs": {"attn_implementation": {"": "e/k"}}}, "model_kwargs.attn_implementation: e/k"),
+        (
+            {"overrides_of_model_config": {"_attn_implementation": "e/k"}},
+            "overrides_of_model_config._attn_implementation: e/k",
+        ),
     ],
 )
 def test_code_of_others_is_named_key_by_key(content, named):
     assert on_foreign_code(content, False) == [f"{named} is code that is not axolotl's; look at where it comes from"]
+
+
+@pytest.mark.parametrize("key", ["model_kwargs", "overrides_of_model_kwargs"])
+def test_code_by_the_arguments_of_the_model(key):
+    """They reach the model's from_pretrained past the top-level keys, which may say no."""
+    content = {"base_model": "me/a", "trust_remote_code": False, "tokenizer_config": "me/t"}
+    kwargs = {"trust_remote_code": True, "allow_all_kernels": True, "attn_implementation": "sdpa"}
+    code, kernels = on_foreign_code({**content, key: kwargs}, True)
+    assert code == (f"{key}.trust_remote_code: the run executes code of the repository me/a; this check did without")
+    assert kernels.startswith(f"{key}.allow_all_kernels: the run may execute kernels of any repository of the Hub")
+    assert on_foreign_code({**content, key: dict.fromkeys(kwargs, False)}, True) == []
+
+
+def test_every_repository_whose_code_is_run_is_named():
+    content = {"base_model": "me/a", "base_model_config": "you/b", "tokenizer_config": "you/t", "model_kwargs": None}
+    content |= {"trust_remote_code": True, "model_config": {"auto_map": {"AutoModel": "evil/c--file.Class"}}}
+    (line,) = on_foreign_code(content, False)
+    assert "executes code of the repositories me/a, you/b, you/t, evil/c; this check did without" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "warned"),
+    [
+        ({"use_kernels": True}, True),
+        ({"plugins": ["asft", "axolotl.integrations.kernels.KernelsPlugin"]}, True),
+        ({"plugins": ["asft", "kernels.KernelsPlugin"], "use_kernels": False}, False),
+    ],
+)
+def test_kernels_of_any_repository(content, warned):
+    found = on_foreign_code(content, False)
+    assert [line.partition(":")[0] for line in found] == ["use_kernels"] * warned
 
 
 @pytest.mark.parametrize(
@@ -302,6 +379,38 @@ def test_weights_that_are_not_compared(checked, pair, tmp_path):
         shutil.copy(pair[1] / name, tmp_path / "bare" / name)
     status, found = checked(base_model=tmp_path / "bare")
     assert (status, found["direction"]["weights"]) == (0, "not here")
+
+
+def test_a_model_folder_without_a_tokenizer(checked, pair, tmp_path):
+    """The run ends in it, though nothing here needs one; where it lies elsewhere, or may need code, nobody can tell."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(pair[1] / "config.json", tmp_path / "bare" / "config.json")
+    status, found = checked(base_model=tmp_path / "bare")
+    assert (status, len(found["errors"])) == (2, 1)
+    assert found["errors"][0].startswith(f"axolotl cannot load the tokenizer of {tmp_path / 'bare'} (")
+    status, found = checked(base_model=tmp_path / "bare", trust_remote_code=True)
+    assert (status, found["errors"]) == (0, [])
+    assert warned(found, "where it needs code of its repository, give --trust-remote-code")
+    status, found = checked(base_model=tmp_path / "bare", tokenizer_config="not/here")
+    assert (status, found["errors"], warned(found, "cannot load")) == (0, [], False)
+
+
+def test_a_model_of_images_without_what_prepares_them(checked, tmp_path):
+    """axolotl loads it whatever the data are."""
+    config_class, arguments, *_ = FAMILIES["Gemma 3 (vision, text tower)"]
+    getattr(transformers, config_class)(**copy.deepcopy(arguments)).save_pretrained(tmp_path / "model")
+    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"}
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens.values())})
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens | {"extra_special_tokens": tokens}))
+    start = f"axolotl cannot load the processor of {tmp_path / 'model'}, a model that reads images ("
+    assert any(line.startswith(start) for line in checked(base_model=tmp_path / "model")[1]["errors"])
+    prepared = {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor"}
+    prepared |= {"size": {"height": 8, "width": 8}, "image_seq_length": 4}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(prepared))
+    assert not any("cannot load" in line for line in checked(base_model=tmp_path / "model")[1]["errors"])
 
 
 def test_a_direction_of_another_name_and_revision():
@@ -393,6 +502,8 @@ def test_code_of_the_models_repository_is_not_run_unasked(pair, dataset, directi
     content = json.loads((pair[1] / "config.json").read_text()) | {"model_type": "strange", "architectures": None}
     content["auto_map"] = {"AutoConfig": "code.StrangeConfig", "AutoModelForCausalLM": "code.StrangeForCausalLM"}
     (model / "config.json").write_text(json.dumps(content))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pair[1] / name, model / name)
     (model / "code.py").write_text(CODE.format(marker=str(marker)))
     block = {"direction": str(direction_file)}
     for trusted, flags, status, was_run in ((True, [], 2, False), (False, [FLAG], 2, False), (True, [FLAG], 0, True)):

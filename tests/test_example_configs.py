@@ -10,7 +10,7 @@ import transformers
 import yaml
 from click.testing import CliRunner
 from test_families import FAMILIES
-from tiny import OWN_ANSWERS, random_metric, train
+from tiny import OWN_ANSWERS, make_tokenizer, random_metric, train
 
 from axolotl_asft import extract_direction
 from axolotl_asft.args import parse_block
@@ -65,6 +65,7 @@ def stand_in(tmp_path_factory):
             for weight in model.parameters():
                 weight += 1e-3 * torch.randn_like(weight)
         model.save_pretrained(folder / "aligned")
+        _save_what_reads(folder / "aligned", images="vision" in family)
         metric = random_metric(extract_direction(*_pair(folder), rank=4))
         file = folder / "direction.safetensors"
         extract_direction(*_pair(folder), rank=4, metrics=[metric], own_answers=OWN_ANSWERS).save(file)
@@ -72,6 +73,21 @@ def stand_in(tmp_path_factory):
         return made[family]
 
     return make
+
+
+def _save_what_reads(folder: Path, images: bool) -> None:
+    """A tokenizer and, for a model that reads images, what prepares them: axolotl loads both."""
+    tokenizer = make_tokenizer()
+    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"} if images else {}
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens.values())})
+    tokenizer.save_pretrained(folder)
+    if not images:
+        return
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens | {"extra_special_tokens": tokens}))
+    prepared = {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor"}
+    prepared |= {"size": {"height": 8, "width": 8}, "image_seq_length": 4}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
 
 
 def _pair(folder: Path) -> tuple[Path, Path]:
@@ -144,9 +160,9 @@ def test_a_block_with_a_direction_alone_asks_for_the_same(stand_in, tmp_path):
     metric, *written = found["written"]["settings"]
     by_itself, *alone = found["alone"]["settings"]
     assert by_itself == metric.replace("fisher:", "fisher, since the direction file holds it:")
-    assert alone == written
+    assert [line.replace(", since the direction file holds what it asks for", "") for line in alone] == written
     assert any(line.startswith("lambda_reg 0.1:") for line in alone)
-    assert any(line.startswith("anchor_weight 3:") for line in alone)
+    assert any(line.startswith("anchor_weight 3, since") for line in alone)
     assert (found["alone"]["errors"], found["alone"]["warnings"]) == ([], [])
 
 
