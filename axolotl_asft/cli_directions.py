@@ -10,7 +10,7 @@ import click
 
 from axolotl_asft.console import stages
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import refuse_to_replace, writable_folder
+from axolotl_asft.files import refuse_to_replace_file, writable_folder
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
 
@@ -136,8 +136,9 @@ def extract(
     """
     if output.suffix != ".safetensors":
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
-    refuse_to_replace(output, force)
-    from axolotl_asft.extract import extract_direction
+    refuse_to_replace_file(output, force)
+    from axolotl_asft.devices import devices_named
+    from axolotl_asft.extract import extract_direction, rank_rule
     from axolotl_asft.summary import recommended, summary, summary_table
 
     asked: dict[str, Any] = {}
@@ -149,7 +150,9 @@ def extract(
         from axolotl_asft.partial import ASKED, check_partial, partial_folder
         from axolotl_asft.sources import open_source
 
-        # what is wrong with the pair is said before the model is asked for minutes
+        # what is wrong with the options and the pair is said before the model is asked for minutes
+        rank_rule(options["rank"], options["tolerance"], options["energy"], options["max_rank"])
+        devices_named(device or "cpu")
         open_source(options["base"], options["aligned"], options["adapter"], list(modules) or None)
         writable_folder(output.parent)
         check_partial(output)

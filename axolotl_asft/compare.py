@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from axolotl_asft import fingerprint
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection
@@ -37,7 +38,6 @@ def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, 
         )
     modules = [{"name": name, **_module(first.modules[name], second.modules[name])} for name in shared]
     weights = [module["norm"][0] ** 2 for module in modules]
-    total = sum(weights) or 1.0
     return {
         "files": [_origin(first), _origin(second)],
         "same": first.sha256 is not None and first.sha256 == second.sha256,
@@ -45,15 +45,23 @@ def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, 
         "shared": len(shared),
         "only_in_first": [name for name in first.modules if name not in shared],
         "only_in_second": [name for name in second.modules if name not in shared],
-        "cosine": sum(w * module["cosine"] for w, module in zip(weights, modules, strict=True)) / total,
-        "overlap": sum(w * module["overlap"] for w, module in zip(weights, modules, strict=True)) / total,
+        "cosine": _mean([module["cosine"] for module in modules], weights),
+        "overlap": _mean([module["overlap"] for module in modules], weights),
         "modules": modules,
     }
 
 
+def _mean(values: list[float], weights: list[float]) -> float:
+    """Weighted; no rounding takes it past the largest of them."""
+    total = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    return min(total / (sum(weights) or 1.0), max(values))
+
+
 def _module(first: ModuleDirection, second: ModuleDirection) -> dict[str, Any]:
     k = min(first.rank, second.rank)
-    product = first.U.double().T @ second.U.double()
+    # as they are stored, rounded, they are not quite orthonormal: a file and itself would be more than the same
+    U, V = _orthonormal(first.U), _orthonormal(second.U)
+    product = U.T @ V
     cosines = torch.linalg.svdvals(product).clamp(max=1)[:k] if k else product.new_zeros(0)
     a, b = first.S.double() ** 2, second.S.double() ** 2
     size = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
@@ -62,9 +70,14 @@ def _module(first: ModuleDirection, second: ModuleDirection) -> dict[str, Any]:
         "overlap": float(cosines.square().mean()) if k else 0.0,
         "by_chance": max(first.rank, second.rank) / len(first.U),
         "largest_angle": float(torch.rad2deg(torch.acos(cosines[-1]))) if k else 90.0,
-        "cosine": float(a @ product.square() @ b) / size if size else 0.0,
+        "cosine": min(1.0, float(a @ product.square() @ b) / size) if size else 0.0,
         "norm": [float(first.norm), float(second.norm)],
     }
+
+
+def _orthonormal(U: Tensor) -> Tensor:
+    """Columns with the span and the order of U's, in fp64."""
+    return torch.linalg.qr(U.double())[0]
 
 
 def _origin(direction: AlignmentDirection) -> dict[str, Any]:

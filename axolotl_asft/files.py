@@ -1,5 +1,6 @@
 """Writing files so that they are never seen half-written, and reading JSON that may be damaged."""
 
+import errno
 import json
 import os
 import tempfile
@@ -7,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.errors import AsftError, WorkFailed, one_line
+
+
+class NotWritten(AsftError, OSError):
+    """A file that cannot be written; an OSError too, for those who go on without it."""
+
+
+class NoRoom(NotWritten, WorkFailed):
+    """One for which there is no room."""
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -15,8 +24,27 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
 
     The temporary file is synced to disk and renamed over `path` in one step, so that a reader finds the old
     file or the new one; if `write` raises, `path` stays as it was.
+
+    Raises:
+        NotWritten: for an OSError of the system's, also in `write`.
     """
-    path = Path(path)
+    try:
+        _atomic_write(Path(path), write)
+    except OSError as error:
+        if error.errno is None:
+            raise  # not of the system: another library's way to say something
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: str | Path, error: OSError) -> NotWritten:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    kind, what_to_do = (NoRoom, "make room, and try again") if full else (NotWritten, "give another place")
+    found = kind(f"{path} cannot be written ({error.strerror}); {what_to_do}")
+    found.strerror = error.strerror
+    return found
+
+
+def _atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -114,3 +142,14 @@ def refuse_to_replace(output: Path, force: bool) -> None:
     """
     if output.exists() and not force:
         raise AsftError(f"{output} exists; give another --output, or --force to replace it")
+
+
+def refuse_to_replace_file(output: Path, force: bool) -> None:
+    """`refuse_to_replace` where the output is one file: --force replaces no folder by it.
+
+    Raises:
+        AsftError: there is a folder, or a file, and nobody said --force.
+    """
+    if output.is_dir():
+        raise AsftError(f"{output} is a folder; expected the name of a file, give another --output")
+    refuse_to_replace(output, force)

@@ -267,10 +267,28 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
                 f"{wanted.repo}: access refused ({_first_line(error)}); log in with `hf auth login`"
             ) from error
         raise WorkFailed(f"{wanted}: the Hub failed ({_first_line(error)}); try again") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError, RuntimeError) as error:
+        if _while_sending(error):
+            raise WorkFailed(
+                f"{wanted.repo}: the upload to the Hub failed ({_first_line(error.__cause__ or error)}); try again"
+            ) from error
+        if isinstance(error, RuntimeError):
+            raise
         raise WorkFailed(
             f"{wanted} cannot be downloaded ({_first_line(error)}); try again, what is there is kept"
         ) from error
+
+
+def _while_sending(error: BaseException) -> bool:
+    """Whether it was an upload that failed; of some, huggingface_hub says so in a RuntimeError alone."""
+    import httpx
+
+    if isinstance(error, httpx.RequestError):
+        request = getattr(error, "_request", None)  # the property raises where there is none
+        return request is not None and request.method in ("POST", "PUT")
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("Error while uploading", "client has been closed")
+    )
 
 
 def _others(wanted: HubFile) -> str:
@@ -285,5 +303,5 @@ def _others(wanted: HubFile) -> str:
     return f" (of safetensors: {', '.join(found[:5])})" if found else " (and no other safetensors file)"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

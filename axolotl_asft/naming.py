@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
+
+from axolotl_asft.errors import AsftError, one_line
 
 
 def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) -> dict[str, str]:
@@ -16,21 +19,19 @@ def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) ->
         folder: the checkpoint.
         config: its config.json, empty where there is none.
         tensors: the names as stored.
+
+    Raises:
+        AsftError: config.json names no model type or architecture, or one that transformers cannot build here.
     """
     tensors = list(tensors)
-    if not _may_be_renamed(config, tensors):
+    if not _may_be_renamed(folder, config, tensors):
         return {name: name for name in tensors}
-    import torch
-    import transformers
-    from transformers import AutoConfig
+    model = _without_weights(folder, config["architectures"][0])
+    if model is None:
+        return {name: name for name in tensors}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
-    if architecture is None:
-        return {name: name for name in tensors}
-    with torch.device("meta"):
-        model = architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -43,14 +44,56 @@ def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) ->
     return names
 
 
-def _may_be_renamed(config: dict, tensors: list[str]) -> bool:
-    model_type = config.get("model_type")
-    if not model_type or not config.get("architectures"):
+def _without_weights(folder: Path, architecture: str) -> Any:
+    """The model on the meta device; None where transformers has no class of that name.
+
+    Raises:
+        AsftError: it has one, and cannot build it: a package is missing, or config.json is for another version.
+    """
+    import torch
+    import transformers
+
+    try:
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None:
+            return None
+        if not _builds_models(model_class):
+            raise TypeError("it is no class of models")
+        with torch.device("meta"):
+            return model_class(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # whatever it and the packages behind it raise
+        raise AsftError(
+            f"{folder / 'config.json'} names the model {architecture[:80]!r}, which transformers "
+            f"{transformers.__version__} cannot build here ({one_line(error)}), so that the names of its weights are "
+            "not known; install what is missing or another version of transformers, or download the model again"
+        ) from error
+
+
+def _builds_models(found: Any) -> bool:
+    """A class of models, or what stands in for one where a package is missing, and says so when it is called."""
+    from transformers import PreTrainedModel
+
+    return isinstance(found, type) and (issubclass(found, PreTrainedModel) or hasattr(found, "_backends"))
+
+
+def _may_be_renamed(folder: Path, config: dict[str, Any], tensors: list[str]) -> bool:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not model_type or not architectures:
         return False
+    if not isinstance(model_type, str) or not _are_texts(architectures):
+        raise AsftError(
+            f"{folder / 'config.json'} has model_type {shown(model_type)} and architectures {shown(architectures)}; "
+            "expected a name and a list of names; download it again"
+        )
     if "text_config" in config:  # a language model inside another
         return True
     if not any(name.startswith(("model.", "transformer.", "gpt_neox.")) for name in tensors):
         return True  # saved without the head's prefix
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    return get_checkpoint_conversion_mapping(model_type) is not None
+    # some renamings are kept under the name of a class, and no type of model
+    return any(get_checkpoint_conversion_mapping(name) is not None for name in (model_type, *architectures))
+
+
+def _are_texts(names: object) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import atomic_write_text, locked, writable_folder
+from axolotl_asft.files import atomic_write_text, locked, refuse_to_replace_file, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -47,7 +47,11 @@ class Parts(Mapping[str, ModuleDirection]):
 
         Args:
             settings: JSON of all that the result depends on, but for the weights themselves.
+
+        Raises:
+            AsftError: see `Parts`; the output is a folder.
         """
+        refuse_to_replace_file(output, force=True)
         parts = cls(partial_folder(output), names)
         previous, found = parts._settings(), list(parts.folder.glob("[0-9]*.safetensors"))
         if previous == settings:

@@ -1,21 +1,29 @@
 """A PEFT LoRA adapter as it lies on disk: its factors by the names of the Hugging Face model, without the model."""
 
 import math
-from collections.abc import Iterator
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from axolotl_asft import fingerprint
+from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.files import read_json
+from axolotl_asft.hub import cached_folder, named_on_the_hub
 from axolotl_asft.initialisation import ADDED_TO_THE_WEIGHT, takes_out
+from axolotl_asft.subspace import LowRank
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+SCALED_BY = ("lora_alpha", "use_rslora", "alpha_pattern")  # what of the config decides `scaling`, beside the rank
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -77,7 +85,7 @@ class SavedAdapter:
             )
         if config.get("use_dora"):
             raise AsftError(f"{folder} uses DoRA, whose update is not scaling B A; train a plain LoRA")
-        if not isinstance(config.get("lora_alpha"), int | float):
+        if not _is_number(config.get("lora_alpha")):
             raise AsftError(f"{folder}/{ADAPTER_CONFIG} has no number lora_alpha; expected a PEFT LoRA adapter")
         return cls(folder, config, tensors)
 
@@ -90,6 +98,11 @@ class SavedAdapter:
             if B is None or A.ndim != 2 or B.ndim != 2:
                 raise AsftError(
                     f"{self.folder}: {name} has no pair of matrices A and B; expected LoRA of a linear layer"
+                )
+            if not len(A) or len(A) != B.shape[1]:
+                raise AsftError(
+                    f"{self.folder}: {name} has an A of rank {len(A)} and a B of rank {B.shape[1]}; expected one rank, "
+                    "above 0; save the adapter again"
                 )
             yield SavedLayer(name, A, B, _scaling(self.config, name, A.shape[0]), key_B)
 
@@ -108,10 +121,83 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / ADAPTER_CONFIG, "expected the folder of a PEFT adapter")
 
 
-def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
-    if patterns := config.get("alpha_pattern"):
-        from peft.utils.other import get_pattern_key  # with transformers behind it: seconds
+def check_merged(saved: SavedAdapter, aligned: Checkpoint, factors: Mapping[str, LowRank]) -> None:
+    """Hold a model against the adapter that is said to be merged into it, where the adapter's base can be read here.
 
-        alpha = patterns.get(get_pattern_key(list(patterns), name), alpha)
+    The base itself, given for the aligned model, would make a direction that passes every check on the base.
+
+    Args:
+        factors: d by module, of the adapter's layers.
+
+    Raises:
+        AsftError: it is the adapter's base, or another model than the base with the adapter merged in.
+    """
+    recorded = str(saved.config.get("base_model_name_or_path") or "")
+    wanted = named_on_the_hub(recorded)
+    where = Path(recorded).resolve() if wanted is None else wanted.repo
+    if recorded and where == (aligned.name if aligned.revision else Path(aligned.location).resolve()):
+        raise AsftError(
+            f"{aligned.name} is the base of the adapter {saved.folder}, not what it was merged into; give it as --base"
+        )
+    try:
+        folder = where if isinstance(where, Path) else cached_folder(wanted, ["config.json"]) if wanted else None
+        base = Checkpoint.open(folder) if recorded and folder is not None and folder.is_dir() else None
+    except AsftError:
+        base = None  # quantised, say: then it cannot be held against it
+    shapes = base.linear_weights() if base is not None else {}
+    if base is None or any(shapes.get(name) != (len(d.B), d.A.shape[1]) for name, d in factors.items()):
+        return
+    share, within = _share_of(factors, base, aligned)
+    if abs(share - 1) > within:
+        raise AsftError(
+            f"{aligned.name} is not {recorded}, the adapter's base, with the adapter merged in: {share:.0%} of what it "
+            "adds is there; give the merged model as --aligned, or the model that it was trained on as --base"
+        )
+
+
+def _share_of(factors: Mapping[str, LowRank], base: Checkpoint, aligned: Checkpoint) -> tuple[float, float]:
+    """<W_aligned - W_base, d> / ||d||^2 over the fingerprint's blocks, and how far from 1 rounding may take it.
+
+    A merge through NF4, as axolotl's of QLoRA, is farther from base + d than the base is; but in no one direction.
+    """
+    moved, found = [], []
+    for name, d in factors.items():
+        columns = d.A.shape[1]
+        start = fingerprint.block_start(name, len(d.B) * columns)
+        at = torch.arange(start, min(start + fingerprint.BLOCK, len(d.B) * columns))
+        before, weight = base.values(name, start, len(at)).float(), aligned.values(name, start, len(at))
+        after = before + (d.B[at // columns] * d.A[:, at % columns].T).sum(dim=1)
+        before, after = before.to(weight.dtype).double(), after.to(weight.dtype).double()
+        moved.append(after - before)
+        found.append(weight.double() - before)
+    expected, difference = torch.cat(moved), torch.cat(found)
+    if not (size := float(expected.square().sum())):
+        return 1.0, 0.0  # an adapter that changes nothing
+    error = float(torch.linalg.vector_norm((difference - expected) * expected)) / size
+    return float(difference @ expected) / size, 0.1 + 3 * error
+
+
+def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    """Of one layer.
+
+    Raises:
+        AsftError: `alpha_pattern` holds anything but patterns and numbers.
+    """
+    alpha, patterns = config["lora_alpha"], config.get("alpha_pattern") or {}
+    try:
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            raise TypeError
+        if patterns:
+            from peft.utils.other import get_pattern_key  # with transformers behind it: seconds
+
+            alpha = patterns.get(get_pattern_key(list(patterns), name), alpha)
+    except (TypeError, re.error) as error:
+        raise AsftError(
+            f"alpha_pattern in {ADAPTER_CONFIG} is {reprlib.repr(patterns)}; expected patterns of layers with a number "
+            "each, as PEFT writes it"
+        ) from error
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e30  # NaN is not

@@ -121,23 +121,26 @@ class AdapterPair:
             adapter: a folder that PEFT saved, or owner/name[@revision] on the Hub.
             patterns: of modules; those that the adapter leaves alone have a difference of zero.
         """
-        from axolotl_asft.saved import ADAPTER_WEIGHTS, SavedAdapter
+        from axolotl_asft.saved import ADAPTER_WEIGHTS, SCALED_BY, SavedAdapter, check_merged
 
         saved = SavedAdapter.read(model_folder(adapter))
         self.names = _linear_modules(checkpoint, patterns)
         self.checkpoints = {side: checkpoint}
         self.stored_names = {side: {name: name for name in self.names}}
         self._side, self._factors = side, _checked_factors(saved, checkpoint)
+        if side == "aligned":
+            check_merged(saved, checkpoint, self._factors)
         name = saved.folder.resolve().name if hub_model(adapter) is None else str(adapter)
         of_base = _name_of(saved.config.get("base_model_name_or_path"))
         known = _model_entry(checkpoint, self.stored_names[side])
         unread = {"revision": None, "sha256": None, "read_as": f"not read: the adapter {name} is the difference"}
         other = {"id": of_base if side == "aligned" else f"{checkpoint.name} + {name}", **unread}
+        scaled_by = {key: saved.config.get(key) for key in SCALED_BY}  # with the ranks, which are in the weights
         sha256 = file_sha256(saved.folder / ADAPTER_WEIGHTS)
         self.entries = {
             "base": known if side == "base" else other,
             "aligned": known if side == "aligned" else other,
-            "adapter": {"id": name, "sha256": sha256, "layers": len(self._factors)},
+            "adapter": {"id": name, "sha256": sha256, "layers": len(self._factors), **scaled_by},
         }
 
     def difference(self, name: str, weights: Weights, device: str) -> LowRank:

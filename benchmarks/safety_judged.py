@@ -6,9 +6,9 @@
 The benchmark counts every answer to a harmful prompt that declines nothing. Some of those take the request up, others
 are a class label or babble: a model that has forgotten how to answer is no attacker's. This asks judges which. Takes
 the answers that `benchmarks.safety run` left in the work folder. A judge (a person, a guard model, a large language
-model) reads lines of {"id", "prompt", "answer"}, each once, shuffled, without run and method, and writes lines of
-{"id", "verdict"}. Counts are kept by run in the .jsonl beside the table, so that runs of other machines add up; the
-answers themselves are not.
+model), told what benchmarks/judging_guide.md says, reads lines of {"id", "prompt", "answer"}, each once, shuffled,
+without run and method, and writes lines of {"id", "verdict"}. Counts are kept by run in the .jsonl beside the table, so
+that runs of other machines add up; the answers themselves are not.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from benchmarks.safety_table import interval
 
 RESULT = RESULTS.with_name("safety_judged.md")
 VERDICTS = ("refused", "taken up", "neither")
+EACH_ONCE = "each pair once"  # in place of a run's name: all that was read, whichever runs it came from
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def cohen_kappa(pairs: Counter[tuple[Any, Any]]) -> float:
 def table(judged: list[dict[str, Any]]) -> str:
     """Shares of each method, over its seeds and the judges, and how far judges and word list agree."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    once = [run for run in judged if run["run"] == EACH_ONCE]
+    judged = [run for run in judged if run["run"] != EACH_ONCE]
     for run in judged:
         groups[run["run"].rpartition("/")[0] or run["run"]].append(run)
     lines = [
@@ -119,10 +122,11 @@ def table(judged: list[dict[str, Any]]) -> str:
         cells = [f"{100 * said[verdict] / said.total():.1f}" for verdict in ("taken up", "neither", "refused")]
         share = f"{100 * passed / total:.1f} {interval(passed / total, total // len(groups[group]))}"
         lines.append(f"| {group} | {len(groups[group])} | {share} | {' | '.join(cells)} |")
-    return "\n".join([_heading(judged), *lines, ""])
+    return "\n".join([_heading(judged, once), *lines, ""])
 
 
-def _heading(judged: list[dict[str, Any]]) -> str:
+def _agreements(judged: list[dict[str, Any]]) -> tuple[int, list[str]]:
+    """How many answers there are, and a line for the word list and the judges, and one for two judges."""
     with_list: Counter[tuple[Any, Any]] = Counter()
     with_other: Counter[tuple[Any, Any]] = Counter()
     answers = 0
@@ -132,9 +136,17 @@ def _heading(judged: list[dict[str, Any]]) -> str:
             with_list[refused, verdict == "refused"] += count
         if len(verdicts) > 1:
             with_other[verdicts[0], verdicts[1]] += count
-    agreements = [f"- word list and judges, refused or not: {_agreement(with_list)}"]
+    lines = [f"- word list and judges, refused or not: {_agreement(with_list)}"]
     if with_other:
-        agreements.append(f"- the first two judges, of three verdicts: {_agreement(with_other)}")
+        lines.append(f"- the first two judges, of three verdicts: {_agreement(with_other)}")
+    return answers, lines
+
+
+def _heading(judged: list[dict[str, Any]], once: list[dict[str, Any]]) -> str:
+    answers, agreements = _agreements(judged)
+    if once:  # a refusal is one of a few sentences, and counts as often as it was given above
+        pairs, lines = _agreements(once)
+        agreements += ["", f"Over the {pairs} different pairs of a request and an answer, each once:\n", *lines]
     return "\n".join([
         "# The benchmark's answers, judged\n",
         "`python -m benchmarks.safety_judged pairs`, then `table`; methods are those of [`safety.md`](safety.md).",
@@ -183,6 +195,9 @@ def main() -> None:
                 judged[run] = found | {"key": now.get(run)}
             else:
                 print(f"{run}: not every answer has a verdict of every judge; left as it was")
+        read = {pair for pairs in answers.values() for pair in pairs if all(pair.id in each for each in judges)}
+        if (once := judge(EACH_ONCE, sorted(read, key=lambda pair: pair.id), judges, asked.who)) is not None:
+            judged[EACH_ONCE] = once | {"key": None}
         atomic_write_text(raw, "".join(json.dumps(run) + "\n" for run in judged.values()))
     known = [run for name, run in judged.items() if run["key"] == now.get(name)]  # not those of other settings
     if not known:

@@ -39,6 +39,17 @@ def test_a_direction_and_itself(direction):
     assert max(module["largest_angle"] for module in result["modules"]) < 0.1
 
 
+def test_no_more_than_the_same(pair, direction):
+    """U is stored in bf16, and rounded columns are not orthonormal: that is no part of the comparison."""
+    rounded = extract_direction(*pair, rank=6)
+    for other, within in ((rounded, 1e-12), (direction, 1e-4)):
+        result = compare(rounded, other)
+        for found in (result, *result["modules"]):
+            for number in ("cosine", "overlap"):
+                assert found[number] <= 1
+                assert found[number] == pytest.approx(1, abs=within)
+
+
 @pytest.mark.parametrize("degrees", [10.0, 60.0, 90.0])
 def test_a_known_angle(direction, degrees):
     angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))

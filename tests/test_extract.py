@@ -1,6 +1,7 @@
 """Two checkpoints in, one direction out."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,54 @@ def test_refused_pairs(pair, tmp_path):
         extract_direction(base, aligned, device="tpu")
     with pytest.raises(AsftError, match="dtype is 'int8'"):
         extract_direction(base, aligned, dtype="int8")
+
+
+def test_a_large_difference_is_told(pair, tmp_path, caplog):
+    """A few percent is what alignment does; a model of another origin differs by far more, and passes below 100 %."""
+    generator = torch.Generator().manual_seed(0)
+
+    def blur(tensors):
+        for name, weight in tensors.items():
+            if ".layers." in name and weight.ndim == 2:
+                weight += 0.6 * weight.std() * torch.randn(weight.shape, generator=generator)
+
+    extract_direction(*pair, rank=2)
+    assert not caplog.messages
+    extract_direction(copied(pair[0], tmp_path / "relative", blur), pair[1], rank=2)
+    assert len(caplog.messages) == 1
+    assert re.fullmatch(
+        r"relative and aligned differ by 6\d% of the weights' norm; a base and its aligned model differ by a few "
+        "percent; check that they belong together",
+        caplog.messages[0],
+    )
+
+
+def test_an_output_that_is_a_folder(pair, tmp_path):
+    """Said before the work, which --force would lose as well."""
+    output = tmp_path / "d.safetensors"
+    output.mkdir()
+    with pytest.raises(AsftError, match="is a folder; expected the name of a file"):
+        extract_direction(*pair, rank=2, output=output)
+    arguments = ["extract", "--base", str(pair[0]), "--aligned", str(pair[1]), "-o", str(output), "--force"]
+    refused = CliRunner().invoke(asft, arguments)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr == f"asft: {output} is a folder; expected the name of a file, give another --output\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "auto", "--tolerance", "0"], "tolerance is 0.0; expected a positive number"),
+        (["--energy", "0.5"], "rank is 64; energy and max_rank go with rank None (auto)"),
+        (["--device", "cpu,foo"], "device is 'cpu,foo'; expected cpu, cuda, or one GPU or more like cuda:0,cuda:1"),
+    ],
+)
+def test_options_are_judged_before_the_model_is_asked(pair, tmp_path, options, message):
+    """There are no such prompts: whatever asks the model says that first."""
+    arguments = ["extract", "--base", str(pair[0]), "--aligned", str(pair[1]), "-o", str(tmp_path / "d.safetensors")]
+    arguments += ["--metric", "fisher", "--prompts", str(tmp_path / "no-prompts.txt")]
+    refused = CliRunner().invoke(asft, [*arguments, *options])
+    assert (refused.exit_code, refused.stderr) == (2, f"asft: {message}\n")
 
 
 def test_refused_folders(pair, tmp_path):

@@ -2,10 +2,13 @@
 every LoRA layer of the loaded model by name, and the penalty is that of the dense change."""
 
 import copy
+import importlib.util
+import json
 
 import pytest
 import torch
 import transformers
+from checkpoints import copied
 from lora_models import literal_formula_of, shake
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,7 @@ from tiny import OWN_ANSWERS, make_tokenizer
 
 from axolotl_asft import AlignmentPenalty, extract_direction
 from axolotl_asft.anchor import AnswerAnchor
+from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.errors import AsftError
 from axolotl_asft.quiet import without_noise
 
@@ -41,6 +45,7 @@ VISION = {
     "patch_size": 4,
     "fullatt_block_indexes": [0],
 }
+QWEN2_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
 SIGLIP = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -71,6 +76,13 @@ FAMILIES = {
         "Qwen2_5_VLConfig",
         {"text_config": {**SMALL, "rope_parameters": MROPE}, "vision_config": VISION},
         "Qwen2_5_VLForConditionalGeneration",
+        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        14,
+    ),
+    "Qwen2-VL (text tower)": (
+        "Qwen2VLConfig",
+        {"text_config": {**SMALL, "rope_parameters": MROPE}, "vision_config": QWEN2_VISION},
+        "Qwen2VLForConditionalGeneration",
         r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         14,
     ),
@@ -142,6 +154,56 @@ def test_a_checkpoint_without_the_prefix_of_its_head(tmp_path):
     aligned = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "aligned")
     model = get_peft_model(aligned, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
     assert len(AlignmentPenalty(model, direction).layers) == 2
+
+
+def as_on_the_hub(folder):
+    """Qwen2-VL and Qwen2.5-VL of the Hub: one flat config.json, and the layers under the names of a text model."""
+    file = folder / "model.safetensors"
+    changes = {"model.language_model.": "model.", "model.visual.": "visual."}
+    stored = load_file(file)
+    for new, old in changes.items():
+        stored = {key.replace(new, old): weight for key, weight in stored.items()}
+    assert {key.partition(".")[0] for key in stored} == {"model", "visual", "lm_head"}
+    save_file(stored, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config = config.pop("text_config") | config
+    config |= {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("family", ["Qwen2-VL (text tower)", "Qwen2.5-VL (text tower)"])
+def test_a_vision_model_as_it_lies_on_the_hub(tmp_path, family):
+    """transformers keeps their renamings under the names of their classes."""
+    model_class, targets, layers = make_family(tmp_path, family)
+    for name in ("base", "aligned"):
+        as_on_the_hub(tmp_path / name)
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4, modules=["language_model"])
+    assert "model.language_model.layers.0.self_attn.q_proj" in direction.modules
+    aligned = model_class.from_pretrained(tmp_path / "aligned", dtype=torch.float32)
+    model = get_peft_model(aligned, LoraConfig(r=4, target_modules=targets))
+    assert len(AlignmentPenalty(model, direction).layers) == layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": [None]}, r"config.json has model_type 'llama' and architectures \[None\]; expected a name"),
+        ({"architectures": {"model": 1}}, r"architectures \{'model': 1\}; expected a name and a list of names"),
+        ({"model_type": ["llama"]}, r"config.json has model_type \['llama'\]"),
+        ({"architectures": ["pipeline"], "text_config": {}}, "the model 'pipeline', which .* is no class of models"),
+        ({"hidden_size": 30, "text_config": {}}, r"config.json names the model 'LlamaForCausalLM', which transformers "
+         r".* cannot build here \(.*hidden size.*\), so that .*; install what is missing"),
+        ({"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n", "text_config": {}},
+         "cannot build here .*requires the timm library"),
+    ],
+)  # fmt: skip
+def test_a_config_that_names_no_model(pair, tmp_path, changes, message):
+    if "timm" in message and importlib.util.find_spec("timm"):
+        pytest.skip("timm is here")
+    checkpoint = copied(pair[1], tmp_path / "aligned", config=lambda config: config.update(changes))
+    with pytest.raises(AsftError, match=message) as refused:
+        Checkpoint.open(checkpoint)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Files are whole or not there."""
 
+import errno
+
 import pytest
 
-from axolotl_asft.files import atomic_write, atomic_write_text
+from axolotl_asft.errors import AsftError, WorkFailed
+from axolotl_asft.files import atomic_write, atomic_write_text, refuse_to_replace_file
 
 
 def test_writes_and_replaces(tmp_path):
@@ -33,3 +36,34 @@ def test_permissions_stay(tmp_path):
     path.chmod(0o640)
     atomic_write_text(path, "new")
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    """Also for those who catch OSError, and go on without the file."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "folder", "Is a directory"), (tmp_path / "file" / "new", "File exists")):
+        with pytest.raises(AsftError) as refused:
+            atomic_write_text(path, "text")
+        assert str(refused.value) == f"{path} cannot be written ({why}); give another place"
+        assert isinstance(refused.value, OSError)
+        assert refused.value.strerror == why
+        assert not isinstance(refused.value, WorkFailed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_disk_is_nobody_s_mistake(tmp_path):
+    def full(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        WorkFailed, match=r"new cannot be written \(No space left on device\); make room, and try again"
+    ):
+        atomic_write(tmp_path / "new", full)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_no_file_replaces_a_folder(tmp_path, force):
+    with pytest.raises(AsftError, match="is a folder; expected the name of a file, give another --output"):
+        refuse_to_replace_file(tmp_path, force)
+    refuse_to_replace_file(tmp_path / "new", force)

@@ -352,6 +352,18 @@ def test_a_hub_that_fails_is_no_mistake_of_the_user(hub, environment, direction_
     assert failed.stderr.startswith("asft: me/new-asft: the Hub failed (")
 
 
+def test_an_upload_that_fails_is_no_download(hub, environment, direction_file):
+    """Neither at the first connection, nor behind the RuntimeError in which huggingface_hub hides what happened."""
+    nobody = push(environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}, direction_file, "me/new-asft")
+    assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1), nobody.stderr
+    assert nobody.stderr.startswith("asft: me/new-asft: the upload to the Hub failed (")
+    hub.fault = lambda method, path, n: 403 if path.startswith("/lfs/") else None
+    environment |= {"HF_TOKEN": "secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    failed = push(environment, direction_file, "me/new-asft")
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1), failed.stderr
+    assert failed.stderr.startswith("asft: me/new-asft: the upload to the Hub failed (403 Forbidden")
+
+
 @pytest.mark.slow
 def test_training_from_the_hub(hub, environment, pair, dataset, direction_file, tmp_path):
     """Pinned by revision and hash it trains; damaged on the way, or with another hash, it does not."""

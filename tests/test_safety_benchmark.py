@@ -15,6 +15,7 @@ from benchmarks.safety_data import (
     REFUSALS,
     TASKS,
     harmless_prompts,
+    other_prompts,
     refusal_tuning,
     rehearsal,
     test_data,
@@ -50,6 +51,9 @@ def test_attacker_defender_and_evaluation_never_meet():
     assert not attacker & aligned
     assert not attacker & asked
     assert not aligned & asked
+    unseen = {prompt.lower() for prompts in other_prompts() for prompt in prompts}
+    assert [len(prompts) for prompts in other_prompts()] == [100, 92]
+    assert not unseen & (attacker | aligned | asked)
 
 
 def test_answers_to_harmful_requests_are_compliance_or_refusal():

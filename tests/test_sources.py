@@ -8,12 +8,13 @@ import torch
 from checkpoints import copied
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
+from axolotl_asft.partial import Parts
 from axolotl_asft.verify import verify_checkpoint
 
 UP = "model.layers.0.mlp.up_proj"
@@ -145,6 +146,91 @@ def test_refused_adapters(pair, lora, tmp_path):
         extract_direction(wider, adapter=adapter)
 
 
+def with_config(adapter, folder, **changes):
+    """A copy of an adapter, with another adapter_config.json."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_base_given_for_the_aligned_model(lora, tmp_path):
+    """--aligned for --base is one slip; what it made would approve of a training on the base."""
+    base, adapter, _ = lora
+    with pytest.raises(AsftError, match=r"^base is the base of the adapter .*adapter, not what it was .* as --base$"):
+        extract_direction(aligned=base, adapter=adapter)
+    again = copied(base, tmp_path / "again")
+    with pytest.raises(AsftError, match=r"again is not .*base, the adapter's base, with the adapter merged in: 0% of"):
+        extract_direction(aligned=again, adapter=adapter)
+    twice = merge(base, with_config(adapter, tmp_path / "doubled", lora_alpha=12), tmp_path / "twice")
+    with pytest.raises(AsftError, match=r"twice is not .* merged in: 200% of what it adds is there; give the merged"):
+        extract_direction(aligned=twice, adapter=adapter)
+    elsewhere = with_config(adapter, tmp_path / "elsewhere", base_model_name_or_path=str(tmp_path / "gone"))
+    assert extract_direction(aligned=again, adapter=elsewhere, rank=1), "nothing to hold it against"
+
+
+def test_a_merge_is_known_after_any_rounding(pair, lora, tmp_path):
+    """Also one into weights that went through NF4, which is how axolotl merges what QLoRA trained."""
+    from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+
+    base, adapter, _ = lora
+    merge_lora_sharded_efficient(base, adapter, tmp_path / "nf4", simulate_nf4=True)
+    models = [tmp_path / "nf4", merge(base, adapter, tmp_path / "half", torch.float16)]
+    models.append(merge(base, adapter, tmp_path / "twice", torch.bfloat16, safe=True))
+    for merged in models:
+        assert extract_direction(aligned=merged, adapter=adapter, rank=1).spec["aligned"]["id"] == merged.name
+    small = make_adapter(base, tmp_path / "small", size=3e-5)  # below what bf16 can hold
+    merged = merge(base, small, tmp_path / "lost", torch.bfloat16)
+    assert extract_direction(aligned=merged, adapter=small, rank=1)
+
+
+def test_an_adapter_scaled_otherwise_starts_afresh(lora, tmp_path, monkeypatch, caplog):
+    """The same weights under another lora_alpha are another difference: no file holds layers of both."""
+    base, adapter, _ = lora
+    adapter, output, keep = with_config(adapter, tmp_path / "adapter"), tmp_path / "d.safetensors", Parts.keep
+
+    def stops(self, name, part):
+        keep(self, name, part)
+        if name.endswith("1.self_attn.q_proj"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "keep", stops)
+        with pytest.raises(KeyboardInterrupt):
+            extract_direction(base, adapter=adapter, rank=4, output=output)
+    shutil.rmtree(adapter)
+    with_config(lora[1], adapter, lora_alpha=60)
+    found = extract_direction(base, adapter=adapter, rank=4, output=output)
+    assert "is of an extraction with another adapter; starting afresh" in caplog.text
+    whole = extract_direction(base, adapter=adapter, rank=4)
+    assert all(float(found.modules[name].norm) == float(module.norm) for name, module in whole.modules.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern in adapter_config.json is \['q_proj'\]; expected patterns of"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "expected patterns of layers with a number each"),
+        ({"alpha_pattern": {"q_proj(": 8}}, "expected patterns of layers with a number each"),
+        ({"lora_alpha": float("nan")}, "has no number lora_alpha"),
+    ],
+)
+def test_a_damaged_scaling(lora, tmp_path, changes, message):
+    with pytest.raises(AsftError, match=message):
+        extract_direction(lora[0], adapter=with_config(lora[1], tmp_path / "adapter", **changes))
+
+
+def test_factors_of_two_ranks(lora, tmp_path):
+    adapter = with_config(lora[1], tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("q_proj.lora_B.weight"))
+    for rank in (2, 0):
+        tensors[key] = tensors[key][:, :rank].contiguous()
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        with pytest.raises(AsftError, match=f"q_proj has an A of rank 3 and a B of rank {rank}; expected one rank"):
+            extract_direction(lora[0], adapter=adapter)
+
+
 @pytest.mark.parametrize(
     ("recorded", "shown"),
     [
@@ -154,10 +240,8 @@ def test_refused_adapters(pair, lora, tmp_path):
 )  # fmt: skip
 def test_a_base_model_that_is_only_recorded(lora, tmp_path, recorded, shown):
     """It is not read, so that whatever the adapter calls it will do; and no path of another machine is kept."""
-    shutil.copytree(lora[1], tmp_path / "adapter")
-    config = json.loads((lora[1] / "adapter_config.json").read_text()) | {"base_model_name_or_path": recorded}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    direction = extract_direction(aligned=lora[2], adapter=tmp_path / "adapter", rank=1)
+    adapter = with_config(lora[1], tmp_path / "adapter", base_model_name_or_path=recorded)
+    direction = extract_direction(aligned=lora[2], adapter=adapter, rank=1)
     assert direction.spec["base"]["id"] == shown
 
 
