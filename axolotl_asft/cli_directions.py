@@ -81,10 +81,12 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 )
 @click.option(
     "--prompts",
-    default="harmful",
+    multiple=True,
+    default=["harmful"],
     show_default=True,
     metavar="SET",
-    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset.",
+    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset; repeat for several: "
+    "what is like none of them is held less.",
 )
 @click.option(
     "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Directions a layer, at most."
@@ -114,7 +116,7 @@ def extract(
     force: bool,
     modules: tuple[str, ...],
     metric_names: tuple[str, ...],
-    prompts: str,
+    prompts: tuple[str, ...],
     metric_rank: int,
     metric_energy: float,
     load_in_4bit: bool,

@@ -10,7 +10,8 @@ from typing import Any
 from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
 
-DETAILS = ("-of-64", "-own-", "budget", "-lr-", "-unseen", "-others")  # in the table alone: the picture has room for the main ones
+# In the table alone: the picture has room for the main ones.
+DETAILS = ("-of-64", "-own-", "budget", "-lr-", "-unseen", "-others")
 DEFAULT = "fisher-0.1-anchor-3"
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes

@@ -165,6 +165,15 @@ def test_no_words_after_the_end_are_kept_to_be_held(thinker, tmp_path):
     assert {answer for _, answer in found.own_answers} == {"i cannot help", "no", "yes"}
 
 
+def test_several_sets_are_asked_together(thinker, tmp_path):
+    for name, start in (("one", 0), ("two", 4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(many("cat", 8)[start : start + 4]))
+    sets = [str(tmp_path / f"{name}.json") for name in ("one", "two")]
+    held = [safety_metrics(str(thinker), (), prompts, None).own_answers for prompts in (sets[0], sets[1], sets)]
+    assert len(held[0]) > 0 < len(held[1])
+    assert held[2] == held[0] + held[1]
+
+
 def test_what_ends_a_turn(thinker):
     """An added token alone: words, the next turn's too, may stand in an answer."""
     model, tokenizer = load_model(str(thinker)), load_tokenizer(str(thinker))

@@ -15,7 +15,7 @@ from axolotl_asft.errors import one_line
 from axolotl_asft.evaluation.kept import hash_of
 from axolotl_asft.evaluation.models import model_state
 from axolotl_asft.evaluation.prompts import load_prompts
-from axolotl_asft.evaluation.safety_metrics import AskedModel, safety_metrics
+from axolotl_asft.evaluation.safety_metrics import AskedModel, safety_metrics, sets_of
 from axolotl_asft.files import atomic_write
 from axolotl_asft.history import installed_versions
 from axolotl_asft.metrics import LayerMetric, ModelMetric
@@ -24,7 +24,13 @@ LOG = logging.getLogger("axolotl.asft")
 
 
 def asked_once(
-    path: Path, model: str, names: Sequence[str], prompts: str = "harmful", *, stage: Stage = silent, **how: Any
+    path: Path,
+    model: str,
+    names: Sequence[str],
+    prompts: str | Sequence[str] = "harmful",
+    *,
+    stage: Stage = silent,
+    **how: Any,
 ) -> AskedModel:
     """`safety_metrics(model, names, prompts, **how)`, kept in `path`, and taken from there where the same was asked.
 
@@ -34,7 +40,7 @@ def asked_once(
     Args:
         model: a folder.
     """
-    asked = [prompt.prompt for prompt in load_prompts(prompts, "train")]
+    asked = [prompt.prompt for each in sets_of(prompts) for prompt in load_prompts(each, "train")]
     key = hash_of([model, model_state(model), list(names), asked, how, installed_versions()])
     known = _read(path, key)
     if known is not None:

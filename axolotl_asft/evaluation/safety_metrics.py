@@ -43,7 +43,7 @@ class AskedModel:
 def safety_metrics(
     model: str,
     names: Sequence[str] = METRICS,
-    prompts: str = "harmful",
+    prompts: str | Sequence[str] = "harmful",
     harmless: str | None = "borderline",
     rank: int = DEFAULT_METRIC_RANK,
     energy: float = DEFAULT_METRIC_ENERGY,
@@ -63,7 +63,7 @@ def safety_metrics(
     Args:
         model: folder or Hub id of the aligned chat model.
         names: "activations", "fisher" or both.
-        prompts: a set as `load_prompts` knows them; what they ask for is to be refused.
+        prompts: a set as `load_prompts` knows them, or several; what they ask for is to be refused.
         harmless: another set, which is to be answered; None: none.
         rank, energy: directions kept a layer and side: the fewest with this share of the trace, at most so many.
         dtype, load_in_4bit, device, batch_size: how the model is loaded and asked.
@@ -76,7 +76,8 @@ def safety_metrics(
     quieten_libraries()
     loaded, tokenizer = load_model(model, dtype, load_in_4bit, device), load_tokenizer(model)
     interviewer = Interviewer(loaded, tokenizer, batch_size, JUDGED_WORDS, name="the aligned model", stage=stage)
-    answers = interviewer.answers(HARMFUL_TASK, {"prompts": prompts, "split": "train"})
+    asked = sets_of(prompts)
+    answers = [each for s in asked for each in interviewer.answers(HARMFUL_TASK, {"prompts": s, "split": "train"})]
     turns = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
     layers, found = _linear_layers(loaded), []
     if "activations" in names:
@@ -94,6 +95,11 @@ def safety_metrics(
     answers = interviewer.answers(BORDERLINE_TASK, {"borderline": harmless, "split": "train"})
     answered = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
     return AskedModel(found, in_turns(_evenly(refused), _evenly(answered)))
+
+
+def sets_of(prompts: str | Sequence[str]) -> list[str]:
+    """One set, or several, as a list."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def in_turns(refused: Sequence[tuple[str, str]], answered: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
