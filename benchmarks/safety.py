@@ -209,7 +209,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if "asft" in method:
         kind = method.get("direction")
         file = bench.work / ("random-direction.safetensors" if kind == "random" else "direction.safetensors")
-        if kind in ("unseen", "others"):
+        if kind in ("unseen", "others", "mixed"):
             from benchmarks.safety_model import fresh_direction
 
             file = fresh_direction(bench.work, kind)

@@ -92,23 +92,24 @@ def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
 
 
 def fresh_direction(work: Path, kind: str) -> Path:
-    """The direction with metric and answers from requests that the alignment was not taught.
+    """The direction with metric and answers from other requests than the alignment's.
 
     Args:
-        kind: "unseen", ours that are in no other set, or "others", HarmBench's; the harmless ones are ours in both.
+        kind: "unseen", ours that are in no other set, "others", HarmBench's, with harmless ones of ours that are in no
+            other set; "mixed", the shipped ones and HarmBench's, with the shipped harmless ones.
     """
     file = work / f"{kind}-direction.safetensors"
     if not file.is_file():
         harmful, harmless = (work / f"unseen-{which}.txt" for which in ("harmful", "harmless"))
         for path, prompts in zip((harmful, harmless), other_prompts(), strict=True):
             atomic_write_text(path, "".join(f"{prompt}\n" for prompt in prompts))
-        if kind == "others":
+        prompts, answered = [str(harmful)], str(harmless)
+        if kind != "unseen":
             from benchmarks.safety_elsewhere import prompt_sets
 
-            harmful = Path(prompt_sets()["HarmBench"])
-        asked = safety_metrics(
-            str(work / "aligned-nf4"), ["fisher"], str(harmful), str(harmless), dtype="float32", device="cpu"
-        )
+            prompts = [*(["harmful"] if kind == "mixed" else []), prompt_sets()["HarmBench"]]
+            answered = "borderline" if kind == "mixed" else answered
+        asked = safety_metrics(str(work / "aligned-nf4"), ["fisher"], prompts, answered, dtype="float32", device="cpu")
         direction = extract_direction(
             work / "base", work / "aligned", rank=64, metrics=asked.metrics, own_answers=asked.own_answers
         )

@@ -11,7 +11,7 @@ from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
 
 # In the table alone: the picture has room for the main ones.
-DETAILS = ("-of-64", "-own-", "budget", "-lr-", "-unseen", "-others")
+DETAILS = ("-of-64", "-own-", "budget", "-lr-", "-unseen", "-others", "-mixed")
 DEFAULT = "fisher-0.1-anchor-3"
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
@@ -139,7 +139,8 @@ micro-batches of {batch}.
 - drift: share of the update outside the 64 aligned directions
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
-- -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's
+- -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's;
+  -mixed: from the shipped ones and HarmBench's
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; mix-N: N % of refusals
 - budget-B: `max_drift` B on the weights; safelora-N: Safe LoRA's projection of the N % of layers that are least alike;
   safelora-half: half of what it takes out, of all layers

@@ -48,7 +48,7 @@ def test_each_log_line_is_kept_and_measured_once(pair, rows, direction, tmp_path
     constraint = attach(trainer, direction, 20.0)
     trainer.train()
     history = read_history(tmp_path)
-    assert len(calls) == 2 + 1 + 1, "two log lines, the last one, and the stamp"
+    assert len(calls) == 1 + 2 + 1 + 1, "where it starts, two log lines, the last one, and the stamp"
     logged = [line for line in trainer.state.log_history if set(line) & {"loss", "eval_loss", "train_loss"}]
     assert len(history.lines) == len(logged) == 4
     for ours, theirs in zip(history.lines, logged, strict=True):

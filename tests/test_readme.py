@@ -86,6 +86,7 @@ RESULTS = {
     "Safe LoRA, all layers": "safelora-all",
     "5 % safety examples in the data": "mix-5",
     "20 % safety examples in the data": "mix-20",
+    "as many of the model's own answers in the data as the anchor asks for, in twice the steps": "own-100",
     "`metric: fisher`, lambda 1": "fisher-1",
     "`anchor_weight: 3` alone": "anchor-3",
     "the default: `metric: fisher`, lambda 0.1, `anchor_weight: 3`": "fisher-0.1-anchor-3",

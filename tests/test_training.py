@@ -143,11 +143,12 @@ def test_an_anchor_holds_the_answers(trained, anchored_file):
     """QLoRA on 4-bit weights: what is remembered is what the quantised model says."""
     block = {"direction": str(anchored_file), "lambda_reg": 0}
     free, held = (trained({**block, "anchor_weight": weight}) for weight in (1e-6, 10.0))
-    ends = [training_lines(config)[-1]["asft/anchor_kl"] for config in (free, held)]
-    assert ends[1] < 0.5 * ends[0]
+    assert training_lines(held)[-1]["asft/anchor_kl"] > 0
     assert training_lines(held)[-1]["loss"] < training_lines(held)[0]["loss"]
-    stamp = json.loads((held.parent / "out" / "adapter_config.json").read_text())["asft"]
-    assert (stamp["anchor_weight"], stamp["anchor_kl"]) == (10.0, ends[1])
+    stamps = [json.loads((c.parent / "out" / "adapter_config.json").read_text())["asft"] for c in (free, held)]
+    assert [stamp["anchor_weight"] for stamp in stamps] == [1e-6, 10.0]
+    # of all the answers, of the weights that were saved; a line of the log is of its step's alone
+    assert 0 < stamps[1]["anchor_kl"] < 0.5 * stamps[0]["anchor_kl"]
     card = (held.parent / "out" / "README.md").read_text()
     assert "`anchor_weight`: 10" in card
     assert "divergence from the aligned model's own answers" in card
