@@ -25,6 +25,7 @@ from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.rows import Row, table
 from axolotl_asft.evaluation.shares import Share, wilson_interval
 from axolotl_asft.evaluation.task_scores import STDERR, beside, half_interval, metrics_of
+from axolotl_asft.report.evaluation_results import find_evaluation
 
 
 # ------------------------------------------------------------------------------------------------------ prompt sets
@@ -285,12 +286,14 @@ def test_two_judges_of_one_folder_name_have_a_column_each():
 
 
 def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
-    config = tmp_path / "config.yml"
-    config.write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: {adapter}\n")
-    arguments = ["eval", str(config), "--limit", "2", "--max-new-tokens", "4", "-o", str(tmp_path / "out"), "--json"]
+    """And writes beside the adapter, where the report looks."""
+    run, config = shutil.copytree(adapter, tmp_path / "tuned"), tmp_path / "config.yml"
+    config.write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: {run}\n")
+    arguments = ["eval", str(config), "--limit", "2", "--max-new-tokens", "4", "--json"]
     result = CliRunner().invoke(asft, arguments)
     assert result.exit_code == 0, result.output
     assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["model", "tuned"]
+    assert find_evaluation(run, None, []).path == run / "asft-eval" / "results.json"
 
 
 @pytest.mark.parametrize(
