@@ -1,6 +1,6 @@
 """An anchor that is asked anew at every step: the aligned model's own answers, beside what the model says now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,7 @@ class AnswerAnchor:
         """
         with without_adapter(model), without_noise(model):
             self._at_once = self._most_at_once(model)
-            found = [
-                Places.of(logits)
-                for first in range(0, len(self._texts), TEXTS)
-                for logits in self._logits(model, self._texts[first : first + TEXTS])
-            ]
+            found = [Places.of(logits) for logits in self._of_all(model)]
             again = self._logits(model, self._texts[:TEXTS])
         said = [part for places in found for part in (places.log_p, places.log_rest)]
         if not all(bool(part.isfinite().all()) for part in said):
@@ -150,13 +146,14 @@ class AnswerAnchor:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:
         """The mean divergence over the tokens of all the answers, () fp32. Under FSDP every process has to call."""
-        found = []
         with without_noise(model):
-            for first in range(0, len(self._texts), TEXTS):
-                logits = self._logits(model, self._texts[first : first + TEXTS])
-                remembered = self._remembered[first : first + TEXTS]
-                found += [divergence(p.to(now.device), now) for p, now in zip(remembered, logits, strict=True)]
-        return torch.cat([places.to(found[0].device) for places in found]).mean()
+            pairs = zip(self._remembered, self._of_all(model), strict=True)
+            return torch.cat([divergence(places.to(now.device), now) for places, now in pairs]).mean()
+
+    def _of_all(self, model: nn.Module) -> Iterator[Tensor]:
+        """What `_logits` gives, of every text in turn, a few in memory at a time."""
+        for first in range(0, len(self._texts), TEXTS):
+            yield from self._logits(model, self._texts[first : first + TEXTS])
 
     def _logits(self, model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
         """Of each text (n, vocabulary): what is said at the n tokens of its answer."""

@@ -269,8 +269,8 @@ class Constraint:
 
     def _say_where_it_starts(self) -> None:
         """An adapter that was trained before brings what it learned then, under whatever."""
-        norm = self.report().update_norm  # every process takes part
-        if norm > 0 and not self.trainer.state.global_step:
+        # measured by every process, and not where a run goes on
+        if not self.trainer.state.global_step and (norm := self.report().update_norm) > 0:
             LOG.warning(
                 "AsFT: the adapter starts with an update of norm %.4g; how that came about the stamp of this run does "
                 "not say, and the constraint holds the whole update from now on",

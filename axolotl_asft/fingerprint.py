@@ -41,7 +41,7 @@ def encode_block(module: str, weight: Tensor, added: tuple[Tensor, Tensor] | Non
     start = block_start(module, weight.numel())
     block = _flat_block(weight, start).float().cpu()
     if added is not None:
-        block = block + _entries(module, *added, count=len(block))
+        block = block + block_of_product(module, *added, count=len(block))
     return base64.b64encode(block.numpy().astype("<f4").tobytes()).decode("ascii")
 
 
@@ -98,7 +98,7 @@ def mismatches(
     if weight.is_floating_point() and weight.element_size() == 1:
         return None
     if taken_out is not None:
-        block = block - _entries(module, *taken_out, count=len(block))
+        block = block - block_of_product(module, *taken_out, count=len(block))
         if quant_state is None and weight.is_floating_point():
             start = block_start(module, weight.numel())
             loaded = weight.detach().reshape(-1)[start : start + BLOCK].float().cpu()
@@ -173,8 +173,8 @@ def _mismatches_within(block: Tensor, loaded: Tensor, tolerance: float) -> int:
     return int(((block - loaded).abs() > tolerance * block.abs().max()).sum())
 
 
-def _entries(module: str, A: Tensor, B: Tensor, count: int) -> Tensor:
-    """The block of the product B A (out, in), without forming the product."""
+def block_of_product(module: str, A: Tensor, B: Tensor, count: int) -> Tensor:
+    """`count` values of the kept block of the product B A, A (r, in) and B (out, r), without forming the product."""
     start = block_start(module, B.shape[0] * A.shape[1])
     positions = torch.arange(start, start + count, device=A.device)
     rows, columns = torch.div(positions, A.shape[1], rounding_mode="floor"), positions % A.shape[1]

@@ -145,7 +145,7 @@ def check_merged(saved: SavedAdapter, aligned: Checkpoint, factors: Mapping[str,
     except AsftError:
         base = None  # quantised, say: then it cannot be held against it
     shapes = base.linear_weights() if base is not None else {}
-    if base is None or any(shapes.get(name) != (len(d.B), d.A.shape[1]) for name, d in factors.items()):
+    if base is None or any(shapes.get(name) != d.shape for name, d in factors.items()):
         return
     share, within = _share_of(factors, base, aligned)
     if abs(share - 1) > within:
@@ -162,11 +162,10 @@ def _share_of(factors: Mapping[str, LowRank], base: Checkpoint, aligned: Checkpo
     """
     moved, found = [], []
     for name, d in factors.items():
-        columns = d.A.shape[1]
-        start = fingerprint.block_start(name, len(d.B) * columns)
-        at = torch.arange(start, min(start + fingerprint.BLOCK, len(d.B) * columns))
-        before, weight = base.values(name, start, len(at)).float(), aligned.values(name, start, len(at))
-        after = before + (d.B[at // columns] * d.A[:, at % columns].T).sum(dim=1)
+        start = fingerprint.block_start(name, d.shape.numel())
+        count = min(fingerprint.BLOCK, d.shape.numel() - start)
+        before, weight = base.values(name, start, count).float(), aligned.values(name, start, count)
+        after = before + fingerprint.block_of_product(name, d.A, d.B, count)
         before, after = before.to(weight.dtype).double(), after.to(weight.dtype).double()
         moved.append(after - before)
         found.append(weight.double() - before)

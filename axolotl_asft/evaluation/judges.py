@@ -252,18 +252,19 @@ class Judge:
     @torch.no_grad()
     def _written(self, texts: list[str]) -> list[tuple[str, bool]]:
         """What it writes of each text, and whether it came to an end."""
-        batch = self._encode(texts)
+        batch, ends = self._encode(texts), self._ends()
         with within_memory(self.batch_size):
             output = self.model.generate(
                 **batch,
                 max_new_tokens=VERDICT_TOKENS,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self._ends() or None,
+                eos_token_id=ends or None,
             )
         new = output[:, batch["input_ids"].shape[1] :]
-        ends = torch.tensor(self._ends(), device=new.device)
-        ended = (torch.isin(new, ends).any(dim=1) | (new.shape[1] < VERDICT_TOKENS)).tolist()
+        ended = (
+            torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1) | (new.shape[1] < VERDICT_TOKENS)
+        ).tolist()
         return list(zip(self.tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True))
 
     def _ends(self) -> list[int]:

@@ -150,7 +150,7 @@ def _measures(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
     for field, title, better in shares:
         for source in _keys(row[field] for row, _ in rows):
             points = [
-                Point(row["name"], _number(s["value"]), _number(s["low"]), _number(s["high"]), int(s["n"]), role)
+                _share_point(row["name"], s, role)
                 for row, role in rows
                 if (s := row[field].get(source)) and s["value"] is not None
             ]
@@ -175,10 +175,7 @@ def _coherence(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
     found = [Measure("Perplexity of all answers, under the model before", "lower", tuple(points))]
     for field, title in (("repetitive", "Answers that go round in circles"), ("empty", "Empty answers")):
         asked = [(row["name"], row[field], role) for row, role in rows if row.get(field) and row[field]["n"]]
-        points = [
-            Point(name, _number(s["value"]), _number(s["low"]), _number(s["high"]), int(s["n"]), role)
-            for name, s, role in asked
-        ]
+        points = [_share_point(*each) for each in asked]
         if any(point.value > 0 for point in points):
             found.append(Measure(title, "lower", tuple(points)))
     return found
@@ -196,6 +193,11 @@ def _babble(rows: list[tuple[dict[str, Any], str]]) -> list[str]:
         for row, role in rows
         if role == "this" and row.get("perplexity") is not None and row["perplexity"] > BABBLE * before
     ]
+
+
+def _share_point(name: str, share: dict[str, Any], role: str) -> Point:
+    value, low, high = (_number(share[key]) for key in ("value", "low", "high"))
+    return Point(name, value, low, high, int(share["n"]), role)
 
 
 def _task_point(name: str, metrics: dict[str, Any], metric: str, role: str) -> Point:
