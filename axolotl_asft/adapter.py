@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Collection
 
 import torch
 from accelerate.utils import broadcast
@@ -17,6 +18,7 @@ from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
+TOWERS = ("vision", "visual", "audio", "multi_modal", "embed_vision", "embed_audio")  # axolotl's freeze_mm_modules
 
 
 class AlignmentPenalty:
@@ -80,16 +82,17 @@ class AlignmentPenalty:
         self.on_uncovered, self.verify_model = on_uncovered, verify_model
         found = {layer.name: layer for layer in trainable_lora_layers(model)}
         chosen = select_modules(list(found), modules) if modules else list(found)
-        covered = [name for name in chosen if name in direction.modules]
+        known = self._known()
+        covered = [name for name in chosen if name in known]
         others = other_trainable_parameters(model, list(found.values()))
         self._matched = {(id(layer.layer), layer.adapter): layer for layer in found.values()}
         self._others = {_steady(name) for name in others}
         self.uncovered = len(found) - len(covered) + len(others)
-        self._report_uncovered([name for name in chosen if name not in direction.modules], others)
+        self._report_uncovered([name for name in chosen if name not in known], others)
         if not covered:
             raise AsftError(
                 f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {chosen[0]}, the "
-                f"direction file's {next(iter(direction.modules))}; use the direction of this model"
+                f"direction file's {next(iter(known))}; use the direction of this model"
             )
         for name in covered:
             direction.modules[name].check_shape(name, found[name].shape, "model")
@@ -183,6 +186,19 @@ class AlignmentPenalty:
         factors = [group.shorten(max_drift) for group in self.groups]
         return torch.cat([factor.to(factors[0].device) for factor in factors]).min()
 
+    def _known(self) -> Collection[str]:
+        """The layers that the penalty can measure; a tower of images reads no text, so that a metric leaves it out."""
+        modules = self.direction.modules
+        if self.metric == "weights":
+            return modules
+        known = {name: module for name, module in modules.items() if self.metric in module.metrics}
+        if not known:
+            raise AsftError(
+                f"metric is {self.metric!r}, which the direction file does not hold; make it with "
+                f"`axolotl asft extract --metric {self.metric}`, or set metric: weights"
+            )
+        return known
+
     def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
         module = self.direction.modules[found.name]
         U, c = module.projector(self.projector, self.rank)
@@ -194,11 +210,7 @@ class AlignmentPenalty:
         initial = (found.A.detach().clone(), found.B.detach().clone()) if found.was_taken_out else None
         X, Y, size = None, None, module.norm
         if self.metric != "weights":
-            if (metric := module.metrics.get(self.metric)) is None:
-                raise AsftError(
-                    f"metric is {self.metric!r}, which the direction file does not hold (first {found.name}); make it "
-                    f"with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
-                )
+            metric = module.metrics[self.metric]
             X, Y, size = metric.inputs, metric.outputs, metric.norm
         return ConstrainedLayer(found, U, c, float(size), X, Y, initial)
 
@@ -224,12 +236,15 @@ class AlignmentPenalty:
             return
         what = []
         if layers:
-            what.append(f"{len(layers)} LoRA layers without a direction (first {layers[0]})")
+            metric = "" if self.metric == "weights" else f" in the metric {self.metric}"
+            what.append(f"{len(layers)} LoRA layers without a direction{metric} (first {layers[0]})")
         if others:
             what.append(f"{len(others)} trainable weights that are no LoRA layer (first {others[0]})")
         text = f"the penalty does not cover {' and '.join(what)}, so training can leave the alignment direction there"
         if self.on_uncovered == "error":
-            raise AsftError(f"{text}; leave them out of training, or set asft.on_uncovered: warn")
+            tower = any(part.startswith(TOWERS) for name in (*layers, *others) for part in name.split("."))
+            how = " (freeze_mm_modules: true, where a model reads images)" if tower else ""
+            raise AsftError(f"{text}; leave them out of training{how}, or set asft.on_uncovered: warn")
         LOG.warning(text)
 
 

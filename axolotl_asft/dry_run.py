@@ -275,6 +275,8 @@ def _match(
     for layer in layers:
         if layer.name not in direction.modules:
             check.unconstrained[layer.name] = "the direction file has no such layer"
+        elif penalty.metric not in ("weights", *direction.modules[layer.name].metrics):
+            check.unconstrained[layer.name] = f"the direction file has no metric {penalty.metric} of it"
         elif layer.name not in check.constrained:
             check.unconstrained[layer.name] = LEFT_OUT
     for name in other_trainable_parameters(model, layers):

@@ -147,7 +147,7 @@ def fisher_metric(
     """
     moments: dict[str, tuple[SecondMoment, SecondMoment]] = {}
 
-    def look(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def look(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         inputs = args[0].detach().flatten(end_dim=-2)
 
         def add(gradient: Tensor) -> None:
@@ -160,7 +160,7 @@ def fisher_metric(
             X.add(inputs[weighed], weights[weighed])
             Y.add(gradient[weighed])
 
-        if output.requires_grad:
+        if isinstance(output, Tensor) and output.requires_grad:  # a router may give several
             output.register_hook(add)
 
     generator = torch.Generator().manual_seed(seed)

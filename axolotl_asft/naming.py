@@ -11,9 +11,10 @@ from axolotl_asft.errors import AsftError, one_line
 def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) -> dict[str, str]:
     """Stored tensor name -> name in the loaded model, for the tensors that become a parameter of their own.
 
-    Tensors that transformers merges with others as it loads them (the experts of a mixture, mostly) are left out:
-    no module of the model has their weight. A checkpoint of no model type that transformers renames keeps its names;
-    for the others the model is built without weights, by transformers' own classes alone (no code of the checkpoint).
+    Tensors that transformers merges with others as it loads them (the experts of a mixture, mostly), or drops (layers
+    that predict several tokens ahead), are left out: no module of the model has their weight. A checkpoint of no model
+    type that transformers renames keeps its names; for the others the model is built without weights, by transformers'
+    own classes alone (no code of the checkpoint).
 
     Args:
         folder: the checkpoint.
@@ -39,7 +40,7 @@ def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) ->
     names = {}
     for name in tensors:
         renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if merged is None:
+        if merged is None and renamed in parameters:
             names[name] = renamed
     return names
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import transformers
 from click.testing import CliRunner
+from families import FAMILIES, save_what_prepares_images, save_what_reads
 from lora_models import lora_model
-from test_families import FAMILIES
-from tiny import axolotl, make_dataset, make_tokenizer, random_metric, write_config
+from tiny import axolotl, make_dataset, random_metric, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
@@ -397,19 +397,14 @@ def test_a_model_folder_without_a_tokenizer(checked, pair, tmp_path):
 
 def test_a_model_of_images_without_what_prepares_them(checked, tmp_path):
     """axolotl loads it whatever the data are."""
-    config_class, arguments, *_ = FAMILIES["Gemma 3 (vision, text tower)"]
+    family = "Gemma 3 (vision, text tower)"
+    config_class, arguments, *_ = FAMILIES[family]
     getattr(transformers, config_class)(**copy.deepcopy(arguments)).save_pretrained(tmp_path / "model")
-    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"}
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens.values())})
-    tokenizer.save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | tokens | {"extra_special_tokens": tokens}))
+    save_what_reads(tmp_path / "model", family)
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
     start = f"axolotl cannot load the processor of {tmp_path / 'model'}, a model that reads images ("
     assert any(line.startswith(start) for line in checked(base_model=tmp_path / "model")[1]["errors"])
-    prepared = {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor"}
-    prepared |= {"size": {"height": 8, "width": 8}, "image_seq_length": 4}
-    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(prepared))
+    save_what_prepares_images(tmp_path / "model", family)
     assert not any("cannot load" in line for line in checked(base_model=tmp_path / "model")[1]["errors"])
 
 

@@ -1,6 +1,7 @@
 """The shipped configs, through axolotl's own validation with the plugin, and through `axolotl asft check`."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from test_families import FAMILIES
-from tiny import OWN_ANSWERS, make_tokenizer, random_metric, train
+from families import FAMILIES, save_what_reads
+from tiny import OWN_ANSWERS, random_metric, train
 
 from axolotl_asft import extract_direction
 from axolotl_asft.args import parse_block
@@ -18,11 +19,12 @@ from axolotl_asft.cli import asft
 
 CONFIGS = sorted((Path(__file__).parent.parent / "example_configs").glob("*.yml"))
 NAMES = [path.stem for path in CONFIGS]
-# which tiny model of tests/test_families.py has the architecture of the config's
+# which tiny model of tests/families.py has the architecture of the config's
 STAND_INS = {
     "llama-3": "Llama",
     "smollm2": "Llama",
     "qwen-2.5": "Qwen2",
+    "qwen-3.5": "Qwen3.5 (vision, text tower)",
     "qwen-3": "Qwen3",
     "mistral": "Mistral",
     "gemma-2": "Gemma 2",
@@ -65,7 +67,7 @@ def stand_in(tmp_path_factory):
             for weight in model.parameters():
                 weight += 1e-3 * torch.randn_like(weight)
         model.save_pretrained(folder / "aligned")
-        _save_what_reads(folder / "aligned", images="vision" in family)
+        save_what_reads(folder / "aligned", family)
         metric = random_metric(extract_direction(*_pair(folder), rank=4))
         file = folder / "direction.safetensors"
         extract_direction(*_pair(folder), rank=4, metrics=[metric], own_answers=OWN_ANSWERS).save(file)
@@ -73,21 +75,6 @@ def stand_in(tmp_path_factory):
         return made[family]
 
     return make
-
-
-def _save_what_reads(folder: Path, images: bool) -> None:
-    """A tokenizer and, for a model that reads images, what prepares them: axolotl loads both."""
-    tokenizer = make_tokenizer()
-    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"} if images else {}
-    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens.values())})
-    tokenizer.save_pretrained(folder)
-    if not images:
-        return
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | tokens | {"extra_special_tokens": tokens}))
-    prepared = {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor"}
-    prepared |= {"size": {"height": 8, "width": 8}, "image_seq_length": 4}
-    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
 
 
 def _pair(folder: Path) -> tuple[Path, Path]:
@@ -135,7 +122,10 @@ def test_every_layer_of_a_stand_in_is_constrained(path, stand_in, tmp_path):
     (tmp_path / path.name).write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(asft, ["check", str(tmp_path / path.name), "--json"])
     found = json.loads(result.stdout)
-    assert (result.exit_code, found["errors"], found["unconstrained"]) == (0, [], {})
+    errors = found["errors"]
+    if not importlib.util.find_spec("torchvision"):  # of which this model's processor wants to have videos prepared
+        errors = [line for line in errors if "requires the Torchvision library" not in line]
+    assert (result.exit_code, errors, found["unconstrained"]) == (2 if found["errors"] else 0, [], {})
     assert len(found["constrained"]) == found["model"]["lora_layers"] == FAMILIES[family][-1]
     assert found["model"]["architecture"] == FAMILIES[family][2]
     expected = []

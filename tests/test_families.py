@@ -1,7 +1,6 @@
 """Model families, as tiny random models of the real classes: a direction extracted from saved checkpoints finds
 every LoRA layer of the loaded model by name, and the penalty is that of the dense change."""
 
-import copy
 import importlib.util
 import json
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import copied
+from families import FAMILIES, make_family
 from lora_models import literal_formula_of, shake
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,98 +18,10 @@ from axolotl_asft import AlignmentPenalty, extract_direction
 from axolotl_asft.anchor import AnswerAnchor
 from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.models import load_model
+from axolotl_asft.evaluation.safety_metrics import linear_layers
+from axolotl_asft.metrics import fisher_metric
 from axolotl_asft.quiet import without_noise
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-HEADS = {**SMALL, "head_dim": 8}
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-FALCON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "embed_dim": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-    "fullatt_block_indexes": [0],
-}
-QWEN2_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
-SIGLIP = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-
-# family -> (configuration class, its arguments, model class, LoRA targets, layers under LoRA)
-FAMILIES = {
-    "Llama": ("LlamaConfig", SMALL, "LlamaForCausalLM", "all-linear", 14),
-    "Qwen2": ("Qwen2Config", SMALL, "Qwen2ForCausalLM", "all-linear", 14),
-    "Qwen3": ("Qwen3Config", HEADS, "Qwen3ForCausalLM", "all-linear", 14),
-    "Mistral": ("MistralConfig", SMALL, "MistralForCausalLM", "all-linear", 14),
-    "Gemma 2": ("Gemma2Config", HEADS, "Gemma2ForCausalLM", "all-linear", 14),
-    "Gemma 3 (text)": ("Gemma3TextConfig", HEADS, "Gemma3ForCausalLM", "all-linear", 14),
-    "Phi-3 (fused qkv)": ("Phi3Config", SMALL, "Phi3ForCausalLM", "all-linear", 8),
-    "Mixtral (attention)": ("MixtralConfig", {**SMALL, **EXPERTS}, "MixtralForCausalLM", ATTENTION, 8),
-    "Qwen3-MoE (attention)": ("Qwen3MoeConfig", {**HEADS, **EXPERTS}, "Qwen3MoeForCausalLM", ATTENTION, 8),
-    "GPT-2 (Conv1D)": ("GPT2Config", GPT2, "GPT2LMHeadModel", ["c_attn", "c_proj", "c_fc"], 8),
-    "GPT-NeoX (fused qkv)": ("GPTNeoXConfig", NEOX, "GPTNeoXForCausalLM", "all-linear", 8),
-    "Falcon (fused qkv)": ("FalconConfig", FALCON, "FalconForCausalLM", "all-linear", 8),
-    "SmolLM3": ("SmolLM3Config", SMALL, "SmolLM3ForCausalLM", "all-linear", 14),
-    "Qwen2.5-VL (text tower)": (
-        "Qwen2_5_VLConfig",
-        {"text_config": {**SMALL, "rope_parameters": MROPE}, "vision_config": VISION},
-        "Qwen2_5_VLForConditionalGeneration",
-        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        14,
-    ),
-    "Qwen2-VL (text tower)": (
-        "Qwen2VLConfig",
-        {"text_config": {**SMALL, "rope_parameters": MROPE}, "vision_config": QWEN2_VISION},
-        "Qwen2VLForConditionalGeneration",
-        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        14,
-    ),
-    "Gemma 3 (vision, text tower)": (
-        "Gemma3Config",
-        {"text_config": HEADS, "vision_config": SIGLIP, "mm_tokens_per_image": 4},
-        "Gemma3ForConditionalGeneration",
-        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        14,
-    ),
-}
-
-
-def make_family(folder, family):
-    """Base and aligned checkpoints of a tiny model of this family, as save_pretrained writes them."""
-    config_class, arguments, model_class, targets, layers = FAMILIES[family]
-    config = getattr(transformers, config_class)(**copy.deepcopy(arguments))
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config).float()
-    model.save_pretrained(folder / "base")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight += 0.01 * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(folder / "aligned")
-    return getattr(transformers, model_class), targets, layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,6 +53,30 @@ def test_every_lora_layer_finds_its_direction(family, tmp_path):
         AlignmentPenalty(wrong, direction)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_metric_is_of_every_lora_layer(family, tmp_path):
+    """Asked of the model as `extract --metric` loads it, by the names that training knows the layers by."""
+    model_class, targets, layers = make_family(tmp_path, family)
+    asked = load_model(str(tmp_path / "aligned"), "float32")
+    assert type(asked) is model_class
+    metric = fisher_metric(asked, make_tokenizer(), OWN_ANSWERS, linear_layers(asked))
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4, dtype="float32", metrics=[metric])
+    fan = family.startswith("GPT-2")
+    model = get_peft_model(
+        model_class.from_pretrained(tmp_path / "aligned", dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=fan),
+    )
+    penalty = AlignmentPenalty(shake(model), direction, metric="fisher", rank=0)
+    assert len(penalty.layers) == layers
+    expected = torch.zeros((), dtype=torch.float64)
+    for layer in penalty.layers:
+        factors = metric.layers[layer.name]
+        update = 2 * layer.B.double() @ layer.A.double()
+        expected += (factors.Y.double().T @ update @ factors.X.double()).square().sum()
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-4)
+    assert expected > 0
+
+
 def test_a_checkpoint_without_the_prefix_of_its_head(tmp_path):
     """GPT-2 on the Hub: `h.0.attn.c_attn.weight`, which the model calls `transformer.h.0.attn.c_attn.weight`."""
     make_family(tmp_path, "GPT-2 (Conv1D)")
@@ -154,6 +90,18 @@ def test_a_checkpoint_without_the_prefix_of_its_head(tmp_path):
     aligned = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "aligned")
     model = get_peft_model(aligned, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
     assert len(AlignmentPenalty(model, direction).layers) == 2
+
+
+def test_layers_that_loading_drops(tmp_path):
+    """Qwen3.5 on the Hub: `mtp.layers.0...` predicts tokens further ahead, and no class of transformers has it."""
+    make_family(tmp_path, "Qwen3.5 (vision, text tower)")
+    extra = "mtp.layers.0.self_attn.q_proj.weight"
+    for name, more in (("base", {}), ("aligned", {extra: torch.ones(32, 32)})):
+        file = tmp_path / name / "model.safetensors"
+        save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
+    assert len([name for name in direction.modules if ".language_model." in name]) == 31
+    assert not any("mtp" in name for name in direction.modules)
 
 
 def as_on_the_hub(folder):

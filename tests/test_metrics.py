@@ -308,6 +308,21 @@ def test_a_metric_that_holds_nothing(pair, direction):
             AlignmentPenalty(lora_model(pair[1]), AlignmentDirection(modules, direction.spec))
 
 
+def test_a_layer_that_the_metric_does_not_know(pair, direction):
+    """A tower of images reads no text: it is not covered, and never constrained by less than what was asked for."""
+    modules = dict(direction.modules)
+    first = next(iter(modules))
+    modules[first] = replace(modules[first], metrics={})
+    known = AlignmentDirection(modules, direction.spec)
+    with pytest.raises(
+        AsftError, match=rf"does not cover 1 LoRA layers without a direction in the metric fisher .*{first}"
+    ):
+        AlignmentPenalty(lora_model(pair[1]), known)
+    penalty = AlignmentPenalty(lora_model(pair[1]), known, on_uncovered="ignore")
+    assert (len(penalty.layers), penalty.uncovered) == (len(modules) - 1, 1)
+    assert len(AlignmentPenalty(lora_model(pair[1]), known, metric="weights").layers) == len(modules)
+
+
 @pytest.mark.parametrize("metric", ["activations", "fisher"])
 def test_a_file_without_the_metric_is_refused(pair, direction_file, metric):
     with pytest.raises(AsftError, match=rf"metric is '{metric}', which the direction file does not hold"):

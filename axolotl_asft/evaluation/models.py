@@ -84,7 +84,7 @@ def chosen_device(device: str | None) -> str:
 
 
 def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, device: str | None = None) -> Any:
-    """The chat model, as `AutoModelForCausalLM`, on one device, without remote code, see `only_special_tokens`.
+    """The chat model, see `model_class`, on one device, without remote code, see `only_special_tokens`.
 
     Args:
         name: a folder, or owner/name[@revision] on the Hub.
@@ -95,7 +95,7 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     Raises:
         AsftError: no such model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = chosen_device(device)
     check_model(name)
@@ -103,9 +103,23 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     if load_in_4bit:
         options["quantization_config"] = nf4(device)
     with loading(f"the model {name} cannot be loaded", "; see that its files are whole, and that it fits into memory"):
-        model = AutoModelForCausalLM.from_pretrained(**place(name), **options).eval()
+        kind = model_class(AutoConfig.from_pretrained(**place(name)))
+        model = kind.from_pretrained(**place(name), **options).eval()
     only_special_tokens(model)
     return model
+
+
+def model_class(config: Any) -> Any:
+    """The class that axolotl loads a model by: of one that reads images too, whole, so that its layers' names agree.
+
+    `AutoModelForCausalLM` refuses such a model, or makes of it the text model alone, of which each layer has another
+    name than in the checkpoint, in training and in the adapter.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    reads_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def safety_metrics(
     asked = sets_of(prompts)
     answers = [each for s in asked for each in interviewer.answers(HARMFUL_TASK, {"prompts": s, "split": "train"})]
     turns = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
-    layers, found = _linear_layers(loaded), []
+    layers, found = linear_layers(loaded), []
     if "activations" in names:
         advance = stage("read its layers' inputs", len(turns))
         with within_memory(batch_size):
@@ -125,7 +125,7 @@ def _check_refusals(model: str, refused: Sequence[tuple[str, str]], answers: Seq
         )
 
 
-def _linear_layers(model: Any) -> list[str]:
+def linear_layers(model: Any) -> list[str]:
     """The linear layers inside numbered decoder layers, GPT-2's included."""
     return [
         name
