@@ -26,26 +26,37 @@ TRANSPOSED_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transforme
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and what its file's header says of it.
+
+    Attributes:
+        file: the file that holds it.
+        name: as it is called there.
+        shape: as stored.
+        dtype: safetensors' name of it.
+    """
+
+    file: TensorFile
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose tensors can be read one by one; opening it reads headers alone.
 
     Attributes:
         location: the folder, or owner/name@commit on the Hub.
         name: how the model is called in a direction file: owner/name, or the folder's name, never its whole path.
-        stored: tensor name in the model -> as stored, where transformers renames it as it loads.
-        files: tensor name in the model -> the file that holds it.
-        shapes: tensor name -> shape as stored.
-        dtypes: tensor name -> safetensors' dtype name.
+        tensors: by their names in the model, where transformers renames them as it loads.
         transposed: True where linear weights are stored (in, out).
         revision: the commit on the Hub; None of a folder.
     """
 
     location: str
     name: str
-    stored: dict[str, str] = field(repr=False)
-    files: dict[str, TensorFile] = field(repr=False)
-    shapes: dict[str, tuple[int, ...]] = field(repr=False)
-    dtypes: dict[str, str] = field(repr=False)
+    tensors: dict[str, StoredTensor] = field(repr=False)
     transposed: bool = False
     revision: str | None = None
 
@@ -68,9 +79,9 @@ class Checkpoint:
     def linear_weights(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every linear weight inside the decoder layers."""
         weights = {}
-        for name, shape in self.shapes.items():
-            if name.endswith(".weight") and len(shape) == 2 and DECODER_LAYER.search(name):
-                rows, columns = shape
+        for name, tensor in self.tensors.items():
+            if name.endswith(".weight") and len(tensor.shape) == 2 and DECODER_LAYER.search(name):
+                rows, columns = tensor.shape
                 weights[name.removesuffix(".weight")] = (columns, rows) if self.transposed else (rows, columns)
         return weights
 
@@ -80,44 +91,40 @@ class Checkpoint:
         Raises:
             AsftError: the tensor is not of a floating-point dtype, or its file cannot be read.
         """
-        name = f"{module}.weight"
-        if self.dtypes[name] not in DTYPES:
+        stored = self.tensors[f"{module}.weight"]
+        if stored.dtype not in DTYPES:
             raise AsftError(
-                f"{self.location}: {name} is {self.dtypes[name]}; expected one of {', '.join(sorted(DTYPES))}; "
+                f"{self.location}: {module}.weight is {stored.dtype}; expected one of {', '.join(sorted(DTYPES))}; "
                 "give a full-precision checkpoint"
             )
-        weight = self.files[name].tensor(self.stored[name])
+        weight = stored.file.tensor(stored.name)
         return weight.T if self.transposed else weight
 
     def values(self, module: str, start: int, count: int) -> Tensor:
         """(count,) consecutive values of the flattened (out, in) weight, read without the rest of it."""
         columns = self.linear_weights()[module][1]
-        name = f"{module}.weight"
+        stored = self.tensors[f"{module}.weight"]
         first, last = start // columns, (start + count - 1) // columns + 1
         if self.transposed:
-            rows = self.files[name].tensor(self.stored[name])[:, first:last].T
+            rows = stored.file.tensor(stored.name)[:, first:last].T
         else:
-            rows = self.files[name].rows(self.stored[name], first, last)
+            rows = stored.file.rows(stored.name, first, last)
         return rows.reshape(-1)[start - first * columns :][:count]
 
 
 def _checkpoint(location: str, name: str, folder: Path, files: list[TensorFile]) -> Checkpoint:
     """A checkpoint of these files, with its config.json in `folder`."""
     config = _config(folder)
-    headers = {tensor: (file, *entry) for file in files for tensor, entry in file.entries().items()}
+    headers = {key: StoredTensor(file, key, *entry) for file in files for key, entry in file.entries().items()}
     if quantised := _quantisation(config, headers):
         raise AsftError(
             f"{location} is a quantised checkpoint ({quantised}), whose rounding is larger than the difference between "
             "a base and its aligned model; give the full-precision model that it was made from"
         )
-    stored = {renamed: tensor for tensor, renamed in model_names(folder, config, headers).items()}
     return Checkpoint(
         location=location,
         name=name,
-        stored=stored,
-        files={renamed: headers[tensor][0] for renamed, tensor in stored.items()},
-        shapes={renamed: headers[tensor][1] for renamed, tensor in stored.items()},
-        dtypes={renamed: headers[tensor][2] for renamed, tensor in stored.items()},
+        tensors={renamed: headers[stored] for stored, renamed in model_names(folder, config, headers).items()},
         transposed=config.get("model_type") in TRANSPOSED_MODEL_TYPES,
     )
 

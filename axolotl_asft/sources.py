@@ -186,7 +186,7 @@ def _linear_modules(checkpoint: Checkpoint, patterns: list[str] | None) -> list[
     if not names:
         raise AsftError(
             f"{checkpoint.location} has no linear weights in numbered decoder layers; its tensors are called like "
-            f"{next(iter(checkpoint.shapes), 'nothing')}"
+            f"{next(iter(checkpoint.tensors), 'nothing')}"
         )
     return select_modules(names, patterns) if patterns else names
 
@@ -236,8 +236,8 @@ def _in_its_place(name: str, base: Checkpoint, aligned: Checkpoint) -> str:
     match = DECODER_LAYER.search(name)
     assert match is not None
     part = name[: match.end()] + name[match.end() :].partition(".")[0]  # model.layers.0.self_attn
-    inside = [key.removesuffix(".weight") for key in base.shapes if key.startswith(f"{part}.")]
-    others = [key for key in inside if f"{key}.weight" not in aligned.shapes and not key.endswith(".bias")]
+    inside = [key.removesuffix(".weight") for key in base.tensors if key.startswith(f"{part}.")]
+    others = [key for key in inside if f"{key}.weight" not in aligned.tensors and not key.endswith(".bias")]
     if not others:
         return ""
     return (
@@ -247,7 +247,7 @@ def _in_its_place(name: str, base: Checkpoint, aligned: Checkpoint) -> str:
 
 
 def _model_entry(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
-    dtypes = sorted({checkpoint.dtypes[f"{name}.weight"] for name in names.values()})
+    dtypes = sorted({checkpoint.tensors[f"{name}.weight"].dtype for name in names.values()})
     return {"id": checkpoint.name, "revision": checkpoint.revision, "read_as": "safetensors " + ", ".join(dtypes)}
 
 
