@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import make_family
 from tiny import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -242,6 +243,15 @@ def test_harmbench_s_classifiers_are_asked_with_their_own_text_or_not_at_all(tmp
         assert "\n" not in str(error.value)
     for given in (text, asked):
         assert Judge.load(folder, text=given).harmful(PAIRS) == [True, False, True]
+
+
+def test_a_guard_that_reads_images_too(tmp_path):
+    """Llama Guard 4, say: loaded whole; the class of text models would be filled at random, or does not know it."""
+    make_family(tmp_path, "Qwen3-VL (text tower)")
+    folder = tmp_path / "aligned"
+    guard_tokenizer(AS_TEXT).save_pretrained(folder)
+    judge = Judge.load(str(folder), text="{prompt} {answer}", harmful="unsafe")
+    assert type(judge.model).__name__ == "Qwen3VLForConditionalGeneration"
 
 
 def test_judges_in_4_bits(guard, beaver):

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.generating import end_tokens, only_special_tokens, positions
-from axolotl_asft.evaluation.models import loading, nf4, place, within_memory
+from axolotl_asft.evaluation.models import loading, model_class, nf4, place, within_memory
 from axolotl_asft.files import read_json
 from axolotl_asft.hub import hub_model
 
@@ -130,14 +130,16 @@ class Judge:
         Raises:
             AsftError: no such model, or one whose way of being asked is not known.
         """
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import AutoConfig, AutoModelForSequenceClassification
 
         way, tokenizer, architecture = cls.check(name, text, harmful)
         options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
         if load_in_4bit:
             options["quantization_config"] = nf4(device)
-        kind: Any = AutoModelForSequenceClassification if way.kind == "classifier" else AutoModelForCausalLM
+        kind: Any = AutoModelForSequenceClassification
         with loading(f"the judge {name} cannot be loaded"):
+            if way.kind == "guard":
+                kind = model_class(AutoConfig.from_pretrained(**place(name)))
             model, info = kind.from_pretrained(**place(name), **options)
         if way.kind == "guard":
             only_special_tokens(model)
