@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from axolotl_asft.console import OneLineErrors, quietly
-from axolotl_asft.files import atomic_write_text, refuse_to_replace
+from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
 from axolotl_asft.guard import OPTIONS, declarations
 
 
@@ -146,7 +146,7 @@ def schema(output: Path | None, force: bool) -> None:
       axolotl asft schema -o asft.schema.json
     """
     if output is not None:
-        refuse_to_replace(output, force)
+        refuse_to_replace_file(output, force)
     from axolotl_asft.schema import config_schema
 
     text = json.dumps(config_schema(), indent=2) + "\n"

@@ -95,7 +95,7 @@ class AsftPlugin(BasePlugin):
         self._constraint = attach(trainer, direction, block.lambda_reg, **options)
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
-            "direction_file": _absolute(block.direction),
+            "direction_file": _seen_from(cfg.output_dir, block.direction),
         }
 
     def post_train(self, cfg: Any, model: Any) -> None:
@@ -156,10 +156,12 @@ def _asks_for_fsdp2(cfg: Any) -> bool:
     return str(version) == "2"
 
 
-def _absolute(direction: str) -> str:
-    """A direction file's whole path, for those who look for it from elsewhere; a place on the Hub as it is."""
+def _seen_from(folder: str, direction: str) -> str:
+    """Where a direction file lies, from a folder that may be shared or moved along with it; of the Hub as it is."""
     path = Path(direction).expanduser()
-    return str(path.resolve()) if path.is_file() else direction
+    if not path.is_file():
+        return direction
+    return os.path.join(os.curdir, os.path.relpath(path.resolve(), Path(folder).resolve()))
 
 
 def _takes_out(adapter: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from axolotl_asft.args import parse_block
 from axolotl_asft.errors import AsftError, did_you_mean
-from axolotl_asft.files import atomic_write_text, refuse_to_replace
+from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
 from axolotl_asft.yaml_config import read_config, read_text
 
 
@@ -78,7 +78,7 @@ def copy_recipe(
     Raises:
         AsftError: no such recipe, a file that is there already, or a hash that is none.
     """
-    refuse_to_replace(output, force)
+    refuse_to_replace_file(output, force)
     if output.suffix not in (".yml", ".yaml"):
         raise AsftError(f"--output is {output}; expected a name that ends in .yml")
     if sha256 is not None and direction is None:

@@ -148,6 +148,9 @@ def test_the_schema_as_a_file(run, tmp_path):
     assert json.loads((tmp_path / "asft.schema.json").read_text()) == json.loads(run("schema").stdout)
     refused = run("schema", "-o", "asft.schema.json")
     assert (refused.exit_code, refused.stderr.startswith("asft: asft.schema.json exists")) == (2, True)
+    (tmp_path / "folder").mkdir()
+    refused = run("schema", "-o", "folder", "--force")
+    assert (refused.exit_code, refused.stderr.startswith("asft: folder is a folder; expected")) == (2, True)
     assert run("schema", "-o", "asft.schema.json", "--force").exit_code == 0
 
 

@@ -666,6 +666,11 @@ def test_a_real_run_is_drawn_and_reaches_tensorboard(forked_train, pair, dataset
     assert "lora_target_linear: true" in text
     assert "not_a_real" not in text + (out / HISTORY_FILE).read_text()
     assert "What is left out" not in text
+    # the history says where the direction is from there, and nothing of where that is on this machine
+    place = history.header["direction_file"]
+    assert place.startswith(".")
+    assert (out / place).resolve() == direction_file.resolve()
+    assert gather(out).direction.sha256 == gather(out, direction=direction_file).direction.sha256
 
 
 @pytest.mark.slow

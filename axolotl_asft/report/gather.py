@@ -131,9 +131,9 @@ def _direction(run: Run, given: AlignmentDirection | str | Path | None, notes: l
         return None
 
 
-def _named_direction(run: Run) -> str | None:
-    block = run.config.get("asft")
-    for place in (run.header.get("direction_file"), block.get("direction") if isinstance(block, dict) else None):
-        if isinstance(place, str):
-            return place
-    return None
+def _named_direction(run: Run) -> str | Path | None:
+    block, place = run.config.get("asft"), run.header.get("direction_file")
+    if isinstance(place, str):
+        return run.folder / place if place.startswith(".") else place
+    place = block.get("direction") if isinstance(block, dict) else None
+    return place if isinstance(place, str) else None
