@@ -8,6 +8,8 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,11 +149,24 @@ def randomised(direction: AlignmentDirection, seed: int) -> AlignmentDirection:
 def ask_everything(
     model: Path, adapter: Path | None, name: str, task: str, folder: Path, settings: dict[str, Any]
 ) -> tuple[Row, list[bool]]:
-    """What `axolotl asft eval` measures of the model under the adapter, and which of the task's answers are right."""
+    """What `axolotl asft eval` measures of the model under the adapter, and which of the task's answers are right.
+
+    The answers are kept in `folder`, those of the model alone for all runs. Several processes may ask at a time, which
+    an evaluation's own folder does not allow: each asks in one of its own.
+    """
     questions = Questions(max_new_tokens=settings["new_tokens"]["harmful"], batch_size=40, dtype="float32")
     adapters = [f"{name}={adapter}"] if adapter is not None else []
+    own = folder / f"{name.replace('/', '-')}.asked"
+    own.mkdir(parents=True, exist_ok=True)
+    for kept in folder.glob("*.json"):
+        if kept.stem in ("model", own.stem):
+            shutil.copyfile(kept, own / kept.name)
     with contextlib.redirect_stdout(io.StringIO()):
-        row = evaluate(str(model), adapters, folder, questions, device="cpu")[-1]
+        row = evaluate(str(model), adapters, own, questions, device="cpu")[-1]
+    for kept in own.glob("*.json"):
+        if kept.stem in ("model", own.stem):
+            os.replace(kept, folder / kept.name)
+    shutil.rmtree(own)
     subject = Subject(name, adapter)
     loaded, tokenizer = load_model(str(model), "float32", device="cpu"), load_tokenizer(str(model))
     examples = test_data(task, settings["test_examples"])

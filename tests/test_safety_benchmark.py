@@ -1,10 +1,14 @@
 """The safety benchmark's data keep apart what has to be apart, and its table says what its results say."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from axolotl_asft.args import parse_block
 from axolotl_asft.evaluation.prompts import load_prompts
@@ -127,6 +131,23 @@ def test_the_mean_over_seeds():
     found = cell([result("plain", 0, 1.0, 1.0), result("plain", 1, 0.5, 0.8)])
     assert (found.seeds, found.harmful, found.right) == (2, 0.75, 0.9)
     assert found.spread == pytest.approx((0.35355, 0.141421), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_runs_are_asked_at_a_time(pair, tmp_path):
+    """Each run is a process of its own; what they keep lies together, and the model alone is asked once."""
+    from benchmarks.safety_model import ask_everything
+
+    settings = {"new_tokens": {"harmful": 2, "classification": 2}, "test_examples": 4}
+    work, names = tmp_path / "answers", ["classification/0.1/plain/0", "classification/0.1/plain/1"]
+    target = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(target_modules=["q_proj"]))
+    target.save_pretrained(tmp_path / "adapter")
+    arguments = [(pair[1], tmp_path / "adapter", name, "classification", work, settings) for name in names]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        rows = [asked.result()[0] for asked in [pool.submit(ask_everything, *each) for each in arguments]]
+    assert [row.name for row in rows] == names
+    kept = {"model.json", *(f"{name.replace('/', '-')}.json" for name in names)}
+    assert {path.name for path in work.iterdir()} == kept
 
 
 def test_the_front():
