@@ -36,11 +36,6 @@ class Places:
         tokens = logits.float().topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
         return cls(tokens, *_log_probabilities(logits, tokens))
 
-    @classmethod
-    def together(cls, texts: Sequence["Places"]) -> "Places":
-        """The places of several texts as those of one."""
-        return cls(*(torch.cat(parts) for parts in zip(*((p.tokens, p.log_p, p.log_rest) for p in texts), strict=True)))
-
     def to(self, device: torch.device) -> "Places":
         return Places(self.tokens.to(device), self.log_p.to(device), self.log_rest.to(device))
 
@@ -140,10 +135,13 @@ class AnswerAnchor:
         turn = [(step * TEXTS + i) % len(self._texts) for i in range(min(TEXTS, len(self._texts)))]
         mine = turn[rank::world]
         asked = mine or turn[:1]  # a process without a part takes part in the passes all the same
-        logits = torch.cat(self._logits(model, [self._texts[i] for i in asked]))  # once: launches are what it costs
-        remembered = Places.together([self._remembered[i] for i in asked]).to(logits.device)
+        logits = self._logits(model, [self._texts[i] for i in asked])
         total = sum(len(self._remembered[i].log_rest) for i in turn)
-        return divergence(remembered, logits).sum() * (world / total if mine else 0.0)
+        parts = [
+            divergence(self._remembered[i].to(found.device), found).sum()
+            for i, found in zip(asked, logits, strict=True)
+        ]
+        return torch.stack(parts).sum() * (world / total if mine else 0.0)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:
