@@ -88,12 +88,12 @@ class AlignmentPenalty:
         self._matched = {(id(layer.layer), layer.adapter): layer for layer in found.values()}
         self._others = {_steady(name) for name in others}
         self.uncovered = len(found) - len(covered) + len(others)
-        self._report_uncovered([name for name in chosen if name not in known], others)
         if not covered:
             raise AsftError(
                 f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {chosen[0]}, the "
                 f"direction file's {next(iter(known))}; use the direction of this model"
             )
+        self._report_uncovered([name for name in chosen if name not in known], others)
         for name in covered:
             direction.modules[name].check_shape(name, found[name].shape, "model")
         self.layers = [found[name] for name in covered]

@@ -1,5 +1,6 @@
 """How a checkpoint's tensors are called in the model: transformers renames, and fuses, some of them as it loads."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as shown
@@ -45,6 +46,19 @@ def model_names(folder: Path, config: dict[str, Any], tensors: Iterable[str]) ->
     return names
 
 
+def model_class(config: Any) -> Any:
+    """The class that axolotl loads a model by: of one that reads images too, whole, so that its layers' names agree.
+
+    `AutoModelForCausalLM` refuses such a model, or makes of it the text model alone, of which each layer has another
+    name than in the checkpoint, in training and in the adapter.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    reads_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
 def _without_weights(folder: Path, architecture: str) -> Any:
     """The model on the meta device; None where transformers has no class of that name.
 
@@ -55,13 +69,18 @@ def _without_weights(folder: Path, architecture: str) -> Any:
     import transformers
 
     try:
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None:
+        kind = getattr(transformers, architecture, None)
+        if kind is None:
             return None
-        if not _builds_models(model_class):
+        if not _builds_models(kind):
             raise TypeError("it is no class of models")
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            return model_class(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            model = kind(config)
+            if not hasattr(model, model.base_model_prefix):  # saved without its head, and loaded with one
+                with contextlib.suppress(ValueError):  # which a kind of model may not have
+                    model = model_class(config).from_config(config)
+        return model
     except Exception as error:  # whatever it and the packages behind it raise
         raise AsftError(
             f"{folder / 'config.json'} names the model {architecture[:80]!r}, which transformers "

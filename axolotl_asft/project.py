@@ -137,7 +137,9 @@ def project_adapter(
     output = Path(output)
     check_output(output, Path(adapter), force)
     saved = SavedAdapter.read(adapter)
-    found = list(saved.layers())
+    found = [layer for layer in saved.layers() if layer.A.any() and layer.B.any()]  # PEFT saves frozen ones as well
+    if not found:
+        raise AsftError(f"{saved.folder}: B A is 0 in every layer, so that there is nothing to project; train it first")
     writable_folder(output.parent)
     covered = _covered(found, direction)
     uncovered = _uncovered(found, saved.others(), direction, on_uncovered)

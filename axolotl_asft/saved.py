@@ -90,11 +90,13 @@ class SavedAdapter:
         return cls(folder, config, tensors)
 
     def layers(self) -> Iterator[SavedLayer]:
-        """Every pair of factors, by name."""
+        """Every pair of factors, by name; but for convolutions that did not train, in a tower of images say."""
         for key in sorted(name for name in self.tensors if name.endswith(A_SUFFIX)):
             name = key.removeprefix(PREFIX).removesuffix(A_SUFFIX)
             key_B = key.removesuffix(A_SUFFIX) + B_SUFFIX
             A, B = self.tensors[key], self.tensors.get(key_B)
+            if B is not None and A.ndim > 2 and not B.any():
+                continue
             if B is None or A.ndim != 2 or B.ndim != 2:
                 raise AsftError(
                     f"{self.folder}: {name} has no pair of matrices A and B; expected LoRA of a linear layer"

@@ -436,6 +436,30 @@ def test_an_adapter_with_tokens_of_its_own(pair, tmp_path, rows, tied, settings)
         assert model(ids.clamp(max=63)).logits.shape[-1] == 64
 
 
+def test_tied_matrices_that_were_trained_apart(pair, tmp_path):
+    """`lora_modules_to_save: [embed_tokens, lm_head]` on a tied model: lm-eval ties what it is given."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(pair[1], tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
+    head = peft_model.get_output_embeddings().modules_to_save["default"]
+    with torch.no_grad():
+        head.weight.neg_()
+    peft_model.save_pretrained(tmp_path / "apart")
+    with torch.no_grad():
+        expected = peft_model(torch.arange(8)[None]).logits
+    model = load_model(str(tmp_path / "base"))
+    with adapted(model, Subject("apart", tmp_path / "apart")) as ready, torch.no_grad():
+        ready.tie_weights()
+        torch.testing.assert_close(ready(torch.arange(8)[None]).logits, expected)
+    rows = evaluate(str(tmp_path / "base"), [str(tmp_path / "apart")], tmp_path / "out", Questions(limit=2))
+    assert rows[0].perplexity != rows[1].perplexity
+
+
 def test_a_row_with_tokens_of_its_own_has_no_perplexity(pair, tmp_path):
     """The model without it cannot read what was asked; the other rows are as they are alone."""
     resized_adapter(pair[1], tmp_path / "grown", 82)

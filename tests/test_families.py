@@ -92,6 +92,19 @@ def test_a_checkpoint_without_the_prefix_of_its_head(tmp_path):
     assert len(AlignmentPenalty(model, direction).layers) == 2
 
 
+@pytest.mark.parametrize("family", ["Llama", "GPT-2 (Conv1D)", "Gemma 3 (vision, text tower)", "Qwen3.5 (text)"])
+def test_a_checkpoint_without_its_head(tmp_path, family):
+    """Saved from the base class (`architectures: [LlamaModel]`): training loads it with a head, under other names."""
+    model_class, targets, layers = make_family(tmp_path, family, tie_word_embeddings=True)
+    for name in ("base", "aligned"):
+        model_class.from_pretrained(tmp_path / name).base_model.save_pretrained(tmp_path / name)
+    aligned = model_class.from_pretrained(tmp_path / "aligned", dtype=torch.float32)
+    fan = family.startswith("GPT-2")
+    model = get_peft_model(aligned, LoraConfig(r=4, target_modules=targets, fan_in_fan_out=fan))
+    direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
+    assert len(AlignmentPenalty(model, direction).layers) == layers
+
+
 def test_layers_that_loading_drops(tmp_path):
     """Qwen3.5 on the Hub: `mtp.layers.0...` predicts tokens further ahead, and no class of transformers has it."""
     make_family(tmp_path, "Qwen3.5 (vision, text tower)")

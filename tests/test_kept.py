@@ -356,6 +356,11 @@ def test_an_adapter_of_another_model_is_told(pair, adapter, tmp_path):
     for base, model in ((pair[1], same), (pair[0], pair[1]), ("me/chat", pair[1]), (tmp_path / "gone", pair[1])):
         assert not told(base, model)
     assert other_base("me/other", Subject("model")) is None
+    # a model that reads images says its text model's sizes further in
+    for folder, layers in ((wide, 2), (same, 3)):
+        edit(folder / "config.json", vocab_size=64, text_config={"vocab_size": 64, "num_hidden_layers": layers})
+    assert told(wide, same)
+    assert not told(wide, wide)
 
 
 def test_an_adapter_of_another_model_is_asked_all_the_same(pair, adapter, tmp_path, caplog):

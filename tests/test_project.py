@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import child_environment, make_pair
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
@@ -177,6 +177,29 @@ def test_a_number_projects_so_many_and_once(pair, adapter, full_direction, tmp_p
     for name in smallest:
         C, update, _ = expected[name]
         torch.testing.assert_close(written[name], C @ update, rtol=1e-3, atol=1e-7)
+
+
+def test_layers_that_did_not_train_are_left_out(adapter, full_direction, tmp_path):
+    """PEFT saves what was frozen, B = 0: of a tower of images its layers, without a direction, and its convolution."""
+    folder = shutil.copytree(adapter, tmp_path / "frozen")
+    tensors = load_file(str(folder / "adapter_model.safetensors"))
+    trained = [key for key in sorted(tensors) if key.endswith("lora_B.weight")]
+    for key in trained[:4]:
+        tensors[key].zero_()
+    tower = f"{PREFIX}model.visual"
+    for name, A, B in (("proj", (4, 8), (8, 4)), ("patch_embed.proj", (4, 3, 2, 4, 4), (8, 4, 1, 1, 1))):
+        tensors |= {f"{tower}.{name}.lora_A.weight": torch.ones(A), f"{tower}.{name}.lora_B.weight": torch.zeros(B)}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+    report = project_adapter(folder, full_direction[1], tmp_path / "out", layers=6)
+    assert len(report.layers) == len(trained) - 4
+    assert report.settings["uncovered"] == 0
+    assert all(row.norm_after < row.norm_before for row in report.layers if row.projected)
+    assert set(load_file(str(tmp_path / "out" / "adapter_model.safetensors"))) == set(tensors)
+    for key in trained:
+        tensors[key].zero_()
+    save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+    with pytest.raises(AsftError, match="B A is 0 in every layer, so that there is nothing to project"):
+        project_adapter(folder, full_direction[1], tmp_path / "nothing", layers=6)
 
 
 def test_attenuation_of_all_layers(adapter, full_direction, tmp_path):

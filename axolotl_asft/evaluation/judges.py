@@ -11,9 +11,10 @@ from jinja2 import TemplateError
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.generating import end_tokens, only_special_tokens, positions
-from axolotl_asft.evaluation.models import loading, model_class, nf4, place, within_memory
+from axolotl_asft.evaluation.models import loading, nf4, place, within_memory
 from axolotl_asft.files import read_json
 from axolotl_asft.hub import hub_model
+from axolotl_asft.naming import model_class
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from axolotl_asft.evaluation.resizing import resized, saved_rows
 from axolotl_asft.files import read_json
 from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
+from axolotl_asft.naming import model_class
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from axolotl_asft.templates import text_tokenizer
 
@@ -107,19 +108,6 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
         model = kind.from_pretrained(**place(name), **options).eval()
     only_special_tokens(model)
     return model
-
-
-def model_class(config: Any) -> Any:
-    """The class that axolotl loads a model by: of one that reads images too, whole, so that its layers' names agree.
-
-    `AutoModelForCausalLM` refuses such a model, or makes of it the text model alone, of which each layer has another
-    name than in the checkpoint, in training and in the adapter.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    reads_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 @contextlib.contextmanager
@@ -262,6 +250,8 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
     with loading(f"{adapter} does not go onto this model"):
         peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    # lm-eval ties the weights of what it is given, where PEFT's copies of them are apart
+    peft_model.tie_weights = lambda *_, **__: None  # type: ignore[assignment]
     _check_complete(peft_model, adapter)
     return peft_model
 
@@ -311,6 +301,7 @@ def _shape(folder: Path) -> list[Any] | None:
     if not (folder / "config.json").is_file():
         return None
     config = read_json(folder / "config.json", "give the folder of a model")
+    config |= config["text_config"] | {"architectures": config.get("architectures")} if "text_config" in config else {}
     return [config.get(key) for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")]
 
 
