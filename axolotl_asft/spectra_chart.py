@@ -6,11 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from axolotl_asft.checkpoint import DECODER_LAYER
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.picture import GREY, RED, TEAL, picture, plain
+from axolotl_asft.report.grid import Grid
 
 COLOURS = (TEAL, RED, "#edae49", GREY, "#6a4c93", "#7cae7a", "#30638e", "#b5651d")
 SMALLEST = 1e-6  # what is drawn of a value that is zero, or nearly
@@ -20,9 +21,9 @@ def draw_spectra(direction: AlignmentDirection, path: Path) -> None:
     """Write a PNG of three panels: a line a module, and over the layers a line a kind of module."""
     entries = direction.spec["modules"]
     kinds: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in direction.modules:
-        kind, layer = _kind_and_layer(name)
-        kinds[kind][layer].append(name)
+    grid = Grid.of(list(direction.modules))
+    for name, (row, column) in zip(direction.modules, grid.places, strict=True):
+        kinds[grid.kinds[row]][grid.layers[column]].append(name)
     with picture(path, (14.4, 5), letters=11) as figure:
         figure.subplots_adjust(left=0.05, right=0.985, bottom=0.27, top=0.82, wspace=0.2)
         spectra, energy, bound = figure.subplots(1, 3)
@@ -43,20 +44,21 @@ def draw_spectra(direction: AlignmentDirection, path: Path) -> None:
         for axes in (spectra, energy, bound):
             plain(axes)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles, labels = spectra.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=min(8, len(labels)), frameon=False, fontsize=10)
+        _legend(figure, spectra)
         models = f"{direction.spec['aligned']['id']} - {direction.spec['base']['id']}"
         title = f"{models[:90]}: {len(direction.modules)} modules"
         figure.suptitle(title, x=0.05, ha="left", fontsize=13, weight="bold", parse_math=False)
 
 
-def _kind_and_layer(name: str) -> tuple[str, int]:
-    """`model.layers.3.mlp.experts.5.up_proj` -> `mlp.experts.up_proj`, 3."""
-    match = DECODER_LAYER.search(name)
-    if match is None:
-        return name, 0
-    rest = [part for part in name[match.end() :].split(".") if not part.isdigit()]
-    return ".".join(rest), int(match[0].strip(".").rpartition(".")[2])
+def _legend(figure: Figure, axes: Axes) -> None:
+    """The kinds below the panels, in letters as large as they have room for there."""
+    handles, labels = axes.get_legend_handles_labels()
+    for letters in range(10, 4, -1):
+        em = letters / 72  # in inches, of which there are 14.4 by 0.8; a letter takes 0.6 em, a line and its gaps 5
+        columns = max(1, min(8, int(14.4 / em / (0.6 * max(map(len, labels), default=0) + 5))))
+        if math.ceil(len(labels) / columns) * 1.7 * em <= 0.8:
+            break
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=letters)
 
 
 def _spectra(axes: Axes, direction: AlignmentDirection, names: list[str], colour: str, kind: str) -> None:

@@ -8,14 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from axolotl_asft import extract_direction
-from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.basin import KINDS, Point, landscape_table, verdict
-from axolotl_asft.evaluation.landscape import _perturbed, _weights, measure_landscape, perturbation
+from axolotl_asft.evaluation.landscape import (
+    _moved,
+    _pair,
+    _perturbed,
+    _weights,
+    measure_landscape,
+    perturbation,
+)
 from axolotl_asft.evaluation.shares import Share
 
 
@@ -60,12 +67,20 @@ def test_random_steps_differ_by_seed_and_repeat(pair, direction):
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_a_base_model_gives_d_itself(pair):
-    """Of rank 4 the direction keeps a part of d; with the base model at hand, W - d is the base all the same."""
+@pytest.mark.parametrize("prefix", ["model.layers.", "model.language_model.layers."])
+def test_a_base_model_gives_d_itself(pair, tmp_path, prefix):
+    """Of rank 4 the direction keeps a part of d; with the base model at hand, W - d is the base all the same.
+
+    Also where the base is kept as a wrapper around a language model, whose names have another prefix.
+    """
     base, aligned = (AutoModelForCausalLM.from_pretrained(folder) for folder in pair)
-    weights = _weights(aligned, extract_direction(*pair, rank=4))
-    direction = extract_direction(*pair, rank=4)
-    with _perturbed(weights, direction, "against", 1.0, 0, Checkpoint.open(pair[0])):
+    shutil.copytree(pair[0], tmp_path / "base")
+    stored = load_file(pair[0] / "model.safetensors")
+    renamed = {name.replace("model.layers.", prefix): tensor for name, tensor in stored.items()}
+    save_file(renamed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    direction = extract_direction(tmp_path / "base", pair[1], rank=4)
+    weights = _weights(aligned, direction)
+    with _perturbed(weights, direction, "against", 1.0, 0, _pair(tmp_path / "base", str(pair[1]), direction)):
         for name, weight in weights.items():
             torch.testing.assert_close(weight, base.get_submodule(name).weight, rtol=1e-4, atol=1e-6)
 
@@ -73,9 +88,9 @@ def test_a_base_model_gives_d_itself(pair):
 def test_only_steps_along_d_read_the_base(pair, tmp_path):
     """A random step has no use for it, and a base on the Hub would be read anew for each of them."""
     shutil.copytree(pair[0], tmp_path / "base")
-    base = Checkpoint.open(tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").unlink()
     direction = extract_direction(*pair, rank=4)
+    base = _pair(tmp_path / "base", str(pair[1]), direction)
+    (tmp_path / "base" / "model.safetensors").unlink()
     weights = _weights(AutoModelForCausalLM.from_pretrained(pair[1]), direction)
     for kind in ("inside", "orthogonal"):
         with _perturbed(weights, direction, kind, 1.0, 0, base):
@@ -143,10 +158,29 @@ def test_layers_that_are_kept_transposed(tmp_path):
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     weights = _weights(model, direction)
     assert len(weights) == 4
-    with _perturbed(weights, direction, "against", 1.0, 0, Checkpoint.open(tmp_path / "base")):
+    with _perturbed(
+        weights, direction, "against", 1.0, 0, _pair(tmp_path / "base", str(tmp_path / "aligned"), direction)
+    ):
         for name in weights:
             ours, theirs = model.get_submodule(name).weight, base.get_submodule(name).weight
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_of_which_all_directions_are_kept_are_left_out(pair, direction, caplog):
+    """Nothing is orthogonal to them: a Gaussian matrix without its part inside would be rounding noise."""
+    moved = _moved(direction, None)
+    assert [name.rpartition(".")[2] for name in moved.modules] == ["gate_proj", "up_proj"] * 2
+    assert (
+        "10 of 14 layers stay as they are: the direction keeps all directions of them (first model.lay" in caplog.text
+    )
+    caplog.clear()
+    assert _moved(moved, None) == moved
+    assert not caplog.text
+    narrow = replace(direction, modules={k: v for k, v in direction.modules.items() if k not in moved.modules})
+    with pytest.raises(
+        AsftError, match=r"keeps all 64 directions of model.*, and all of every other .* smaller --rank"
+    ):
+        _moved(narrow, None)
 
 
 def test_a_direction_of_another_model_is_refused(pair, tmp_path):
@@ -366,6 +400,18 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     assert (broken.exit_code, "holds no landscape" in broken.stderr) == (2, True)
 
 
+def test_one_narrow_layer_does_not_stop_a_landscape(refusing_pair, tmp_path):
+    """Of 32 rows all directions are kept at the default rank; layers of 64 rows are moved, as they should be."""
+    base, aligned = map(str, refusing_pair)
+    arguments = ["landscape", "--model", aligned, "--base", base, "--radii", "1", "--seeds", "2", "--limit", "2"]
+    arguments += ["--max-new-tokens", "6", "-o", str(tmp_path)]
+    result = CliRunner().invoke(asft, arguments)
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "landscape.json").read_text())
+    assert (kept["settings"]["left_out"], kept["settings"]["ranks"]) == (10, [32])
+    assert all(point["cosine"] > 0.999 for point in kept["points"][1:])
+
+
 @pytest.mark.gpu
 def test_a_landscape_on_a_gpu_is_the_cpus(refusing_pair, tmp_path):
     base, aligned = map(str, refusing_pair)
@@ -418,7 +464,6 @@ def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refu
         (["--base", "{base}", "--radii", "0,1"], "expected positive numbers"),
         (["--base", "{base}", "--task", "{file}"], "cannot be read|expected"),
         (["--base", "{base}", "--rank", "8", "--limit", "2", "--max-new-tokens", "2"], "refuses none of 2"),
-        (["--base", "{base}"], "keeps all 64 directions of .* smaller --rank"),
         (["--base", "/no/base"], "no checkpoint folder at /no/base"),
         (["--base", "{base}", "--radii", "nan"], "expected positive numbers"),
         (["--base", "{base}", "--radii", "inf"], "expected positive numbers"),

@@ -5,11 +5,12 @@ import struct
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from axolotl_asft import AlignmentDirection
 from axolotl_asft.cli import asft
 from axolotl_asft.direction import ModuleDirection
-from axolotl_asft.spectra_chart import _kind_and_layer, draw_spectra
+from axolotl_asft.spectra_chart import draw_spectra
 
 
 def size_of(png):
@@ -46,6 +47,7 @@ def test_the_command(direction_file, tmp_path):
         ([f"model.layers.{i}.mlp.up_proj" for i in range(2)], [0, 0], {"energy": 1.0, "bound": 0.0}),
         ([f"model.layers.0.mlp.experts.{i}.w{j}" for i in range(9) for j in range(9)], [3] * 81, {"bound": 1e250}),
         (["no.layer.at.all", "$x_{"], [2, 3], {"energy": 0.0, "bound": -1.0}),
+        (["_hidden"], [1], {}),
     ],
 )
 def test_whatever_a_file_holds(tmp_path, names, ranks, entry):
@@ -53,6 +55,28 @@ def test_whatever_a_file_holds(tmp_path, names, ranks, entry):
     assert size_of(tmp_path / "d.png") == (2160, 750)
 
 
-def test_kinds():
-    assert _kind_and_layer("model.layers.3.mlp.experts.5.up_proj") == ("mlp.experts.up_proj", 3)
-    assert _kind_and_layer("h.11.attn.c_attn") == ("attn.c_attn", 11)
+def legend_of(names, tmp_path, monkeypatch):
+    """The labels, and whether they lie inside the picture and below its panels."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)))
+    draw_spectra(made(names, [2] * len(names)), tmp_path / "d.png")
+    box = figures[0].legends[0].get_window_extent()
+    panels = min(axes.get_tightbbox().y0 for axes in figures[0].axes)
+    fits = box.x0 >= 0 and box.x1 <= figures[0].bbox.width and box.y0 >= 0 and box.y1 <= panels
+    return [text.get_text() for text in figures[0].legends[0].get_texts()], fits
+
+
+def test_kinds(tmp_path, monkeypatch):
+    names = [f"model.layers.{layer}.mlp.experts.{i}.up_proj" for layer in range(3) for i in range(2)]
+    names.append("model.layers.1.self_attn.q_proj")
+    assert legend_of(names, tmp_path, monkeypatch) == (["mlp.experts.*.up_proj", "self_attn.q_proj"], True)
+
+
+def test_a_vision_tower_has_lines_of_its_own(tmp_path, monkeypatch):
+    """Both call a layer `layers.0.self_attn.q_proj`; the long names of many kinds still have room."""
+    towers = ("model.language_model.layers", "model.vision_tower.encoder.layers")
+    kinds = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"linear_attn.in_proj_{kind}" for kind in "abcd"]
+    names = [f"{tower}.{layer}.{kind}" for tower in towers for layer in range(2) for kind in kinds]
+    labels = [f"{tower}: {kind}" for tower in towers for kind in kinds]
+    assert legend_of(names, tmp_path, monkeypatch) == (labels, True)

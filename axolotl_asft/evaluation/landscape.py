@@ -1,9 +1,11 @@
 """The narrow safety basin: steps from the aligned weights along the alignment direction and off it, and their cost."""
 
 import json
+import logging
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.files import atomic_write_text, writable_folder
+from axolotl_asft.sources import CheckpointPair
 from axolotl_asft.verify import verify_weights
 
+LOG = logging.getLogger("axolotl.asft")
 RADII = (0.5, 1.0, 2.0, 4.0, 8.0)
 Pairs = list[tuple[str, str]]  # (what the model has read, its answer)
 
@@ -72,7 +76,7 @@ def measure_landscape(
     """Perturb the aligned weights and measure refusals and task loss at each place.
 
     Written to `output`: landscape.json after every point, so that an interrupted measurement goes on, with the texts
-    that it began with.
+    that it began with. Layers of which the direction keeps all directions stay as they are; `left_out` counts them.
 
     Args:
         model: the aligned model, folder or Hub id, not quantised.
@@ -88,26 +92,28 @@ def measure_landscape(
             recorded.
 
     Raises:
-        AsftError: a direction without V, of another model or of full rank, or a model that refuses nothing.
+        AsftError: a direction without V, of another model or of full rank in every layer, or a model that refuses
+            nothing.
     """
     quieten_libraries()
     output = Path(output)
     check_model(model)
     writable_folder(output)
-    _check_direction(direction, base)
+    moved = _moved(direction, base)
     device = chosen_device(device)
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     loaded, tokenizer = load_model(model, dtype, device=device), load_tokenizer(model)
-    weights = _weights(loaded, direction)
-    verify_weights(direction, ((name, weight, None) for name, weight in weights.items()))
-    checkpoint = Checkpoint.open(base) if base is not None else None
+    weights = _weights(loaded, moved)
+    verify_weights(moved, ((name, weight, None) for name, weight in weights.items()))
+    pair = _pair(base, model, direction) if base is not None else None
     interviewer = Interviewer(loaded, tokenizer, batch_size, max_new_tokens, name="the aligned model", stage=stage)
     ask: dict[str, Any] = {"split": "heldout", "limit": limit}
     settings: dict[str, Any] = {
         "model": model,
         "direction": {part: direction.spec[part]["sha256"] for part in ("base", "aligned")},
-        "ranks": sorted({module.rank for module in direction.modules.values()}),
+        "ranks": sorted({module.rank for module in moved.modules.values()}),
+        "left_out": len(direction.modules) - len(moved.modules),
         "d": "exact" if base is not None else "as the direction keeps it",
         "prompts": hash_of([[p.prompt for p in load_prompts(s, **ask)] for s in ("harmful", "borderline")]),
         "task": hash_of(task),
@@ -137,7 +143,7 @@ def measure_landscape(
     advance = stage("perturb and measure", len(places))
     for place in places:
         if place not in known:
-            with _perturbed(weights, direction, *place, checkpoint) as realised:
+            with _perturbed(weights, moved, *place, pair) as realised:
                 points.append(look(*place, *realised))
             if points[-1].kind == "aligned" and not points[-1].finite:
                 dtypes = ", ".join(settings["dtypes"])
@@ -169,9 +175,9 @@ class _perturbed:
         kind: str,
         radius: float,
         seed: int,
-        base: Checkpoint | None = None,
+        pair: CheckpointPair | None = None,
     ):
-        self.weights, self.direction, self.base = weights, direction, base
+        self.weights, self.direction, self.pair = weights, direction, pair
         self.kind, self.radius, self.seed = kind, radius, seed
         self.original: dict[str, Tensor] = {}
 
@@ -182,8 +188,9 @@ class _perturbed:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + i)
             original = weight.detach().to("cpu", copy=True)
             d = None
-            if self.base is not None and self.kind in ("along", "against"):  # the others have no use for it
-                d = original.float() - self.base.weight(name).float()
+            if self.pair is not None and self.kind in ("along", "against"):  # the others have no use for it
+                base = self.pair.checkpoints["base"].weight(self.pair.stored_names["base"][name])
+                d = original.float() - base.float()
             step = self.radius * perturbation(self.direction.modules[name], self.kind, generator, d)
             moved = (original.float() + step).to(original.dtype)
             self.original[name] = original
@@ -203,19 +210,31 @@ class _perturbed:
             self.weights[name].copy_(original)
 
 
-def _check_direction(direction: AlignmentDirection, base: str | Path | None) -> None:
-    without = [name for name, module in direction.modules.items() if module.V is None and module.rank]
+def _moved(direction: AlignmentDirection, base: str | Path | None) -> AlignmentDirection:
+    """The direction of the layers that are perturbed: those of which it keeps all directions have none orthogonal."""
+    modules = {name: module for name, module in direction.modules.items() if module.rank < module.shape[0]}
+    full = [name for name in direction.modules if name not in modules]
+    if not modules:
+        raise AsftError(
+            f"the direction keeps all {direction.modules[full[0]].rank} directions of {full[0]}, and all of every "
+            "other layer, so that nothing is orthogonal to them; give a smaller --rank"
+        )
+    without = [name for name, module in modules.items() if module.V is None and module.rank]
     if without and base is None:
         raise AsftError(
             f"the direction file keeps no right singular vectors (first {without[0]}), so that d is not known; make it "
             "with `axolotl asft extract --keep-v`, or give --base"
         )
-    full = next((name for name, module in direction.modules.items() if module.rank >= module.shape[0]), None)
-    if full is not None:
-        raise AsftError(
-            f"the direction keeps all {direction.modules[full].rank} directions of {full}, so that nothing is "
-            "orthogonal to them; give a smaller --rank"
-        )
+    if full:
+        text = "%d of %d layers stay as they are: the direction keeps all directions of them (first %s)"
+        LOG.warning(text, len(full), len(direction.modules), full[0])
+    return replace(direction, modules=modules)
+
+
+def _pair(base: str | Path, model: str, direction: AlignmentDirection) -> CheckpointPair:
+    """Base and aligned checkpoint, paired as extraction does, by all of the direction's layers."""
+    names = "|".join(re.escape(name) for name in direction.modules)
+    return CheckpointPair(Checkpoint.open(base), Checkpoint.open(model), [f"^(?:{names})$"])
 
 
 def _weights(model: Any, direction: AlignmentDirection) -> dict[str, Tensor]:
