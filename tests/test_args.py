@@ -41,7 +41,7 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
 
     monkeypatch.setattr(plugin, "attach", attach)
     trainer = SimpleNamespace(add_callback=lambda callback: None)
-    plugin.AsftPlugin().post_trainer_create(DictDefault({"asft": given}), trainer)
+    plugin.AsftPlugin().post_trainer_create(DictDefault({"asft": given, "output_dir": "out"}), trainer)
     direction = received.pop("direction")
     assert (str(direction_file), direction.sha256) == (given.pop("direction"), given.pop("direction_sha256"))
     assert received == given
