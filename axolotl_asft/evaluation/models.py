@@ -301,7 +301,7 @@ def _shape(folder: Path) -> list[Any] | None:
     if not (folder / "config.json").is_file():
         return None
     config = read_json(folder / "config.json", "give the folder of a model")
-    config |= config["text_config"] | {"architectures": config.get("architectures")} if "text_config" in config else {}
+    config |= {**(config.get("text_config") or {}), "architectures": config.get("architectures")}
     return [config.get(key) for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")]
 
 
