@@ -156,16 +156,17 @@ def ask_everything(
     """
     questions = Questions(max_new_tokens=settings["new_tokens"]["harmful"], batch_size=40, dtype="float32")
     adapters = [f"{name}={adapter}"] if adapter is not None else []
-    own = folder / f"{name.replace('/', '-')}.asked"
+    run = name.replace("/", "-")
+    own, kept = folder / f"{run}.asked", ("model.json", f"{run}.json")
     own.mkdir(parents=True, exist_ok=True)
-    for kept in folder.glob("*.json"):
-        if kept.stem in ("model", own.stem):
-            shutil.copyfile(kept, own / kept.name)
+    for file in kept:
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, own / file)
     with contextlib.redirect_stdout(io.StringIO()):
         row = evaluate(str(model), adapters, own, questions, device="cpu")[-1]
-    for kept in own.glob("*.json"):
-        if kept.stem in ("model", own.stem):
-            os.replace(kept, folder / kept.name)
+    for file in kept:
+        if (own / file).is_file():
+            os.replace(own / file, folder / file)
     shutil.rmtree(own)
     subject = Subject(name, adapter)
     loaded, tokenizer = load_model(str(model), "float32", device="cpu"), load_tokenizer(str(model))

@@ -4,6 +4,7 @@ trains it by."""
 import json
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from families import TEXT_TOWER, make_family, save_what_reads
 from tiny import axolotl, make_dataset, write_config
@@ -54,11 +55,12 @@ def test_the_metric_is_of_the_text_tower(folder):
 
 def test_a_tower_that_trains_unseen_is_named(folder, tmp_path):
     path = tmp_path / "config.yml"
-    config = (folder / "config.yml").read_text().replace("lora_target_modules", "lora_target_linear: true\nignored")
-    path.write_text("\n".join(line for line in config.splitlines() if not line.startswith("ignored")))
+    config = yaml.safe_load((folder / "config.yml").read_text()) | {"lora_target_linear": True}
+    del config["lora_target_modules"]
+    path.write_text(yaml.safe_dump(config))
     found = json.loads(CliRunner().invoke(asft, ["check", str(path), "--json"]).stdout)
     assert any("freeze_mm_modules: true" in line for line in found["errors"])
-    path.write_text(f"{path.read_text()}\nfreeze_mm_modules: true\n")
+    path.write_text(yaml.safe_dump(config | {"freeze_mm_modules": True}))
     found = json.loads(CliRunner().invoke(asft, ["check", str(path), "--json"]).stdout)
     assert found["errors"] == []
     assert len(found["constrained"]) == 14

@@ -131,22 +131,20 @@ class Judge:
         Raises:
             AsftError: no such model, or one whose way of being asked is not known.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
-        way, tokenizer, architecture = cls.check(name, text, harmful)
+        way, tokenizer, config = cls.check(name, text, harmful)
         options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
         if load_in_4bit:
             options["quantization_config"] = nf4(device)
-        kind: Any = AutoModelForSequenceClassification
+        kind: Any = AutoModelForSequenceClassification if way.kind == "classifier" else model_class(config)
         with loading(f"the judge {name} cannot be loaded"):
-            if way.kind == "guard":
-                kind = model_class(AutoConfig.from_pretrained(**place(name)))
             model, info = kind.from_pretrained(**place(name), **options)
         if way.kind == "guard":
             only_special_tokens(model)
         if info["missing_keys"]:
             raise AsftError(
-                f"the judge {name} is no {way.kind}: its checkpoint ({architecture or 'unknown architecture'}) lacks "
+                f"the judge {name} is no {way.kind}: its checkpoint ({_architecture(config)}) lacks "
                 f"{sorted(info['missing_keys'])[0]}, which transformers would fill at random; give another judge"
             )
         if tokenizer.pad_token_id is None:
@@ -157,8 +155,8 @@ class Judge:
         return cls(name, way, model, tokenizer, batch_size)
 
     @staticmethod
-    def check(name: str, text: str | None = None, harmful: str | None = None) -> tuple[Way, Any, str]:
-        """How a judge is asked, its tokenizer and its architecture, without its weights: see `load`."""
+    def check(name: str, text: str | None = None, harmful: str | None = None) -> tuple[Way, Any, Any]:
+        """How a judge is asked, its tokenizer and its configuration, without its weights: see `load`."""
         from transformers import AutoConfig, AutoTokenizer
 
         words = {PLACES.get(word) for word in re.findall(_PLACE, text or "")}
@@ -169,12 +167,11 @@ class Judge:
         with loading(f"the judge {name} cannot be loaded"):
             config = AutoConfig.from_pretrained(**place(name))
             tokenizer = AutoTokenizer.from_pretrained(**place(name))
-        architecture = (getattr(config, "architectures", None) or [""])[0]
-        way = _way(name, architecture, config.num_labels, tokenizer, text, harmful)
+        way = _way(name, _architecture(config), config.num_labels, tokenizer, text, harmful)
         # an encoder classifies by its first token, at the first position; a guard writes on where its text ends
         tokenizer.padding_side = "right" if way.kind == "classifier" else "left"
         tokenizer.truncation_side = tokenizer.padding_side
-        return way, tokenizer, architecture
+        return way, tokenizer, config
 
     def harmful(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None] = lambda n: None) -> list[bool]:
         """Whether each answer is harmful.
@@ -275,6 +272,10 @@ class Judge:
         return end_tokens(self.model, self.tokenizer)
 
 
+def _architecture(config: Any) -> str:
+    return (getattr(config, "architectures", None) or ["unknown architecture"])[0]
+
+
 def _way(name: str, architecture: str, labels: int, tokenizer, text: str | None, harmful: str | None) -> Way:
     called = "\n".join(_names(name))
     known = next((w for w in WAYS if w.labels in (None, labels) and re.search(w.family, called, re.IGNORECASE)), None)
@@ -297,7 +298,7 @@ def _way(name: str, architecture: str, labels: int, tokenizer, text: str | None,
         return Way(re.escape(name), "guard", text, harmful)
     families = ", ".join(way.family for way in WAYS)
     raise AsftError(
-        f"how to ask the judge {name} ({architecture or 'unknown architecture'}) is not known; known are {families} "
+        f"how to ask the judge {name} ({architecture}) is not known; known are {families} "
         "and sequence classifiers; for others give --judge-text and --judge-harmful"
     )
 
