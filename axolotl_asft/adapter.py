@@ -12,7 +12,13 @@ from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, select_modu
 from axolotl_asft.errors import AsftError
 from axolotl_asft.fingerprint import with_scales
 from axolotl_asft.layer_groups import ConstrainedLayer, LayerGroup, grouped
-from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
+from axolotl_asft.lora import (
+    FoundLayer,
+    frozen_lora_layers,
+    other_trainable_parameters,
+    plain_weights,
+    trainable_lora_layers,
+)
 from axolotl_asft.penalty import PROJECTORS, LayerDrift, relative_drift
 from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
@@ -81,28 +87,27 @@ class AlignmentPenalty:
         self.lora_scaling, self.modules = lora_scaling, modules
         self.on_uncovered, self.verify_model = on_uncovered, verify_model
         found = {layer.name: layer for layer in trainable_lora_layers(model)}
-        chosen = select_modules(list(found), modules) if modules else list(found)
+        frozen = frozen_lora_layers(model, {layer.adapter for layer in found.values()})
+        chosen = select_modules([*found, *frozen], modules) if modules else [*found, *frozen]
+        frozen = [name for name in frozen if name in chosen]
+        chosen = [name for name in chosen if name in found]
         known = self._known()
         covered = [name for name in chosen if name in known]
         others = other_trainable_parameters(model, list(found.values()))
         self._matched = {(id(layer.layer), layer.adapter): layer for layer in found.values()}
         self._others = {_steady(name) for name in others}
-        self.uncovered = len(found) - len(covered) + len(others)
+        self.uncovered = len(found) - len(covered) + len(others) + len(frozen)
         if not covered:
             raise AsftError(
-                f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {chosen[0]}, the "
+                f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {next(iter(found))}, the "
                 f"direction file's {next(iter(known))}; use the direction of this model"
             )
         self._report_uncovered([name for name in chosen if name not in known], others)
+        self._report_frozen(frozen)
         for name in covered:
             direction.modules[name].check_shape(name, found[name].shape, "model")
         self.layers = [found[name] for name in covered]
         self.groups: list[LayerGroup] = grouped(self._constrained(layer) for layer in self.layers)
-        if all(group.X is not None and not group.X.any() for group in self.groups):
-            raise AsftError(
-                f"the direction's metric {metric} is empty in every layer, so that it would hold nothing; make it "
-                f"again with `axolotl asft extract --metric {metric}`, or set metric: weights"
-            )
         if verify_model:
             self._verify()
 
@@ -187,7 +192,7 @@ class AlignmentPenalty:
         return torch.cat([factor.to(factors[0].device) for factor in factors]).min()
 
     def _known(self) -> Collection[str]:
-        """The layers that the penalty can measure; a tower of images reads no text, so that a metric leaves it out."""
+        """The layers that the penalty can measure: a tower of images has no metric, and an empty one sees nothing."""
         modules = self.direction.modules
         if self.metric == "weights":
             return modules
@@ -197,7 +202,13 @@ class AlignmentPenalty:
                 f"metric is {self.metric!r}, which the direction file does not hold; make it with "
                 f"`axolotl asft extract --metric {self.metric}`, or set metric: weights"
             )
-        return known
+        seen = {name for name, module in known.items() if module.metrics[self.metric].sees()}
+        if not seen:
+            raise AsftError(
+                f"the direction's metric {self.metric} is empty in every layer, so that it would hold nothing; make it "
+                f"again with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
+            )
+        return seen
 
     def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
         module = self.direction.modules[found.name]
@@ -227,9 +238,23 @@ class AlignmentPenalty:
             taken_out = (layer.A.detach(), layer.scaling * layer.B.detach()) if layer.was_taken_out else None
             weight = with_scales(layer.base_weight, layer.layer.get_base_layer())
             weights.append((layer.name, weight, taken_out))
+        for name, module, weight in plain_weights(self.model):  # LoRA may be on some of the layers alone
+            if name in self.direction.modules and not weight.is_meta:
+                weights.append((name, with_scales(weight, module), None))
         # under FSDP the other processes may wait for the weights of the first, which looks at them
         if weights or int(os.environ.get("RANK", "0")) == 0:
             verify_weights(self.direction, weights)
+
+    def _report_frozen(self, layers: list[str]) -> None:
+        if self.on_uncovered == "ignore" or not layers:
+            return
+        text = (
+            f"{len(layers)} LoRA layers do not train and change the model all the same (first {layers[0]}), which no "
+            "penalty covers"
+        )
+        if self.on_uncovered == "error":
+            raise AsftError(f"{text}; train all of the adapter, or set asft.on_uncovered: warn")
+        LOG.warning(text)
 
     def _report_uncovered(self, layers: list[str], others: list[str]) -> None:
         if self.on_uncovered == "ignore" or not (layers or others):

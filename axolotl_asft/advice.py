@@ -16,9 +16,9 @@ from axolotl_asft.penalty import projector_eigenvalues
 from axolotl_asft.strengths import WEIGHTS_ALONE, Strengths
 
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
-MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.1, 300.0)}
+MEASURED_LAMBDAS = {"weights": (0.3, 10.0), "activations": (3.0, 30.0), "fisher": (0.1, 100.0)}
 FAR = 10
-NORMALISE_THE_UPDATE = ("muon", "dion")
+NORMALISE_THE_UPDATE = ("muon", "dion", "sinkgd", "polora")
 # Where a config names repositories whose code trust_remote_code runs: the model's, and all.
 NAMES_OF_THE_MODEL = ("base_model", "base_model_config")
 NAMES_OF_A_REPOSITORY = (*NAMES_OF_THE_MODEL, "tokenizer_config")

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import Trainer
@@ -13,7 +13,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError
 from axolotl_asft.strengths import WEIGHTS_ALONE, strengths
-from axolotl_asft.templates import template_warning
+from axolotl_asft.templates import template_warnings
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -24,6 +24,8 @@ def attach(
     lambda_reg: float | None = None,
     max_drift: float | None = None,
     anchor_weight: float | None = None,
+    *,
+    chat_templates: Sequence[str] = (),
     **options: Any,
 ) -> Constraint:
     """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
@@ -38,6 +40,8 @@ def attach(
         anchor_weight: of KL(aligned || now), nats a token, of the aligned model's own answers, a few of which are
             asked for at every step; the direction file has to hold them. 0: no anchor. None: 3 under
             metric="fisher" without max_drift where the file allows it (`axolotl_asft.strengths`), else 0.
+        chat_templates: that the data are rendered with where it is not the tokenizer's own; one that leads to an answer
+            in other words than the direction file's requests is told.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
@@ -79,9 +83,8 @@ def attach(
     for line in frozen_by_budget(penalty, max_drift):
         LOG.warning("AsFT: %s", line)
     if strength.holds_answers(penalty.metric):
-        warning = template_warning(getattr(trainer, "processing_class", None), direction.spec)
-        if warning is not None:
-            LOG.warning("AsFT: %s", warning)
+        for line in template_warnings(getattr(trainer, "processing_class", None), direction.spec, chat_templates):
+            LOG.warning("AsFT: %s", line)
     constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, anchor_weight %g, projector %s, "

@@ -140,7 +140,8 @@ def extract(
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
     refuse_to_replace_file(output, force)
     from axolotl_asft.devices import devices_named
-    from axolotl_asft.extract import extract_direction, rank_rule
+    from axolotl_asft.extract import extract_direction
+    from axolotl_asft.rank_rule import rank_rule
     from axolotl_asft.summary import recommended, summary, summary_table
 
     asked: dict[str, Any] = {}

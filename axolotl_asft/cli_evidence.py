@@ -255,7 +255,7 @@ def _direction(model: str, file: str | None, base: str | None, rank: int, show: 
 def _chats(path: Path) -> list[tuple[str, str]]:
     """The first question and answer of each line's `messages`."""
     turns = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON allows what `splitlines` cuts at
         if not line.strip():
             continue
         try:

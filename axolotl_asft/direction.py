@@ -42,6 +42,10 @@ class Metric:
     norm: Tensor
     outputs: Tensor | None = None
 
+    def sees(self) -> bool:
+        """Whether any change counts in it: one of zeros, or of no columns, holds nothing."""
+        return bool(self.inputs.any() and (self.outputs is None or self.outputs.any()))
+
 
 @dataclass(frozen=True)
 class ModuleDirection:

@@ -21,6 +21,7 @@ from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file,
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
 from axolotl_asft.run_config import (
+    dataset_templates,
     lora_model,
     missed_plugins,
     missed_targets,
@@ -29,7 +30,7 @@ from axolotl_asft.run_config import (
     validated_config,
 )
 from axolotl_asft.strengths import strengths
-from axolotl_asft.templates import template_warning, text_tokenizer
+from axolotl_asft.templates import template_warnings, text_tokenizer
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
@@ -153,7 +154,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     if strength.holds_answers(penalty.metric):
         if strength.anchor_weight > 0:
             _try(check, lambda: text_tokenizer(tokenizer))
-        check.warnings += [line for line in [template_warning(tokenizer, direction.spec)] if line]
+        check.warnings += template_warnings(tokenizer, direction.spec, dataset_templates(cfg, tokenizer))
     if check.direction["weights"] != "agree":
         check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
 

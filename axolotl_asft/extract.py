@@ -19,8 +19,10 @@ from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.metrics import LayerMetric, ModelMetric
 from axolotl_asft.partial import Parts
+from axolotl_asft.rank_rule import rank_rule
 from axolotl_asft.readahead import read_ahead
 from axolotl_asft.sources import Source, open_source
+from axolotl_asft.spec import fault_of_own_answers, fault_of_texts
 from axolotl_asft.subspace import EXACT_UP_TO, OVERSAMPLING, POWER_ITERATIONS, LowRank, Subspace, leading_subspace
 
 LOG = logging.getLogger("axolotl.asft")
@@ -112,6 +114,8 @@ def extract_direction(
     settings = _Settings(rank, tolerance, energy, max_rank, dtype_named(dtype), keep_v, seed)
     source = open_source(base, aligned, adapter, modules)
     _check_metrics(metrics, source.names)
+    if fault := fault_of_texts(source.entries) or fault_of_own_answers(recipe.get("own_answers", [])):
+        raise AsftError(f"the direction file would have {fault}")
     if output is None:
         return _extract(source, settings, recipe, metrics, None, devices, progress)
     stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
@@ -221,26 +225,6 @@ def _decomposed(
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def rank_rule(rank: int | str | None, tolerance: float, energy: float | None, max_rank: int | None) -> dict[str, Any]:
-    """The rule that chooses k, as the spec says it; refuses one that is none."""
-    if rank != "full" and rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise AsftError(f"rank is {rank!r}; expected a positive number, 'full', or None with a tolerance or an energy")
-    if rank is not None and (energy is not None or max_rank is not None):
-        raise AsftError(f"rank is {rank!r}; energy and max_rank go with rank None (auto)")
-    if rank is None and not tolerance > 0:
-        raise AsftError(f"tolerance is {tolerance!r}; expected a positive number")
-    if energy is not None and not 0 < energy <= 1:
-        raise AsftError(f"energy is {energy!r}; expected a share, above 0 and at most 1")
-    if max_rank is not None and max_rank < 1:
-        raise AsftError(f"max_rank is {max_rank!r}; expected a positive number")
-    if isinstance(rank, int):
-        return {"rule": "fixed", "k": rank}
-    if rank is not None:
-        return {"rule": "full"}
-    rule = {"rule": "tolerance", "tolerance": tolerance} if energy is None else {"rule": "energy", "energy": energy}
-    return rule if max_rank is None else rule | {"max_rank": max_rank}
 
 
 def _update_hash(digest: "hashlib._Hash", name: str, weight: Tensor) -> None:

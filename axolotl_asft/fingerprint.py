@@ -122,7 +122,7 @@ def mismatching_values(block: Tensor, loaded: Tensor) -> int:
     differing = []
     for step in {loaded.dtype, torch.bfloat16, torch.float16}:  # it may have been loaded by way of a half type
         expected = block.to(step).to(loaded.dtype)
-        differing.append(int(((expected - loaded).abs() > within * expected.abs()).sum()))
+        differing.append(_farther(expected, loaded, within * expected.abs()))
     return min(differing)
 
 
@@ -148,7 +148,7 @@ def _mismatches_4bit(module: str, block: Tensor, weight: Tensor, quant_state) ->
     )
     expected = dequantize_4bit(packed, state).float()
     # Codes are compared, not values: nested quantisation changes the scale of a block a little.
-    return int(((_unit(loaded) - _unit(expected)).abs() > 0.02).sum())
+    return _farther(_unit(loaded), _unit(expected), 0.02)
 
 
 def _mismatches_int8(module: str, block: Tensor, weight: Tensor, rounded_before: bool) -> int | None:
@@ -166,11 +166,17 @@ def _mismatches_int8(module: str, block: Tensor, weight: Tensor, rounded_before:
     within = 1.5 if rounded_before else 0.501
     # bitsandbytes quantises from fp16; the weight may have been loaded by way of bf16
     expected = [block.to(dtype).half().float() * steps for dtype in (torch.float16, torch.bfloat16)]
-    return min(int(((values - loaded).abs() > within).sum()) for values in expected)
+    # of a row of zeros every code is 0: its steps are infinite
+    return min(_farther(torch.where(block == 0, 0.0, values), loaded, within) for values in expected)
 
 
 def _mismatches_within(block: Tensor, loaded: Tensor, tolerance: float) -> int:
-    return int(((block - loaded).abs() > tolerance * block.abs().max()).sum())
+    return _farther(block, loaded, tolerance * block.abs().max())
+
+
+def _farther(expected: Tensor, loaded: Tensor, within: Tensor | float) -> int:
+    """How many are; NaN is."""
+    return int((~((expected - loaded).abs() <= within)).sum())
 
 
 def block_of_product(module: str, A: Tensor, B: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,7 @@ def _cached(wanted: HubFile) -> Path:
 
 def _persistently(call: Callable[[], Any]) -> Any:
     """The call, again where the connection is cut, which huggingface_hub leaves to its callers."""
-    import httpx
-
+    httpx = _client_library()
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -216,6 +216,13 @@ def _persistently(call: Callable[[], Any]) -> Any:
                 raise ConnectionError(_first_line(error)) from error
             time.sleep(2**attempt)
     raise AssertionError("not reached")
+
+
+def _client_library() -> Any:
+    """httpx, or httpx2 since huggingface_hub 2: of whose errors the Hub's are made."""
+    from huggingface_hub import errors
+
+    return import_module(errors.HTTPError.__module__.partition(".")[0])
 
 
 def commit_of(cached: Path) -> str | None:
@@ -230,9 +237,9 @@ def commit_of(cached: Path) -> str | None:
 @contextmanager
 def hub_errors(wanted: HubFile) -> Iterator[None]:
     """The Hub's errors as ours: what was found, and what to do."""
-    import httpx
     from huggingface_hub import errors
 
+    httpx = _client_library()
     try:
         yield
     except errors.HFValidationError as error:
@@ -281,9 +288,7 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
 
 def _while_sending(error: BaseException) -> bool:
     """Whether it was an upload that failed; of some, huggingface_hub says so in a RuntimeError alone."""
-    import httpx
-
-    if isinstance(error, httpx.RequestError):
+    if isinstance(error, _client_library().RequestError):
         request = getattr(error, "_request", None)  # the property raises where there is none
         return request is not None and request.method in ("POST", "PUT")
     return isinstance(error, RuntimeError) and any(

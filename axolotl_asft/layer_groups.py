@@ -135,8 +135,9 @@ class LayerGroup:
         length = self.scaling * self._orthogonal(A, B).clamp(min=0).sqrt()
         factors = torch.clamp(max_drift * self.sizes / torch.clamp(length, min=1e-30), max=1.0)
         free = self.U.float() * (self.c == 1)[:, None]
-        f = factors[:, None, None]
-        overwrite([found.B for found in self.found], f * B + (1 - f) * (free @ (free.mT @ B)))
+        f, inside = factors[:, None, None], free.mT @ B
+        inside = 2 * inside - (free.mT @ free) @ inside  # rounded columns are not orthonormal, and steps add up
+        overwrite([found.B for found in self.found], f * B + (1 - f) * (free @ inside))
         return factors
 
     def _orthogonal(self, A: Tensor, B: Tensor) -> Tensor:

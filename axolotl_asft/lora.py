@@ -1,6 +1,6 @@
 """PEFT's LoRA layers in a model: found, named as the Hugging Face model names them, refused where dW is no product."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -95,6 +95,34 @@ def other_trainable_parameters(model: nn.Module, layers: list[FoundLayer]) -> li
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in pairs
     ]
+
+
+def frozen_lora_layers(model: nn.Module, trained: Collection[str]) -> list[str]:
+    """Names of the layers that an adapter which trains elsewhere changes here all the same, by a B A that is frozen.
+
+    Args:
+        trained: names of the adapters that train.
+    """
+    return [
+        layer.name
+        for layer in _lora_layers(model)
+        if layer.adapter in trained and not (layer.A.requires_grad or layer.B.requires_grad) and _is_used(layer.B)
+    ]
+
+
+def _is_used(B: Tensor) -> bool:
+    return not B.is_meta and bool(B.detach().any())
+
+
+def plain_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Name, layer and (out, in) weight of every linear layer that has no LoRA, plain or of bitsandbytes."""
+    model = _unwrapped(model)
+    under_lora: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            under_lora.update(map(id, cast(nn.Module, module).modules()))
+        elif id(module) not in under_lora and isinstance(weight := getattr(module, "weight", None), Tensor):
+            yield _plain_name(name, model), module, weight.T if type(module).__name__ == "Conv1D" else weight
 
 
 def _lora_layers(model: nn.Module) -> Iterator[FoundLayer]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PROJECTORS = ("paper", "normalized", "subspace")
+NOISE = 1e-5  # of s_1: below it a singular value is the rounding of a difference of lower rank
 
 
 def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor | float) -> Tensor:
@@ -17,7 +18,7 @@ def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor 
 
         paper:       c_i = s_i^2 / ||d||_F      (AsFT, arXiv 2506.08473, as released; the same as Safe LoRA's)
         normalized:  c_i = s_i^2 / s_1^2
-        subspace:    c_i = 1
+        subspace:    c_i = 1, where s_i is more than rounding (`NOISE` of s_1)
 
     Args:
         projector: one of `PROJECTORS`.
@@ -29,7 +30,7 @@ def projector_eigenvalues(projector: str, singular_values: Tensor, norm: Tensor 
     """
     s = singular_values if singular_values.dtype == torch.float64 else singular_values.float()
     if projector == "subspace":
-        return (s > 0).to(s.dtype)
+        return (s > NOISE * s[:1]).to(s.dtype)
     if projector == "paper":
         scale = torch.as_tensor(norm, dtype=s.dtype, device=s.device)
     elif projector == "normalized":

@@ -34,6 +34,12 @@ REFUSED_KEYS = {
     "peft_use_dora": "DoRA also rescales the rows of the aligned weight, so that its update is not scaling B A; use "
     "plain LoRA",
     "qat": "it rounds the weights during training; train first, and quantize afterwards",
+    "nvfp4_merge_aware": "it rounds the weights during training; train first, and quantize afterwards",
+    "lisa_step_interval": "LISA trains whole layers in turn, which no penalty covers; leave it out",
+    "lisa_n_layers": "LISA trains whole layers in turn, which no penalty covers; leave it out",
+    "fix_untrained_tokens": "it changes embeddings, which no penalty covers; leave it out",
+    "reinit_weights": "the model would not be the aligned one; leave it out",
+    "peft_layer_replication": "layers would stand for others than the direction's of their names; leave it out",
 }
 
 
@@ -64,7 +70,7 @@ class AsftPlugin(BasePlugin):
                 f"adapter is {cfg.get('adapter')!r}; the constraint needs LoRA: set adapter: qlora or adapter: lora"
             )
         for key, instead in REFUSED_KEYS.items():
-            if cfg.get(key):
+            if cfg.get(key) not in (None, False):  # axolotl obeys an empty block
                 raise AsftError(f"{key} is not supported by the constraint: {instead}")
         if cfg.get("deepspeed"):
             raise AsftError(DEEPSPEED)
@@ -73,7 +79,7 @@ class AsftPlugin(BasePlugin):
         # sequence_parallel_degree is axolotl's deprecated name of context_parallel_size
         sizes = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
         for key in sizes:
-            if (cfg.get(key) or 1) > 1:
+            if str(cfg.get(key) or 1) != "1":
                 raise AsftError(other_parallelism(key))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
@@ -92,7 +98,10 @@ class AsftPlugin(BasePlugin):
         if cfg.lora_model_dir and any(map(_takes_out, trainer.model.peft_config.values())):
             raise AsftError(refused_of_continued(cfg.lora_model_dir))
         self._trained, self._pictured = None, False
-        self._constraint = attach(trainer, direction, block.lambda_reg, **options)
+        from axolotl_asft.run_config import dataset_templates
+
+        templates = dataset_templates(cfg, getattr(trainer, "processing_class", None))
+        self._constraint = attach(trainer, direction, block.lambda_reg, chat_templates=templates, **options)
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
             "direction_file": _seen_from(cfg.output_dir, block.direction),
@@ -152,7 +161,8 @@ def _held(plugin: AsftPlugin | None) -> Constraint | Trained | None:
 
 
 def _asks_for_fsdp2(cfg: Any) -> bool:
-    version = cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
+    config = cfg.get("fsdp_config") or {}
+    version = cfg.get("fsdp_version") or config.get("fsdp_version") or config.get("version")
     return str(version) == "2"
 
 

@@ -83,8 +83,8 @@ def projection_cosine(A: Tensor, B: Tensor, U: Tensor, c: Tensor) -> float:
     """
     projected = U @ (c[:, None] * (U.T @ B))
     inner = ((projected.T @ B) * (A @ A.T)).sum()
-    norms = squared_norm(projected, A) * squared_norm(B, A)
-    return float(inner / norms.sqrt()) if norms > 0 else math.nan
+    norms = squared_norm(projected, A).clamp(min=0).sqrt(), squared_norm(B, A).clamp(min=0).sqrt()
+    return float(inner / norms[0] / norms[1]) if all(norm > 0 for norm in norms) else math.nan
 
 
 def attenuated(B: Tensor, U: Tensor, c: Tensor, attenuate: float = 1.0) -> Tensor:
@@ -192,7 +192,7 @@ def summary_text(report: ProjectionReport) -> str:
             "the published one is of all: with a larger `extract --rank` cosines are higher, and less is taken away\n"
         )
     if report.uncovered:
-        left = f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
+        left += f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
     if not report.settings["verified"]:
         why = " (they have to lie in a local folder)" if report.settings["verify_model"] else ""
         left += f"the direction was not compared with the base model's weights{why}\n"

@@ -7,8 +7,8 @@ REDACTED = "[redacted]"
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _SECRET_WORDS = {
     "accesskey", "accesstoken", "accountkey", "apikey", "auth", "authorization", "authtoken", "bearer", "cookie",
-    "cookies", "credential", "credentials", "key", "keys", "passphrase", "passwd", "password", "passwords", "secret",
-    "secrets", "token",
+    "cookies", "credential", "credentials", "key", "keys", "pass", "passphrase", "passwd", "password", "passwords",
+    "privatekey", "pwd", "secret", "secrets", "token",
 }  # fmt: skip
 # beside `token` and `key`: of a tokenizer, in `special_tokens:` and the like, or of a column of the data
 _ORDINARY = {
@@ -25,11 +25,11 @@ _LOOKS_SECRET = re.compile(
     r"|sk[-_][A-Za-z0-9]{20,}|sk-(?:proj|ant|or|svcacct|admin)-[\w-]{20,}|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}"
     r"|(?<![-_])sk-(?=[\w-]*[\dA-Z_])[\w-]{20,}"  # url-safe; of small letters and hyphens alone it is a name
     r"|pypi-Ag[\w-]{16,}|xox[abeprs]-[\w-]{16,}|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|nvapi-[\w-]{20,}"
-    r"|wandb_v1_\w{16,}|(?<=Bearer )[\w.~+/=-]{16,})"
+    r"|wandb_v1_\w{16,}|(?<=Bearer )[\w.~+/=-]{16,}|(?<=Authorization: Basic )[\w+/=-]+)"
 )
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _SIGNED_URL = re.compile(
-    r"(?<=[?&;])([\w-]*(?:token|key|signature|secret|credential|password)[\w-]*|sig)=[^&;\s]+", re.IGNORECASE
+    r"(?<=[?&;])([\w-]*(?:token|key|signature|secret|credential|password)[\w-]*|sig|auth)=[^&;\s]+", re.IGNORECASE
 )
 _SETTING = re.compile(r"([\w-]+)=[^&;\s]+")  # at the beginning, where it need not be of a URL
 
@@ -41,10 +41,10 @@ def redacted(value: Any, name: str = "") -> Any:
         value: of dicts, lists, strings and numbers; it is left as it is.
         name: the key that it stands under.
     """
-    if isinstance(value, dict):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
     if _is_secret_name(name) and not (value is None or isinstance(value, bool) or _is_token_id(name, value)):
         return REDACTED
+    if isinstance(value, dict):
+        return {key: redacted(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(item, name) for item in value]
     if isinstance(value, str):

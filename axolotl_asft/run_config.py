@@ -12,9 +12,10 @@ from axolotl.loaders.adapter import load_adapter
 from axolotl.loaders.processor import load_processor
 from axolotl.loaders.tokenizer import load_tokenizer
 from axolotl.loaders.utils import load_model_config
+from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.config import normalize_config, prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.freeze import freeze_mm_modules
+from axolotl.utils.freeze import freeze_layers_except, freeze_mm_modules
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from torch import nn
@@ -22,6 +23,7 @@ from torch import nn
 from axolotl_asft.errors import AsftError, did_you_mean, one_line
 from axolotl_asft.initialisation import takes_out
 
+FROZEN_BEFORE_PEFT = ("dpo", "ipo", "kto")  # there `unfrozen_parameters` is obeyed before the LoRA layers are made
 # The machine that checks need not be the one that trains: what the YAML asks of its card is taken to be there.
 CAPABLE = {"bf16": True, "fp8": True, "tf32": True, "compute_capability": "sm_90"}
 
@@ -85,6 +87,8 @@ def lora_model(cfg: DictDefault) -> tuple[PeftModel, str | bool]:
         lora.init_lora_weights = initialisation  # the model keeps this object
     if cfg.freeze_mm_modules:
         freeze_mm_modules(adapted)
+    if cfg.unfrozen_parameters and cfg.rl not in FROZEN_BEFORE_PEFT:
+        freeze_layers_except(adapted, cfg.unfrozen_parameters)
     return adapted, initialisation
 
 
@@ -98,6 +102,16 @@ def run_tokenizer(cfg: DictDefault) -> Any | None:
         return None
     with _in_one_line(f"axolotl cannot load the tokenizer of {cfg.tokenizer_config}"):
         return load_tokenizer(cfg)
+
+
+def dataset_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
+    """The chat templates that single datasets name for themselves, in place of the run's."""
+    found = []
+    for dataset in [*(cfg.datasets or []), *(cfg.pretraining_dataset or [])]:
+        if isinstance(dataset, dict) and dataset.get("chat_template") and tokenizer is not None:
+            with contextlib.suppress(Exception):  # one that cannot be had is axolotl's to refuse
+                found.append(get_chat_template_from_config(cfg, dataset, tokenizer))
+    return found
 
 
 def run_processor(cfg: DictDefault, tokenizer: Any) -> None:

@@ -44,7 +44,8 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     missing = [name for name in SPEC_FIELDS if not isinstance(spec, dict) or name not in spec]
     if missing:
         raise AsftError(f"{path}: its spec lacks {', '.join(missing)}; {REMAKE}")
-    _check_texts(path, {key: value for key, value in spec.items() if key != "own_answers"})
+    if fault := fault_of_texts(spec):
+        raise AsftError(f"{path}: its spec has {fault}; {REMAKE}")
     modules = spec["modules"]
     if not isinstance(modules, dict) or not modules:
         raise AsftError(f"{path}: its spec names no modules; {REMAKE}")
@@ -66,16 +67,17 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise AsftError(f"{path}: its spec has a value of another kind; {REMAKE}")
     if not _is_number(spec.get("relative_norm", 0.0)):
         raise AsftError(f"{path}: its spec has relative_norm {shown(spec['relative_norm'])}; {REMAKE}")
-    _check_own_answers(path, spec.get("own_answers", []))
+    if fault := fault_of_own_answers(spec.get("own_answers", [])):
+        raise AsftError(f"{path}: its spec has {fault}; {REMAKE}")
     return spec
 
 
-def _check_texts(path: Path, spec: dict[str, Any]) -> None:
-    for text in _texts(spec):
+def fault_of_texts(spec: dict[str, Any]) -> str | None:
+    """What a spec's texts have that would be refused when the file is read; own answers have line breaks."""
+    for text in _texts({key: value for key, value in spec.items() if key != "own_answers"}):
         if CONTROL.search(text):
-            raise AsftError(
-                f"{path}: its spec has control characters in {shown(text)}; expected text that can be printed; {REMAKE}"
-            )
+            return f"control characters in {shown(text)}; expected text that can be printed"
+    return None
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -91,14 +93,14 @@ def _texts(value: object) -> Iterator[str]:
             left += value
 
 
-def _check_own_answers(path: Path, turns: object) -> None:
+def fault_of_own_answers(turns: object) -> str | None:
+    """What is wrong with a spec's own answers, and what was expected."""
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-        raise AsftError(
-            f"{path}: its spec has own_answers {shown(turns)}; expected pairs of a request and an answer, of "
-            f"{MOST_TEXT:,} characters at most; {REMAKE}"
-        )
+        expected = f"pairs of a request and an answer, of {MOST_TEXT:,} characters at most"
+        return f"own_answers {shown(turns)}; expected {expected}"
     if len(turns) > MOST_ANSWERS:
-        raise AsftError(f"{path}: its spec has {len(turns):,} own_answers; expected {MOST_ANSWERS} at most; {REMAKE}")
+        return f"{len(turns):,} own_answers; expected {MOST_ANSWERS} at most"
+    return None
 
 
 def _is_turn(turn: object) -> bool:

@@ -55,9 +55,8 @@ def recommended(spec: Mapping[str, Any]) -> str:
 
 
 def _layers_with(direction: AlignmentDirection, metric: str) -> int:
-    """In how many layers a metric is not empty: one of zeros, or of no columns, holds nothing."""
-    found = [module.metrics[metric] for module in direction.modules.values() if metric in module.metrics]
-    return sum(bool(of.inputs.any() and (of.outputs is None or of.outputs.any())) for of in found)
+    """In how many layers a metric is not empty."""
+    return sum(metric in module.metrics and module.metrics[metric].sees() for module in direction.modules.values())
 
 
 def _module_summary(direction: AlignmentDirection, name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates beside the requests that a direction file keeps as the aligned model read them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl_asft.errors import AsftError
@@ -30,18 +30,29 @@ def _is_a(tokenizer: Any, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(tokenizer).__mro__)
 
 
-def template_warning(tokenizer: Any, spec: Mapping[str, Any]) -> str | None:
-    """A line where the run's chat template leads to an answer in other words than those of the kept requests.
+def template_warnings(tokenizer: Any, spec: Mapping[str, Any], others: Sequence[str] = ()) -> list[str]:
+    """A line where a chat template of the run leads to an answer in other words than those of the kept requests.
 
     What is held is held under the template that the direction file was made with; only the end of a turn is compared,
     since a template may begin with the date.
+
+    Args:
+        others: templates that data are rendered with, beside the tokenizer's own.
     """
     requests = [request for request, _ in spec.get("own_answers", [])]
-    if not requests or not getattr(tokenizer, "chat_template", None):
-        return None
+    if not requests or tokenizer is None:
+        return []
+    own = getattr(tokenizer, "chat_template", None)
+    templates = [own, *(template for template in dict.fromkeys(others) if template != own)]
+    found = [_template_warning(tokenizer, template, requests) for template in templates if template]
+    return [line for line in found if line is not None]
+
+
+def _template_warning(tokenizer: Any, template: Any, requests: Sequence[str]) -> str | None:
     turns = [{"role": "user", "content": QUESTION}]
+    options = {} if template == tokenizer.chat_template else {"chat_template": template}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
     except Exception:  # a template may refuse a turn in any way, which is the trainer's to say
         return None
     lead = text.rpartition(QUESTION)[2].partition("<think>")[0].strip()  # thinking may be on or off

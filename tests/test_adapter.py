@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lora_models import UP, literal_formula_of, lora_model, untouched
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, extract_direction
@@ -48,6 +49,35 @@ def test_measure(pair, direction):
     assert layers[UP].total == pytest.approx(float(delta.square().sum()), rel=1e-5)
     assert layers[UP].orthogonal == pytest.approx(float((delta - U @ U.T @ delta).square().sum()), rel=1e-4)
     assert 0 < layers[UP].drift < 1
+
+
+def test_weights_without_lora_are_looked_at_too(pair, direction):
+    """LoRA on some layers alone: the others are the aligned model's, or it is another one."""
+    for broken in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(pair[1])
+        if broken:
+            base.get_submodule(UP).weight.data += 0.1
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+        if broken:
+            with pytest.raises(AsftError, match="extracted for another model"):
+                AlignmentPenalty(model, direction)
+        else:
+            assert len(AlignmentPenalty(model, direction).layers) == 2
+
+
+def test_a_frozen_part_of_the_adapter_is_uncovered(pair, direction):
+    """As `unfrozen_parameters` leaves an earlier adapter: what it did stays, and nothing holds it."""
+    model = lora_model(pair[1])
+    for name, weight in model.named_parameters():
+        weight.requires_grad = weight.requires_grad and "q_proj" in name
+    with pytest.raises(AsftError, match=r"12 LoRA layers do not train and change the model all the same \(first model"):
+        AlignmentPenalty(model, direction)
+    penalty = AlignmentPenalty(model, direction, on_uncovered="ignore")
+    assert (len(penalty.layers), penalty.uncovered) == (2, 12)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name and not weight.requires_grad:
+            weight.data.zero_()
+    assert AlignmentPenalty(model, direction).uncovered == 0
 
 
 def test_fewer_directions(pair, direction):

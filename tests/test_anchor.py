@@ -1,5 +1,8 @@
 """The anchor: the divergence against a dense one in float64, and once per optimizer step in a trainer."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -10,7 +13,7 @@ from trainers import lora_weights, make_trainer, training_lines
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, attach
-from axolotl_asft.anchor import LIKELIEST, TEXTS, AnswerAnchor, Places, divergence, own_answers_of
+from axolotl_asft.anchor import LIKELIEST, TEXTS, TILED, AnswerAnchor, Places, divergence, own_answers_of
 from axolotl_asft.errors import AsftError
 from axolotl_asft.quiet import without_noise
 from axolotl_asft.stamp import read_stamp
@@ -310,3 +313,17 @@ def test_where_activations_are_offloaded_the_anchor_s_are_too(pair, rows, direct
     attach(trainer, direction, lambda_reg=0, anchor_weight=WEIGHT)
     trainer.train()
     assert saved
+
+
+def test_a_tiled_mlp_is_asked_one_text_at_a_time(model, monkeypatch):
+    """axolotl's `tiled_mlp` in shards gives a wrong gradient for a batch of several."""
+    patched = importlib.util.find_spec("axolotl.monkeypatch.tiled_mlp.patch").origin
+    assert f"target_cls.{TILED} = None" in Path(patched).read_text()
+    asked, mlp = [], type(model.get_submodule("base_model.model.model.layers.0.mlp"))
+    model.register_forward_pre_hook(lambda _, args, options: asked.append(len(options["input_ids"])), with_kwargs=True)
+    AnswerAnchor(make_tokenizer(), ANSWERS).remember(model)
+    assert max(asked) > 1
+    monkeypatch.setattr(mlp, TILED, None, raising=False)
+    asked.clear()
+    AnswerAnchor(make_tokenizer(), ANSWERS).remember(model)
+    assert set(asked) == {1}

@@ -39,9 +39,27 @@ def test_shortened_to_the_budget_against_dense_matrices(pair, direction, project
         size = float(direction.modules[layer.name].norm)
         assert float(torch.linalg.matrix_norm(off @ after)) == pytest.approx(wanted * size, rel=1e-2)  # U is bf16
         factor = float(torch.linalg.matrix_norm(off @ after) / torch.linalg.matrix_norm(off @ before[layer.name]))
-        free = U[:, c == 1]
+        free = torch.linalg.qr(U[:, c == 1])[0]  # U is bf16
         expected = factor * before[layer.name] + (1 - factor) * free @ (free.T @ before[layer.name])
         torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_what_is_free_stays_over_a_thousand_steps(pair, direction):
+    """The stored columns are rounded to bf16, and so are not quite orthonormal: what that bends must not add up."""
+    model = lora_model(pair[1])
+    penalty = AlignmentPenalty(model, direction, projector="subspace")
+    (layer, *_), budget = penalty.layers, 0.5 * min(relative(penalty).values())
+    U = torch.linalg.qr(direction.modules[layer.name].U.double())[0]
+    inside = U @ (U.T @ layer.B.detach().double())
+    for _ in range(1000):
+        with torch.no_grad():
+            orthogonal = layer.B.double() - U @ (U.T @ layer.B.double())
+            layer.B.copy_(inside + 1.1 * orthogonal)
+        penalty.shorten(budget)
+        inside = U @ (U.T @ layer.B.detach().double())
+    model = lora_model(pair[1])
+    before = AlignmentPenalty(model, direction, projector="subspace").layers[0].B.detach().double()
+    torch.testing.assert_close(inside, U @ (U.T @ before), rtol=0, atol=1e-3 * float(before.abs().max()))
 
 
 def test_what_is_within_the_budget_is_left_alone(pair, direction):

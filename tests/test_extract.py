@@ -148,6 +148,25 @@ def test_refused_pairs(pair, tmp_path):
         extract_direction(base, aligned, dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [([("x" * 10_001, "No.")], "10,000 characters at most"), ([("a", "b")] * 513, "513 own_answers; expected 512")],
+)
+def test_answers_that_no_file_takes_are_refused_at_once(pair, tmp_path, turns, message):
+    output = tmp_path / "direction.safetensors"
+    with pytest.raises(AsftError, match=rf"the direction file would have .*{message}"):
+        extract_direction(*pair, rank=4, output=output, own_answers=turns)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantised_checkpoint_is_left_to_the_loaded_weights(pair, direction_file, tmp_path):
+    folder = copied(pair[1], tmp_path / "float8")
+    file = folder / "model.safetensors"
+    tensors = load_file(str(file))
+    save_file({k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in tensors.items()}, str(file))
+    assert verify_checkpoint(AlignmentDirection.load(direction_file), str(folder)) is False
+
+
 def test_a_large_difference_is_told(pair, tmp_path, caplog):
     """A few percent is what alignment does; a model of another origin differs by far more, and passes below 100 %."""
     generator = torch.Generator().manual_seed(0)

@@ -200,3 +200,16 @@ def test_hostile_blocks(text):
 def test_8_bit_floating_point_cannot_be_compared():
     block = weight().reshape(-1)[:BLOCK]
     assert mismatches("layer", block, weight().to(torch.float8_e4m3fn)) is None
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4", "int8"])
+def test_weights_that_are_no_numbers_are_another_model(kind):
+    block = decode_block(encode_block(NAMES[0], weight()))
+    broken = torch.full((128, 256), torch.nan)
+    if kind == "nf4":
+        broken = in_4bit(weight(), nested=False)
+        broken.quant_state.absmax.fill_(torch.nan)
+    elif kind == "int8":
+        broken = in_8bit(weight())
+        broken.SCB.fill_(torch.nan)
+    assert mismatches(NAMES[0], block, broken) > 0.9 * BLOCK  # a code of 8 bits may be 0

@@ -286,6 +286,23 @@ def run(*arguments, **options):
     return CliRunner().invoke(asft, ["eval", "--limit", "1", "--max-new-tokens", "2", *map(str, arguments)], **options)
 
 
+def test_what_another_version_was_answered_is_asked_anew(pair, monkeypatch):
+    subject, state = Subject("model"), tokenizer_state(load_tokenizer(str(pair[1])))
+    before = answer_key(str(pair[1]), subject, {}, state)
+    assert answer_key(str(pair[1]), subject, {}, state) == before
+    monkeypatch.setattr("axolotl_asft.evaluation.kept.__version__", "99")
+    assert answer_key(str(pair[1]), subject, {}, state) != before
+
+
+@pytest.mark.parametrize("change", [{"borderline": None}, {"tasks": 3}, {"harmful": {"a": {"answers": []}}}])
+def test_a_kept_file_that_is_not_whole(tmp_path, change):
+    file = tmp_path / "model.json"
+    Interview(file, "key").save()
+    edit(file, **change)
+    with pytest.raises(AsftError, match=r"model\.json is not whole \(.*; delete it"):
+        Interview.open(file, "key", None)
+
+
 def test_a_judge_takes_batch_size_and_4_bits(pair, classifier, tmp_path, monkeypatch):
     judges, load = [], Judge.load
     monkeypatch.setattr(Judge, "load", lambda *arguments: judges.append(load(*arguments)) or judges[-1])

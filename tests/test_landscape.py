@@ -352,7 +352,10 @@ def refusing_pair(tmp_path_factory):
 def test_a_whole_landscape(refusing_pair, tmp_path):
     base, aligned = refusing_pair
     (tmp_path / "task.jsonl").write_text(
-        json.dumps({"messages": [{"role": "user", "content": "How"}, {"role": "assistant", "content": "with that"}]})
+        json.dumps(
+            {"messages": [{"role": "user", "content": "How\u2028"}, {"role": "assistant", "content": "with that"}]},
+            ensure_ascii=False,  # U+2028 ends no line of JSON
+        )
     )
     arguments = ["landscape", "--model", str(aligned), "--base", str(base), "--radii", "0.5,1", "--seeds", "2"]
     arguments += ["--rank", "8"]

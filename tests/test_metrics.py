@@ -308,6 +308,17 @@ def test_a_metric_that_holds_nothing(pair, direction):
             AlignmentPenalty(lora_model(pair[1]), AlignmentDirection(modules, direction.spec))
 
 
+def test_one_layer_whose_metric_is_empty(pair, direction):
+    modules = dict(direction.modules)
+    first = next(iter(modules))
+    fisher = modules[first].metrics["fisher"]
+    modules[first] = replace(modules[first], metrics={"fisher": replace(fisher, inputs=fisher.inputs[:, :0])})
+    emptied = AlignmentDirection(modules, direction.spec)
+    with pytest.raises(AsftError, match=rf"1 LoRA layers without a direction in the metric fisher .*{first}"):
+        AlignmentPenalty(lora_model(pair[1]), emptied)
+    assert AlignmentPenalty(lora_model(pair[1]), emptied, on_uncovered="ignore").uncovered == 1
+
+
 def test_a_layer_that_the_metric_does_not_know(pair, direction):
     """A tower of images reads no text: it is not covered, and never constrained by less than what was asked for."""
     modules = dict(direction.modules)

@@ -218,6 +218,12 @@ def test_eigenvalues():
     assert projector_eigenvalues("subspace", S, norm).tolist() == [1.0, 1.0]
 
 
+def test_a_direction_of_rounding_alone_is_not_free():
+    """A difference of rank 2 in fp32: the third value is no direction of it."""
+    s = torch.tensor([2.0, 1.0, 1e-6])
+    assert projector_eigenvalues("subspace", s, 2.24).tolist() == [1, 1, 0]
+
+
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_a_zero_direction_is_plain_l2(projector):
     assert projector_eigenvalues(projector, torch.zeros(3), torch.zeros(())).tolist() == [0, 0, 0]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_a_true_projector_projects_once_and_for_all():
     once = attenuated(B, U, ones)
     torch.testing.assert_close(attenuated(once, U, ones), once)
     assert projection_cosine(A, once, U, ones) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_the_cosine_of_very_small_and_very_large_factors(scale):
+    A, B, d = (factor.float() for factor in layer(1))
+    U, c = eigen(d, k=4)
+    expected = projection_cosine(A, B, U, c)
+    assert projection_cosine(scale * A, scale * B, U, 1e-2 * c) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_paper_s_c_shrinks_what_it_projects():
@@ -283,6 +292,9 @@ def test_it_says_how_much_of_the_direction_it_projects_on(adapter, full_directio
     middle = (shares[len(shares) // 2] + shares[(len(shares) - 1) // 2]) / 2
     assert part.settings["energy"] == pytest.approx(middle, abs=2e-3)
     assert f"{part.settings['energy']:.0%} of ||d||^2 in the median layer" in summary_text(part)
+    left = summary_text(replace(part, uncovered=["lm_head"]))
+    assert "in the median layer" in left
+    assert "not covered, left as they are: 1 (lm_head)" in left
 
 
 def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp_path):

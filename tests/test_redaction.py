@@ -13,7 +13,7 @@ from axolotl_asft.yaml_config import written_config
     [
         "hub_token", "token", "HF_TOKEN", "wandb_api_key", "apiKey", "key", "password", "db-password", "client_secret",
         "aws_secret_access_key", "accessToken", "credentials", "keys", "Authorization", "hf_token2", "HF_TOKEN_2",
-        "api_key1", "hub_token_id", "bearer", "cookie", "accesstoken", "authtoken",
+        "api_key1", "hub_token_id", "bearer", "cookie", "accesstoken", "authtoken", "pass", "db_pwd", "privatekey",
     ],
 )  # fmt: skip
 def test_secret_names(name):
@@ -21,6 +21,11 @@ def test_secret_names(name):
     shown = 12345 if name == "hub_token_id" else REDACTED
     assert redacted({"outer": [{name: 12345}]}) == {"outer": [{name: shown}]}
     assert redacted({name: None}) == {name: None}
+
+
+def test_all_that_stands_under_a_secret_name():
+    assert redacted({"auth": {"user": "me", "value": "abc"}}) == {"auth": REDACTED}
+    assert redacted({"special_tokens": {"pad_token": "<pad>"}}) == {"special_tokens": {"pad_token": "<pad>"}}
 
 
 @pytest.mark.parametrize("name", ["decoder_start_token_id", "vision_start_token_id", "boi_token_id", "stopTokenIds"])
@@ -57,6 +62,8 @@ def test_ordinary_names(name):
         ("sk_abcdefghijklmnopqrstuv", REDACTED),
         ("AKIAIOSFODNN7EXAMPLE", REDACTED),
         ("Authorization: Bearer abcdefghijklmnop", f"Authorization: Bearer {REDACTED}"),
+        ("Authorization: Basic bWU6eA==", f"Authorization: Basic {REDACTED}"),
+        ("https://host/x?auth=abc&part=2", f"https://host/x?auth={REDACTED}&part=2"),
         (
             "https://a.blob.core/c/d.jsonl?sv=2022&sig=kT3%3D&se=1",
             f"https://a.blob.core/c/d.jsonl?sv=2022&sig={REDACTED}&se=1",

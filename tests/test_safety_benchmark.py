@@ -25,6 +25,7 @@ from benchmarks.safety_data import (
     test_data,
     training_data,
 )
+from benchmarks.safety_shares import over_shares, shares_section
 from benchmarks.safety_table import LETTER_WIDTH, LINE_HEIGHT, cell, label_places, pareto_front, write_table
 
 test_data.__test__ = False
@@ -93,6 +94,21 @@ def test_a_run_keeps_its_key_until_its_settings_change():
     assert safety.Bench(longer, Path("nowhere")).key(run) != key
 
 
+def test_an_adapter_of_other_settings_is_trained_anew(tmp_path, monkeypatch):
+    trainings = []
+
+    def train(config):
+        trainings.append(yaml.safe_load(config.read_text())["learning_rate"])
+        (config.parent / "adapter").mkdir()
+
+    monkeypatch.setattr("benchmarks.axolotl_runs.train", train)
+    run = safety.Run("generation", 0.1, "plain", 0)
+    lower = {**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1.0e-4}}
+    for settings in (SETTINGS, SETTINGS, lower, lower):
+        safety.trained(safety.Bench(settings, tmp_path), run)
+    assert trainings == [1e-3, 1e-4]
+
+
 def result(method, seed, harmfulness, accuracy, poison=0.1):
     return {
         "run": f"generation/{poison}/{method}/{seed}",
@@ -124,7 +140,25 @@ def test_the_table(tmp_path, capsys):
     assert "| l2-10 | 1 | 50.0 (39 to 61) | 10.0 (5 to 19) | 60.0 (52 to 67) |" in text
     assert text.index("| aligned") < text.index("| plain") < text.index("| l2-10")
     assert path.with_suffix(".png").stat().st_size > 10_000
+    assert path.with_name("safety_shares.png").stat().st_size > 10_000
     assert "4 runs" in text
+
+
+def test_the_table_over_shares_of_poison():
+    rows = {
+        poison: [result("plain", seed, 1.0 - poison, 0.9, poison) for seed in (0, 1)] for poison in (0.0, 0.05, 0.2)
+    }
+    cells = {("generation", poison): {"plain": cell(found)} for poison, found in rows.items()}
+    cells["generation", 0.2]["l2-1"] = cell([result("l2-1", 0, 0.5, 0.5, 0.2)])
+    cells["classification", 0.1] = {"plain": cell([result("plain", 0, 1.0, 1.0)])}
+    found = over_shares(cells, "generation")
+    assert {method: list(shares) for method, shares in found.items()} == {"plain": [0.0, 0.05, 0.2]}
+    assert shares_section("generation", found).splitlines()[2:] == [
+        "| method | 0% poison | 5% poison | 20% poison |",
+        "| --- | ---: | ---: | ---: |",
+        "| plain | 100 / 10 / 90 (2) | 95 / 10 / 90 (2) | 80 / 10 / 90 (2) |",
+    ]
+    assert over_shares(cells, "classification") == {}
 
 
 def test_the_mean_over_seeds():

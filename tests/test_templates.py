@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import CHAT_TEMPLATE, OWN_ANSWERS, make_tokenizer, write_config
 from trainers import make_trainer
 
@@ -14,7 +15,7 @@ from axolotl_asft.anchor import AnswerAnchor
 from axolotl_asft.dry_run import check_config
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.models import load_tokenizer
-from axolotl_asft.templates import template_warning, text_tokenizer
+from axolotl_asft.templates import template_warnings, text_tokenizer
 
 OTHER = CHAT_TEMPLATE.replace("'<|assistant|> '", "'<|assistant|> yes '")
 SPEC = {"own_answers": OWN_ANSWERS}
@@ -61,25 +62,31 @@ def test_a_processor_s_tokenizer():
 
 def test_the_end_of_a_turn_is_what_counts():
     tokenizer = make_tokenizer()
-    assert template_warning(tokenizer, SPEC) is None
+    assert template_warnings(tokenizer, SPEC) == []
     tokenizer.chat_template = "today is Monday " + CHAT_TEMPLATE
-    assert template_warning(tokenizer, SPEC) is None
+    assert template_warnings(tokenizer, SPEC) == []
     tokenizer.chat_template = CHAT_TEMPLATE.replace("'<|assistant|> '", "'<|assistant|> <think>'")
-    assert template_warning(tokenizer, SPEC) is None
+    assert template_warnings(tokenizer, SPEC) == []
     tokenizer.chat_template = OTHER
-    found = template_warning(tokenizer, SPEC)
+    (found,) = template_warnings(tokenizer, SPEC)
     assert "leads to an answer by '</s><|assistant|> yes'" in found
     assert "end in" in found
     assert "</s><|assistant|> '" in found
+
+
+def test_a_template_of_a_dataset_alone():
+    assert template_warnings(make_tokenizer(), SPEC, [CHAT_TEMPLATE]) == []
+    (found,) = template_warnings(make_tokenizer(), SPEC, [CHAT_TEMPLATE, OTHER, OTHER])
+    assert "leads to an answer by '</s><|assistant|> yes'" in found
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ 1 // 0 }}"])
 def test_nothing_is_said_of_what_cannot_be_told(template):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    assert template_warning(tokenizer, SPEC) is None
-    assert template_warning(make_tokenizer(), {}) is None
-    assert template_warning(None, SPEC) is None
+    assert template_warnings(tokenizer, SPEC) == []
+    assert template_warnings(make_tokenizer(), {}) == []
+    assert template_warnings(None, SPEC) == []
 
 
 def test_a_run_says_it(pair, rows, anchored_file, tmp_path, caplog):
@@ -100,6 +107,11 @@ def test_check_says_it_before(pair, dataset, anchored_file, tmp_path):
     check = check_config(write_config(tmp_path, pair[1], dataset, block, **other))
     assert [line for line in check.warnings if "the run's chat template leads to" in line]
     assert check.fine
+    config = write_config(tmp_path, pair[1], dataset, block)
+    content = yaml.safe_load(config.read_text())
+    content["datasets"][0] |= {"type": "chat_template", **other}
+    config.write_text(yaml.safe_dump(content))
+    assert [line for line in check_config(config).warnings if "the run's chat template leads to" in line]
 
 
 def test_check_foresees_mistral_common(pair, dataset, anchored_file, mistral, tmp_path):

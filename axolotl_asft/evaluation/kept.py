@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from axolotl_asft import __version__
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import Answer
 from axolotl_asft.evaluation.judges import Way
@@ -63,8 +64,11 @@ class Interview:
         content = _read(path)
         if content.get("key") != key:
             return cls(path, key, adapter)
-        sets = {p: {s: _asked(**kept) for s, kept in content[p].items()} for p in ("harmful", "borderline")}
-        tasks = {asked: {task: _scores(found) for task, found in t.items()} for asked, t in content["tasks"].items()}
+        try:
+            sets = {p: {s: _asked(**kept) for s, kept in content[p].items()} for p in ("harmful", "borderline")}
+            tasks = {how: {task: _scores(found) for task, found in t.items()} for how, t in content["tasks"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AsftError(f"{path} is not whole ({type(error).__name__}: {error}); delete it") from error
         return cls(path, key, adapter, sets, tasks)
 
     def answers(self, part: str, source: str, prompts: Sequence[str]) -> bool:
@@ -98,7 +102,7 @@ def answer_key(model: str, subject: Subject, how: dict[str, Any], tokenizer: str
     if subject.adapter is not None:
         config = adapter_config(subject.adapter)
     computed = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
-    return hash_of([model, model_state(model), subject.sha256, computed, how, tokenizer])
+    return hash_of([__version__, model, model_state(model), subject.sha256, computed, how, tokenizer])
 
 
 def tokenizer_state(tokenizer: Any) -> str:

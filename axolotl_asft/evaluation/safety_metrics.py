@@ -21,7 +21,7 @@ from axolotl_asft.metrics import (
     first_words,
     fisher_metric,
 )
-from axolotl_asft.spec import METRICS
+from axolotl_asft.spec import METRICS, MOST_TEXT
 
 FEW_REFUSALS = 8
 KEPT = 128  # answers of either kind at most, to be asked for during training; few of them stand badly for the others
@@ -111,8 +111,8 @@ def in_turns(refused: Sequence[tuple[str, str]], answered: Sequence[tuple[str, s
 
 
 def _evenly(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """At most KEPT of them with a text, from all over."""
-    turns = [turn for turn in turns if turn[1].strip()]
+    """At most KEPT of them with a text that a file takes, from all over."""
+    turns = [turn for turn in turns if turn[1].strip() and max(map(len, turn)) <= MOST_TEXT]
     count = min(KEPT, len(turns))
     return [turns[i * len(turns) // count] for i in range(count)]
 

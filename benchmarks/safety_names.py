@@ -1,0 +1,29 @@
+"""Names and colours of the safety benchmark's methods in its pictures."""
+
+DEFAULT = "fisher-0.1-anchor-3"
+FAMILIES = {
+    "aligned": "#222b38",
+    "plain": "#222b38",
+    "l2": "#8d99ae",
+    "random": "#bc6c25",
+    "paper": "#00798c",
+    "normalized": "#30638e",
+    "subspace": "#003d5b",
+    "activation": "#d1495b",
+    "fisher": "#e4572e",
+    "budget": "#edae49",
+    "safelora": "#7b2d8b",
+    "anchor": "#2a9d8f",
+    "mix": "#588157",
+    "own": "#a3b18a",
+}
+
+
+def shown_name(method: str) -> str:
+    """In the pictures."""
+    return "the default" if method == DEFAULT else method
+
+
+def colour_of(method: str) -> str:
+    """Of its family."""
+    return FAMILIES[next(family for family in FAMILIES if method.startswith(family))]
