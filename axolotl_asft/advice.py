@@ -63,7 +63,8 @@ def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenal
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
     steps = cfg.gradient_accumulation_steps
-    lines.append(f"the constraint acts once per optimizer step, whatever the accumulation ({steps} micro-batches here)")
+    accumulated = f"{steps} micro-batch{'es' if steps > 1 else ''}"
+    lines.append(f"the constraint acts once per optimizer step, whatever the accumulation ({accumulated} here)")
     return lines
 
 
@@ -88,6 +89,10 @@ def on_settings(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty,
             f"rank is {block.rank}, the direction file holds {stored} directions a layer; all of them are used"
         )
     used = max(group.U.shape[2] for group in penalty.groups)
+    if not used and block.projector != "paper":
+        rank = "0; give another rank" if block.rank == 0 else f"0, the default under metric {penalty.metric}; give rank"
+        other = "" if penalty.metric == "weights" else ", or metric: weights"
+        found.append(f"projector {block.projector} has no effect at rank {rank}{other}")
     if used and penalty.metric == "weights" and block.projector != "paper":
         found.append(
             f"projector {block.projector} leaves the way back to the base model free, which in our benchmarks cost the "

@@ -1,5 +1,6 @@
 """An anchor that is asked anew at every step: the aligned model's own answers, beside what the model says now."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,7 @@ class AnswerAnchor:
         tokenizer = text_tokenizer(tokenizer)
         self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
         self._remembered: list[Places] = []
+        self.recognised = math.nan  # share of the answers' tokens that the model holds likeliest; see `remember`
         self._at_once = TEXTS  # in a pass
 
     @torch.no_grad()
@@ -107,6 +109,11 @@ class AnswerAnchor:
                 "something in it is random, such as dropout; set that to 0, or anchor_weight: 0 and a lambda_reg"
             )
         self._remembered = found
+        own = [
+            places.tokens[:, 0].cpu() == torch.tensor(ids[start:])
+            for places, (ids, start) in zip(found, self._texts, strict=True)
+        ]
+        self.recognised = float(torch.cat(own).float().mean())
 
     def _most_at_once(self, model: nn.Module) -> int:
         """Texts that the model takes in a pass: where packing is patched into a model, it may take a batch of one.

@@ -1,5 +1,6 @@
 """The anchor inside a trainer: asked at every optimizer step, its gauge in the log, measured when training ends."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,6 +10,9 @@ from transformers import Trainer
 
 from axolotl_asft.anchor import AnswerAnchor, own_answers_of
 from axolotl_asft.quiet import without_noise
+
+LOG = logging.getLogger("axolotl.asft")
+RECOGNISED = 0.75  # of its own greedy answers a model says 94 % again in another precision, its base half
 
 
 class TrainerAnchor:
@@ -37,6 +41,13 @@ class TrainerAnchor:
         self._divergences.clear()
         with self._trainer.compute_loss_context_manager():
             self._answers.remember(self._model())
+        if self._answers.recognised < RECOGNISED:
+            LOG.warning(
+                "AsFT: the model without its adapter says %.0f %% of the words that the direction file keeps of its "
+                "answers: its tokenizer, its embeddings or its head are not the aligned model's, perhaps; what is held "
+                "is what this model says",
+                100 * self._answers.recognised,
+            )
 
     def add_gradient(self, weight: Tensor | float) -> None:
         """One more backward pass, through the model as the trainer wrapped it."""

@@ -12,6 +12,7 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError
+from axolotl_asft.packing import never_packed
 from axolotl_asft.strengths import WEIGHTS_ALONE, strengths
 from axolotl_asft.templates import template_warnings
 
@@ -66,6 +67,7 @@ def attach(
             "the trainer makes a new model when it trains (model_init), which the constraint would not hold; give it "
             "the model itself"
         )
+    never_packed(trainer.model)
     penalty = AlignmentPenalty(trainer.model, direction, **options)
     frozen = [layer.name for layer in penalty.layers if not layer.B.requires_grad]
     if max_drift is not None and frozen:
@@ -87,12 +89,12 @@ def attach(
             LOG.warning("AsFT: %s", line)
     constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight)
     LOG.info(
-        "AsFT: %d layers constrained, training on %s, lambda_reg %g, max_drift %s, anchor_weight %g, projector %s, "
+        "AsFT: %d layers constrained, training on %s, lambda_reg %g, %s, anchor_weight %g, projector %s, "
         "metric %s, direction of %s (sha256 %s)",
         len(penalty.layers),
-        engine(trainer),
+        "one device" if (carried := engine(trainer)) == "NO" else carried,
         strength.lambda_reg,
-        max_drift,
+        "no budget" if max_drift is None else f"max_drift {max_drift:g}",
         strength.anchor_weight,
         penalty.projector,
         penalty.metric,

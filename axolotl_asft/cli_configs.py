@@ -39,7 +39,7 @@ def check(ctx: click.Context, config: Path, remote_code: bool, as_json: bool, **
     on it, and matches every layer with the direction file by the run's own rules. No GPU is needed, no data are read,
     and nothing is written. `--asft.lambda_reg 5` and its like are obeyed, as by `axolotl train`.
 
-    Exit status: 0 the run would start (there may be warnings), 2 it would not.
+    Exit status: 0 nothing that it looks at would end the run (there may be warnings), 2 something would.
 
     \b
     Example:
@@ -115,10 +115,12 @@ def copy(name: str, output: Path | None, direction: str | None, sha256: str | No
       axolotl asft recipes copy llama-3.1-8b-qlora-24gb -o config.yml
       axolotl asft recipes copy qwen-2.5-7b-qlora-16gb --direction owner/name@revision --sha256 HASH
     """
-    from axolotl_asft.recipes import copy_recipe, recipe
+    from axolotl_asft.recipes import copy_recipe, missing_direction, recipe
 
     target = output or Path(f"{recipe(name).name}.yml")
     copy_recipe(name, target, direction, sha256, force)
+    if (missing := missing_direction(direction)) is not None:
+        click.echo(f"note: {missing}", err=True)
     if as_json:
         click.echo(json.dumps({"file": str(target), "recipe": recipe(name).name}))
         return

@@ -13,6 +13,9 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.files import refuse_to_replace_file, writable_folder
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
+OF_A_METRIC = ("prompts", "metric_rank", "metric_energy", "load_in_4bit", "batch_size")
+OF_AN_AUTOMATIC_RANK = ("tolerance", "energy", "max_rank")
+
 
 def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str | None:
     if value == "full":
@@ -26,6 +29,29 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     if rank < 1:
         raise click.BadParameter(f"{value!r}; expected a positive number, 'full', or 'auto' with --tolerance")
     return rank
+
+
+def _refuse_idle(ctx: click.Context) -> None:
+    """Refuse options that would do nothing, since what they go with is not given.
+
+    Raises:
+        AsftError: there is such an option.
+    """
+    default = click.core.ParameterSource.DEFAULT
+    given = {each.name for each in ctx.command.params if ctx.get_parameter_source(str(each.name)) is not default}
+    for name in OF_A_METRIC if not ctx.params["metric_names"] else ():
+        if name in given:
+            raise AsftError(f"{_option(name)} goes with --metric; add --metric fisher, or leave it out")
+    rank = ctx.params["rank"]
+    for name in OF_AN_AUTOMATIC_RANK if rank is not None else ():
+        if name in given:
+            raise AsftError(f"{_option(name)} goes with --rank auto, and the rank is {rank}; add --rank auto")
+    if {"tolerance", "energy"} <= given:
+        raise AsftError("--tolerance and --energy each say how many directions are kept; give one of them")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @click.command()
@@ -85,8 +111,9 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
     default=["harmful"],
     show_default=True,
     metavar="SET",
-    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset; repeat for several: "
-    "what is like none of them is held less.",
+    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset; what is like none of "
+    "them is held less. Repeat for several: --prompts harmful --prompts mine.txt asks the shipped set and yours, "
+    "--prompts mine.txt alone leaves the shipped one out.",
 )
 @click.option(
     "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Directions a layer, at most."
@@ -110,7 +137,9 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str) -> int | s
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
 def extract(
+    ctx: click.Context,
     output: Path,
     as_json: bool,
     force: bool,
@@ -136,14 +165,17 @@ def extract(
           --metric fisher -o llama3-8b.asft.safetensors
       axolotl asft extract --aligned my-merged-model --adapter my-refusal-lora -o mine.asft.safetensors
     """
+    _refuse_idle(ctx)
     if output.suffix != ".safetensors":
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
     refuse_to_replace_file(output, force)
     from axolotl_asft.devices import devices_named
+    from axolotl_asft.direction import refuse_to_replace_weights
     from axolotl_asft.extract import extract_direction
     from axolotl_asft.rank_rule import rank_rule
     from axolotl_asft.summary import recommended, summary, summary_table
 
+    refuse_to_replace_weights(output)
     asked: dict[str, Any] = {}
     if metric_names:
         if options["aligned"] is None:

@@ -37,7 +37,8 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
     default=("harmful",),
     show_default=True,
     metavar="SET",
-    help="Prompts that ask for harm: the shipped set, a file, or owner/name of a Hub dataset; repeat for more.",
+    help="Prompts that ask for harm: the shipped set, a file (or FILE?column=NAME), or owner/name of a Hub dataset; "
+    "repeat for more.",
 )
 @click.option(
     "--borderline",
@@ -76,7 +77,8 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the answers and results; an interrupted evaluation goes on there.  [default: asft-eval in the "
-    "output_dir of CONFIG, where `report` looks for it; else asft-eval]",
+    "output_dir of CONFIG, where `report` looks for it; with --adapter, or without a config, ./asft-eval: give it to "
+    "`report` with --eval asft-eval]",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate_command(config: Path | None, output: Path | None, as_json: bool, **options: Any) -> None:

@@ -180,6 +180,23 @@ def select_modules(names: list[str], patterns: list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def refuse_to_replace_weights(path: Path) -> None:
+    """A direction replaces one that is there, and no other safetensors file: it may be a model's.
+
+    Raises:
+        AsftError: there is such a file.
+    """
+    if not path.is_file():
+        return
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            kind = (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        return  # a damaged one
+    if kind != FORMAT:
+        raise AsftError(f"{path} holds other tensors, a model's perhaps, and is not replaced; give another --output")
+
+
 def file_sha256(path: str | Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -17,6 +17,7 @@ from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
+from axolotl_asft.guard import refuse_misspelt_block
 from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
@@ -25,6 +26,7 @@ from axolotl_asft.run_config import (
     lora_model,
     missed_plugins,
     missed_targets,
+    missing_templates,
     run_processor,
     run_tokenizer,
     validated_config,
@@ -98,10 +100,12 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     """Everything in the order of a run, as far as it can be had; raises the error after which nothing can."""
     content = read_config(path) | {f"asft.{key}": value for key, value in overrides.items()}
     check.warnings += advice.on_foreign_code(content, remote_code)
+    refuse_misspelt_block(content)
     if content.get("asft") is None and not any(str(key).startswith("asft.") for key in content):
+        found = "the asft: block is empty" if "asft" in content else "the config has no asft: block"
         raise AsftError(
-            "the config has no asft: block, so that nothing would be constrained; add plugins: [asft] and asft: with "
-            "direction: path/to/file.safetensors"
+            f"{found}, so that nothing would be constrained; add plugins: [asft] and asft: with direction: "
+            "path/to/file.safetensors"
         )
     cfg = validated_config(content, remote_code)
     block = parse_block(cfg.asft.to_dict())
@@ -112,6 +116,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     code_left_out = bool(content.get("trust_remote_code")) and not remote_code
     tokenizer = _loaded(check, cfg, "tokenizer_config", OF_A_TOKENIZER, code_left_out, lambda: run_tokenizer(cfg))
     if tokenizer is not None:
+        check.errors += missing_templates(cfg, tokenizer)
         _loaded(check, cfg, "processor_config", OF_A_PROCESSOR, code_left_out, lambda: run_processor(cfg, tokenizer))
     model, initialisation = lora_model(cfg)
     layers = trainable_lora_layers(model)

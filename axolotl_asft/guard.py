@@ -51,11 +51,12 @@ def resolve_plugin_name(name: str) -> str:
 
 
 def require_plugin(cfg: dict[str, Any]) -> None:
-    """Refuse a config that has an `asft:` block and does not list the plugin.
+    """Refuse a config that has an `asft:` block and does not list the plugin, or has one under a misspelt name.
 
     Raises:
         AsftError: axolotl would drop the block and train without the constraint.
     """
+    refuse_misspelt_block(cfg)
     if cfg.get(SHORT_NAME) is None:
         return
     listed = cfg.get("plugins") or []
@@ -64,6 +65,17 @@ def require_plugin(cfg: dict[str, Any]) -> None:
             f"the config has an asft: block, but plugins: lists {list(listed) or 'nothing'}; add `- asft` under "
             "plugins:, or take the block out"
         )
+
+
+def refuse_misspelt_block(cfg: dict[str, Any]) -> None:
+    """Refuse a block that is called `asft` but for its capitals.
+
+    Raises:
+        AsftError: there is one, which axolotl would drop.
+    """
+    for key in cfg:
+        if key != SHORT_NAME and str(key).lower() == SHORT_NAME:
+            raise AsftError(f"{key}: is no key of axolotl's, which drops it; did you mean {SHORT_NAME}:?")
 
 
 def refuse_strays(cfg: dict[str, Any], fields: Collection[str] = ()) -> None:

@@ -235,8 +235,12 @@ def commit_of(cached: Path) -> str | None:
 
 
 @contextmanager
-def hub_errors(wanted: HubFile) -> Iterator[None]:
-    """The Hub's errors as ours: what was found, and what to do."""
+def hub_errors(wanted: HubFile, sending: bool = False) -> Iterator[None]:
+    """The Hub's errors as ours: what was found, and what to do.
+
+    Args:
+        sending: it is an upload.
+    """
     from huggingface_hub import errors
 
     httpx = _client_library()
@@ -275,25 +279,20 @@ def hub_errors(wanted: HubFile) -> Iterator[None]:
             ) from error
         raise WorkFailed(f"{wanted}: the Hub failed ({_first_line(error)}); try again") from error
     except (httpx.HTTPError, OSError, RuntimeError) as error:
-        if _while_sending(error):
+        if isinstance(error, RuntimeError) and not _of_the_connection(error):
+            raise
+        if sending:
             raise WorkFailed(
                 f"{wanted.repo}: the upload to the Hub failed ({_first_line(error.__cause__ or error)}); try again"
             ) from error
-        if isinstance(error, RuntimeError):
-            raise
         raise WorkFailed(
             f"{wanted} cannot be downloaded ({_first_line(error)}); try again, what is there is kept"
         ) from error
 
 
-def _while_sending(error: BaseException) -> bool:
-    """Whether it was an upload that failed; of some, huggingface_hub says so in a RuntimeError alone."""
-    if isinstance(error, _client_library().RequestError):
-        request = getattr(error, "_request", None)  # the property raises where there is none
-        return request is not None and request.method in ("POST", "PUT")
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("Error while uploading", "client has been closed")
-    )
+def _of_the_connection(error: RuntimeError) -> bool:
+    """Of some failures huggingface_hub says what happened in a RuntimeError alone."""
+    return any(words in str(error) for words in ("Error while uploading", "client has been closed"))
 
 
 def _others(wanted: HubFile) -> str:

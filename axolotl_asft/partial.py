@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from axolotl_asft.direction import AlignmentDirection, ModuleDirection
+from axolotl_asft.direction import AlignmentDirection, ModuleDirection, refuse_to_replace_weights
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text, locked, refuse_to_replace_file, writable_folder
 
@@ -49,9 +49,10 @@ class Parts(Mapping[str, ModuleDirection]):
             settings: JSON of all that the result depends on, but for the weights themselves.
 
         Raises:
-            AsftError: see `Parts`; the output is a folder.
+            AsftError: see `Parts`; the output is a folder, or a model's weights.
         """
         refuse_to_replace_file(output, force=True)
+        refuse_to_replace_weights(output)
         parts = cls(partial_folder(output), names)
         previous, found = parts._settings(), list(parts.folder.glob("[0-9]*.safetensors"))
         if previous == settings:

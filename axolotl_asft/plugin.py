@@ -18,7 +18,7 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_strays
+from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_misspelt_block, refuse_strays
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.trained import Trained
@@ -59,6 +59,7 @@ class AsftPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Called for every command that reads a config: what the YAML alone tells to be wrong ends here."""
         fold_dotted_keys(cfg)
+        refuse_misspelt_block(cfg)
         if cfg.get("asft") is None:
             raise AsftError("plugins: lists asft, but the config has no asft: block; add it, or take the plugin out")
         parse_block(cfg["asft"])

@@ -186,8 +186,11 @@ def summary_text(report: ProjectionReport) -> str:
     if cosines:
         spread = f"cos(C dW, dW): {cosines[0]:.4f} to {cosines[-1]:.4f}, median {cosines[len(cosines) // 2]:.4f}\n"
     left = ""
+    if not report.projected:
+        at_most = report.settings["threshold"]
+        left = f"nothing was projected, the output is a copy: no layer's cosine is at most --threshold {at_most:g}\n"
     if report.settings["projector"] == "paper" and report.settings["energy"] < WHOLE:
-        left = (
+        left += (
             f"C is of the directions that are kept, {report.settings['energy']:.0%} of ||d||^2 in the median layer; "
             "the published one is of all: with a larger `extract --rank` cosines are higher, and less is taken away\n"
         )

@@ -72,7 +72,7 @@ def push_direction(
     direction = AlignmentDirection.load(path)
     assert direction.sha256 is not None
     api = HfApi()
-    with hub_errors(wanted):
+    with hub_errors(wanted, sending=True):
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise AsftError(

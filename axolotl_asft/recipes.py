@@ -1,6 +1,7 @@
 """The shipped configs: ordinary axolotl YAMLs, to be listed, read and copied."""
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from axolotl_asft.args import parse_block
 from axolotl_asft.errors import AsftError, did_you_mean
 from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
+from axolotl_asft.hub import hub_file
 from axolotl_asft.yaml_config import read_config, read_text
 
 
@@ -73,7 +75,7 @@ def recipe(name: str) -> Recipe:
 def copy_recipe(
     name: str, output: Path, direction: str | None = None, sha256: str | None = None, force: bool = False
 ) -> None:
-    """Write a recipe to a file of one's own, with another direction in it where one is given.
+    """Write a recipe to a file of one's own, under its name, with another direction in it where one is given.
 
     Raises:
         AsftError: no such recipe, a file that is there already, or a hash that is none.
@@ -83,10 +85,21 @@ def copy_recipe(
         raise AsftError(f"--output is {output}; expected a name that ends in .yml")
     if sha256 is not None and direction is None:
         raise AsftError("--sha256 pins the file of --direction; give that too")
-    text = recipe(name).text
+    found = recipe(name)
+    text = found.text.replace(found.path.name, shlex.quote(output.name))
     if direction is not None:
-        text = with_direction(text, direction, sha256)
+        text = _with_its_making(with_direction(text, direction, sha256), direction)
     atomic_write_text(output, text)
+
+
+def missing_direction(direction: str | None) -> str | None:
+    """What to say of a direction that is a file on this machine, and is not there yet; None of any other."""
+    if direction is None or hub_file(direction) is not None or Path(direction).expanduser().exists():
+        return None
+    return (
+        f"there is no file {direction} yet (seen from {Path.cwd()}; paths in a config are relative to where the "
+        "command runs, not to the config)"
+    )
 
 
 def with_direction(text: str, direction: str, sha256: str | None = None) -> str:
@@ -96,7 +109,7 @@ def with_direction(text: str, direction: str, sha256: str | None = None) -> str:
         AsftError: the hash is none, or the direction cannot be written in a line.
     """
     parse_block({"direction": direction, "direction_sha256": sha256})
-    if "\n" in direction or "\r" in direction:
+    if direction.splitlines() != [direction]:
         raise AsftError(f"--direction is {direction!r}; expected one line: a path, or owner/name@revision")
     lines, inside, done = [], False, False
     for line in text.splitlines():
@@ -111,6 +124,14 @@ def with_direction(text: str, direction: str, sha256: str | None = None) -> str:
             done = True
     assert done, "a recipe has an asft block with a direction; a test holds it"
     return "\n".join(lines) + "\n"
+
+
+def _with_its_making(text: str, direction: str) -> str:
+    """A recipe's text whose head says which direction it reads; where that is a file here, how to make that one."""
+    if hub_file(direction) is None:
+        text = re.sub(r"-o \S+\.safetensors$", lambda _: f"-o {shlex.quote(direction)}", text, count=1, flags=re.M)
+    lead = f"# The direction of this copy: {direction}\n# How to make one"
+    return text.replace("# Make the direction once", lead, 1)
 
 
 def _scalar(text: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -57,9 +58,8 @@ def validated_config(content: dict[str, Any], remote_code: bool = False) -> Dict
         try:
             normalize_config(cfg)
         except OSError as error:
-            raise AsftError(
-                f"base_model {cfg.base_model}: its config.json cannot be read ({one_line(error)})"
-            ) from error
+            unread = f"base_model {cfg.base_model}: its config.json cannot be read ({one_line(error)})"
+            raise AsftError(_no_such_folder(cfg.base_model) or unread) from error
     return cfg
 
 
@@ -114,6 +114,25 @@ def dataset_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
     return found
 
 
+def missing_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
+    """A line for each dataset of type chat_template for which there is no chat template, in which the run ends."""
+    if cfg.skip_prepare_dataset or cfg.tokenizer_use_mistral_common:
+        return []  # no dataset is rendered by a template
+    lines = []
+    for key in ("datasets", "test_datasets", "pretraining_dataset"):
+        for dataset in cfg[key] or []:
+            if not isinstance(dataset, dict) or "chat_template" not in str(dataset.get("type")).split("."):
+                continue
+            try:
+                get_chat_template_from_config(cfg, dataset, tokenizer)
+            except Exception as error:
+                lines.append(
+                    f"{key}: {dataset.get('path')} is of type {dataset['type']}, which needs a chat template "
+                    f"({one_line(error)}); set chat_template: in the config, or give a tokenizer that has one"
+                )
+    return lines
+
+
 def run_processor(cfg: DictDefault, tokenizer: Any) -> None:
     """What prepares images, as axolotl loads it for every model that can read them; nothing for another.
 
@@ -153,6 +172,16 @@ def missed_targets(cfg: DictDefault, model: nn.Module) -> list[str]:
             line = f"lora_target_modules: {target!r} is no layer of the model, and is passed over"
             lines.append(f"{line}; {hint}" if hint else line)
     return lines
+
+
+def _no_such_folder(base_model: str) -> str | None:
+    """What to say of a base_model that is written like a path and is no folder; None of any other."""
+    if Path(base_model).is_dir() or not (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        return None
+    hint = f"seen from {Path.cwd()}; paths in a config are relative to where the command runs, not to the config"
+    if base_model.startswith("~"):
+        hint = "axolotl takes ~ as it stands; write the path out"
+    return f"base_model: there is no folder {base_model} ({hint})"
 
 
 def _model(cfg: DictDefault) -> Any:

@@ -134,20 +134,13 @@ def check_merged(saved: SavedAdapter, aligned: Checkpoint, factors: Mapping[str,
     Raises:
         AsftError: it is the adapter's base, or another model than the base with the adapter merged in.
     """
-    recorded = str(saved.config.get("base_model_name_or_path") or "")
-    wanted = named_on_the_hub(recorded)
-    where = Path(recorded).resolve() if wanted is None else wanted.repo
+    recorded, where = _recorded(saved)
     if recorded and where == (aligned.name if aligned.revision else Path(aligned.location).resolve()):
         raise AsftError(
             f"{aligned.name} is the base of the adapter {saved.folder}, not what it was merged into; give it as --base"
         )
-    try:
-        folder = where if isinstance(where, Path) else cached_folder(wanted, ["config.json"]) if wanted else None
-        base = Checkpoint.open(folder) if recorded and folder is not None and folder.is_dir() else None
-    except AsftError:
-        base = None  # quantised, say: then it cannot be held against it
-    shapes = base.linear_weights() if base is not None else {}
-    if base is None or any(shapes.get(name) != d.shape for name, d in factors.items()):
+    base = _base_that_is_here(saved, factors)
+    if base is None:
         return
     share, within = _share_of(factors, base, aligned)
     if abs(share - 1) > within:
@@ -155,6 +148,49 @@ def check_merged(saved: SavedAdapter, aligned: Checkpoint, factors: Mapping[str,
             f"{aligned.name} is not {recorded}, the adapter's base, with the adapter merged in: {share:.0%} of what it "
             "adds is there; give the merged model as --aligned, or the model that it was trained on as --base"
         )
+
+
+def check_base(saved: SavedAdapter, base: Checkpoint, factors: Mapping[str, LowRank]) -> None:
+    """Hold a model against the base that an adapter was trained on, where that can be read here.
+
+    Raises:
+        AsftError: it has other weights, so that base plus adapter would be a model that nobody has.
+    """
+    trained_on = _base_that_is_here(saved, factors)
+    if trained_on is None:
+        return
+    differing = compared = 0
+    for name, d in factors.items():
+        start = fingerprint.block_start(name, d.shape.numel())
+        count = min(fingerprint.BLOCK, d.shape.numel() - start)
+        found = base.values(name, start, count)
+        differing += fingerprint.mismatching_values(trained_on.values(name, start, count).float(), found)
+        compared += count
+    if differing > fingerprint.MAX_MISMATCH * compared:
+        raise AsftError(
+            f"{base.name} is not {_recorded(saved)[0]}, which the adapter {saved.folder} was trained on: "
+            f"{differing} of {compared} sampled weights differ; give the model that it was trained on as --base"
+        )
+
+
+def _recorded(saved: SavedAdapter) -> tuple[str, Path | str]:
+    """The base that an adapter names, as it is written; and its folder, or its name on the Hub."""
+    recorded = str(saved.config.get("base_model_name_or_path") or "")
+    wanted = named_on_the_hub(recorded)
+    return recorded, Path(recorded).resolve() if wanted is None else wanted.repo
+
+
+def _base_that_is_here(saved: SavedAdapter, factors: Mapping[str, LowRank]) -> Checkpoint | None:
+    """The adapter's base from a local folder or the Hub's cache, with the layers that the adapter changes."""
+    recorded, where = _recorded(saved)
+    wanted = named_on_the_hub(recorded)
+    try:
+        folder = where if isinstance(where, Path) else cached_folder(wanted, ["config.json"]) if wanted else None
+        base = Checkpoint.open(folder) if recorded and folder is not None and folder.is_dir() else None
+    except AsftError:
+        return None  # quantised, say
+    shapes = base.linear_weights() if base is not None else {}
+    return None if any(shapes.get(name) != d.shape for name, d in factors.items()) else base
 
 
 def _share_of(factors: Mapping[str, LowRank], base: Checkpoint, aligned: Checkpoint) -> tuple[float, float]:

@@ -121,15 +121,14 @@ class AdapterPair:
             adapter: a folder that PEFT saved, or owner/name[@revision] on the Hub.
             patterns: of modules; those that the adapter leaves alone have a difference of zero.
         """
-        from axolotl_asft.saved import ADAPTER_WEIGHTS, SCALED_BY, SavedAdapter, check_merged
+        from axolotl_asft.saved import ADAPTER_WEIGHTS, SCALED_BY, SavedAdapter, check_base, check_merged
 
         saved = SavedAdapter.read(model_folder(adapter))
         self.names = _linear_modules(checkpoint, patterns)
         self.checkpoints = {side: checkpoint}
         self.stored_names = {side: {name: name for name in self.names}}
         self._side, self._factors = side, _checked_factors(saved, checkpoint)
-        if side == "aligned":
-            check_merged(saved, checkpoint, self._factors)
+        (check_merged if side == "aligned" else check_base)(saved, checkpoint, self._factors)
         name = saved.folder.resolve().name if hub_model(adapter) is None else str(adapter)
         of_base = _name_of(saved.config.get("base_model_name_or_path"))
         known = _model_entry(checkpoint, self.stored_names[side])

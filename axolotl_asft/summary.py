@@ -35,6 +35,7 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
             name: {**entry, "layers": _layers_with(direction, name)} for name, entry in spec.get("metrics", {}).items()
         },
         "own_answers": spec.get("own_answers", []),
+        "own_answers_different": len(set(map(tuple, spec.get("own_answers", [])))),
         "own_answers_declining": sum(is_refusal(answer) for _, answer in spec.get("own_answers", [])),
         "rank": spec["rank"],
         "svd": spec["svd"],
@@ -93,7 +94,7 @@ def summary_table(result: dict[str, Any]) -> str:
         ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
         ("error bound", f"at most {result['max_bound']:.3g} of ||dW||^2 (paper penalty, worst layer)"),
         ("metrics", ", ".join(["weights", *(_metric(name, of, layers) for name, of in result["metrics"].items())])),
-        ("own answers", _answers(len(result["own_answers"]), result["own_answers_declining"])),
+        ("own answers", _answers(result)),
         ("paper max c", f"{result['max_c']['paper']:.4g}" + _over_two(result["max_c"]["over_2"])),
         ("made by", f"{result['tool']}, {result['created']}"),
     ]
@@ -124,8 +125,12 @@ def _metric(name: str, of: dict[str, Any], layers: int) -> str:
     return f"{name} in {of['layers']} of {layers} layers (from {of.get('answers')} answers)"
 
 
-def _answers(count: int, declining: int) -> str:
-    return f"{count}, of which {declining} decline; for anchor_weight" if count else "none"
+def _answers(result: dict[str, Any]) -> str:
+    count, different = len(result["own_answers"]), result["own_answers_different"]
+    if not count:
+        return "none"
+    again = f" ({different} different)" if different < count else ""  # where there are few of a kind, they come again
+    return f"{count}{again}, of which {result['own_answers_declining']} decline; for anchor_weight"
 
 
 def _over_two(layers: int) -> str:

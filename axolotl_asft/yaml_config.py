@@ -84,8 +84,14 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AsftError(f"{path} cannot be read ({error.__class__.__name__}); give a text file") from error
+    except FileNotFoundError as error:
+        raise AsftError(f"{path} cannot be read: there is no file of that name; check the path") from error
+    except IsADirectoryError as error:
+        raise AsftError(f"{path} is a folder; expected a file; give one that lies in it") from error
+    except UnicodeDecodeError as error:
+        raise AsftError(f"{path} is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
+    except OSError as error:
+        raise AsftError(f"{path} cannot be read ({error.strerror}); give a text file") from error
 
 
 def written_config(cfg: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:

@@ -327,3 +327,24 @@ def test_a_tiled_mlp_is_asked_one_text_at_a_time(model, monkeypatch):
     asked.clear()
     AnswerAnchor(make_tokenizer(), ANSWERS).remember(model)
     assert set(asked) == {1}
+
+
+def test_a_model_that_never_gave_these_answers_is_told(pair, rows, direction, tmp_path, caplog, monkeypatch):
+    """Another head, other embeddings, another tokenizer: no fingerprint of the layers sees them."""
+    tokenizer, aligned = make_tokenizer(), AutoModelForCausalLM.from_pretrained(pair[1]).eval()
+    hits = []
+    for request, answer in ANSWERS:
+        start = len(tokenizer(request, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(request + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            likeliest = aligned(input_ids=ids).logits[0].argmax(dim=-1)
+        hits += (likeliest[start - 1 : -1] == ids[0, start:]).tolist()
+    share = sum(hits) / len(hits)
+    for least, told in ((share, False), (share + 0.01, True)):
+        monkeypatch.setattr("axolotl_asft.anchored.RECOGNISED", least - 1e-6)
+        trainer = make_trainer(pair, rows, tmp_path, max_steps=1)
+        trainer.processing_class = tokenizer
+        attach(trainer, direction, lambda_reg=0, anchor_weight=WEIGHT)
+        caplog.clear()
+        trainer.train()
+        assert (f"says {100 * share:.0f} % of the words that the direction file keeps of" in caplog.text) == told

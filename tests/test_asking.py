@@ -174,6 +174,44 @@ def test_several_sets_are_asked_together(thinker, tmp_path):
     assert held[2] == held[0] + held[1]
 
 
+def asked_for_metrics(thinker, folder, harmless):
+    """The model's answers to prompts that ask for harm and to these, with a stage for each."""
+    (folder / "harm.json").write_text(json.dumps(many("cat", 4)))
+    (folder / "harmless.json").write_text(json.dumps(harmless))
+    titles = []
+
+    def stage(title, total):
+        titles.append(title)
+        return lambda done=1: None
+
+    safety_metrics(str(thinker), (), str(folder / "harm.json"), str(folder / "harmless.json"), stage=stage)
+    return titles
+
+
+def test_each_set_has_a_stage_of_its_own(thinker, tmp_path):
+    titles = asked_for_metrics(thinker, tmp_path, ["a dog"])
+    assert titles == ["the aligned model answers harm.json", "the aligned model answers harmless.json"]
+
+
+@pytest.mark.parametrize(("declining", "told"), [(1, False), (2, True)])
+def test_over_refusal_that_an_anchor_would_hold_is_told(thinker, tmp_path, caplog, declining, told):
+    with caplog.at_level("WARNING", logger="axolotl.asft"):
+        asked_for_metrics(thinker, tmp_path, [*many("cat", declining), *many("dog", 4 - declining)])
+    said = [record.getMessage() for record in caplog.records if "declines" in record.getMessage()]
+    assert len(said) == told
+    assert all("declines 2 of 4 harmless prompts (50 %), and anchor_weight would hold" in line for line in said)
+
+
+def test_without_a_chat_template_the_advice_holds_for_every_command(thinker, tmp_path):
+    folder = shutil.copytree(thinker, tmp_path / "bare")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(AsftError, match="save one with the tokenizer, or, of eval, give --tokenizer with a folder"):
+        load_tokenizer(str(folder))
+
+
 def test_what_ends_a_turn(thinker):
     """An added token alone: words, the next turn's too, may stand in an answer."""
     model, tokenizer = load_model(str(thinker)), load_tokenizer(str(thinker))

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -132,6 +133,10 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"tokens": ["<new>"]}, "`lora_modules_to_save` not properly set"),
         ({}, {"lora_target_linear": None, "lora_target_modules": ["attn"]}, "linear layers are called down_proj"),
         ({}, {"base_model": "no-such-folder"}, "its config.json cannot be read"),
+        ({}, {"base_model": "../aligne"}, "base_model: there is no folder ../aligne (seen from "),
+        ({}, {"base_model": "/no/aligned"}, "base_model: there is no folder /no/aligned (seen from "),
+        ({}, {"base_model": "runs/a/aligned"}, "paths in a config are relative to where the command runs, not to the"),
+        ({}, {"base_model": "~/aligned"}, "there is no folder ~/aligned (axolotl takes ~ as it stands; write the path"),
         ({}, {"micro_batch_size": "many"}, "axolotl refuses the config: micro_batch_size"),
         ({}, {"type_of_model": "LamaForCausalLM"}, "which transformers does not have"),
         ({"max_drift": 0.1}, {"peft_init_lora_weights": "pissa"}, "max_drift cannot shorten"),
@@ -139,6 +144,8 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({"max_drift": 0.1}, {"optimizer": "schedule_free_adamw"}, "which max_drift cannot hold"),
         ({"anchor_weight": 1}, {}, "anchor_weight needs the aligned model's own answers"),
         ({}, {"asft": None, "plugins": None}, "the config has no asft: block"),
+        ({}, {"asft": None, "plugins": ["asft"], "AsFT": {"direction": "d"}}, "AsFT: is no key of axolotl"),
+        ({}, {"asft": None, "AsFT": {"direction": "d"}}, "did you mean asft:?"),
     ],
 )
 def test_what_would_end_the_run(checked, block, changes, message):
@@ -240,6 +247,7 @@ def test_layers_that_the_block_leaves_out(checked):
         ({"max_drift": 2}, {}, "a budget of 1 kept nothing"),
         ({"rank": 100}, {}, "the direction file holds 8 directions"),
         ({"projector": "subspace"}, {}, "leaves the way back to the base model free"),
+        ({"projector": "subspace", "rank": 0}, {}, "projector subspace has no effect at rank 0; give another rank"),
         ({"verify_model": False}, {}, "verify_model is false"),
         ({}, {"optimizer": "muon"}, "normalises every update"),
         ({}, {"trust_remote_code": True}, "executes code of the repository"),
@@ -372,9 +380,76 @@ def test_a_metric_that_is_held(checked, fisher_file):
     assert warned(found, "holds the metric fisher, which is not used")
 
 
+def test_a_projector_where_no_direction_is_free(checked, fisher_file):
+    """Under the metric fisher the rank is 0 unless it is given, and C with it."""
+    block, line = {"direction": str(fisher_file)}, "has no effect at rank 0, the default under metric fisher; give rank"
+    for projector in ("subspace", "normalized"):
+        found = checked({**block, "projector": projector})[1]
+        assert found["warnings"] == [f"projector {projector} {line}, or metric: weights"]
+        assert not warned(checked({**block, "projector": projector, "rank": 2})[1], "has no effect")
+        found = checked({**block, "projector": projector, "rank": 0})[1]
+        assert warned(found, "has no effect at rank 0; give another rank, or metric: weights")
+        assert not warned(checked({**block, "projector": projector, "metric": "weights"})[1], "has no effect")
+    assert checked({**block, "projector": "paper"})[1]["warnings"] == []
+
+
+@pytest.fixture(scope="module")
+def without_template(pair, tmp_path_factory):
+    """The aligned model with a tokenizer that has no chat template, as base models have theirs."""
+    folder = tmp_path_factory.mktemp("without") / "aligned"
+    shutil.copytree(pair[1], folder, ignore=shutil.ignore_patterns("chat_template*"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+    return folder
+
+
+PREFERENCES = {"rl": "dpo", "datasets": [{"path": "x.jsonl", "ds_type": "json", "type": "chat_template.default"}]}
+PLAIN = {"datasets": [{"path": "x.jsonl", "type": "alpaca"}]}
+NAMED = {"datasets": [{"path": "x.jsonl", "type": "chat_template", "chat_template": "chatml"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({}, "datasets"),
+        (PREFERENCES, "datasets"),
+        ({**NAMED, "test_datasets": [{"path": "t.jsonl", "type": "chat_template", "split": "t"}]}, "test_datasets"),
+    ],
+)
+def test_a_chat_dataset_without_a_template(checked, without_template, changes, key):
+    """The run ends as it renders the data."""
+    status, found = checked(base_model=without_template, **changes)
+    assert (status, len(found["errors"])) == (2, 1), found["errors"]
+    assert re.match(rf"{key}: \S+ is of type chat_template\S*, which needs a chat template \(", found["errors"][0])
+    assert "tokenizer's chat_template is null" in found["errors"][0]
+    assert found["errors"][0].endswith("set chat_template: in the config, or give a tokenizer that has one")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chat_template": "chatml"},
+        {"chat_template": "tokenizer_default_fallback_chatml"},
+        {"chat_template_jinja": "{{ messages }}"},
+        {**PREFERENCES, "chat_template": "chatml"},
+        PLAIN,
+        NAMED,
+    ],
+)
+def test_a_template_from_elsewhere(checked, without_template, changes):
+    status, found = checked(base_model=without_template, **changes)
+    assert (status, found["errors"]) == (0, [])
+
+
+def test_an_anchor_wants_no_template(checked, without_template, anchored_file):
+    """The direction file keeps the requests as text."""
+    block = {"direction": str(anchored_file), "anchor_weight": 1}
+    assert checked(block, base_model=without_template, **PLAIN)[1]["errors"] == []
+
+
 def test_weights_that_are_not_compared(checked, pair, tmp_path):
     assert checked({"verify_model": False})[1]["direction"]["weights"] == "not asked"
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "bare").mkdir(exist_ok=True)
         shutil.copy(pair[1] / name, tmp_path / "bare" / name)
     status, found = checked(base_model=tmp_path / "bare")
@@ -497,7 +572,7 @@ def test_code_of_the_models_repository_is_not_run_unasked(pair, dataset, directi
     content = json.loads((pair[1] / "config.json").read_text()) | {"model_type": "strange", "architectures": None}
     content["auto_map"] = {"AutoConfig": "code.StrangeConfig", "AutoModelForCausalLM": "code.StrangeForCausalLM"}
     (model / "config.json").write_text(json.dumps(content))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(pair[1] / name, model / name)
     (model / "code.py").write_text(CODE.format(marker=str(marker)))
     block = {"direction": str(direction_file)}
@@ -521,6 +596,30 @@ def test_the_text_says_the_same(pair, dataset, direction_file, tmp_path):
         "The run would start. 2 warnings.",
     ):
         assert text in result.stdout, text
+
+
+def test_one_is_no_plural(checked):
+    assert any("(1 micro-batch here)" in line for line in checked(gradient_accumulation_steps=1)[1]["settings"])
+
+
+def test_a_block_that_is_left_empty(pair, dataset, tmp_path):
+    config = write_config(tmp_path, pair[1], dataset, plugins=["asft"])
+    config.write_text(f"{config.read_text()}asft:\n")
+    result = CliRunner().invoke(asft, ["check", str(config)])
+    assert (result.exit_code, "the asft: block is empty, so that nothing" in result.stdout) == (2, True)
+
+
+def test_files_that_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.yml").write_bytes("base_model: modèle".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
+    for name, message in {
+        "nothere.yml": "nothere.yml cannot be read: there is no file of that name; check the path",
+        "folder": "folder is a folder; expected a file; give one that lies in it",
+        "latin.yml": "latin.yml is not UTF-8 (byte 16); save it as UTF-8",
+    }.items():
+        found = json.loads(CliRunner().invoke(asft, ["check", name, "--json"]).stdout)
+        assert found["errors"] == [message]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import yaml
 from tiny import axolotl
 
 from axolotl_asft.evaluation.judges import WAYS
-from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.prompts import COLUMNS, FILES, load_prompts
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -27,6 +27,12 @@ def test_the_sets_are_as_described(name):
 def test_every_family_of_judges_is_described():
     described = "".join(line.lower().replace(" ", "-") for line in TEXT.splitlines() if line.startswith("| "))
     assert not [way.family for way in WAYS if not re.search(way.family, described)]
+
+
+def test_every_kind_of_file_and_every_column_is_described():
+    assert re.findall(r"^- `(\.\w+)`: ", TEXT, re.M) == list(FILES)
+    (columns,) = re.findall(r"The column is the first of (.*?);", TEXT, re.S)
+    assert re.findall(r"`(\w+)`", columns) == list(COLUMNS)
 
 
 @pytest.mark.slow

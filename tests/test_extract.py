@@ -203,7 +203,7 @@ def test_an_output_that_is_a_folder(pair, tmp_path):
     ("options", "message"),
     [
         (["--rank", "auto", "--tolerance", "0"], "tolerance is 0.0; expected a positive number"),
-        (["--energy", "0.5"], "rank is 64; energy and max_rank go with rank None (auto)"),
+        (["--energy", "0.5"], "--energy goes with --rank auto, and the rank is 64; add --rank auto"),
         (["--device", "cpu,foo"], "device is 'cpu,foo'; expected cpu, cuda, or one GPU or more like cuda:0,cuda:1"),
     ],
 )
@@ -299,3 +299,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     # 21 more layers are 168 MB more of checkpoints, 21 pairs
     assert peaks[24, False] - peaks[3, False] < 24e6, peaks
     assert peaks[24, True] - peaks[3, True] < 24e6, peaks
+
+
+def test_a_model_s_weights_are_not_replaced(pair, tmp_path):
+    folder = copied(pair[1], tmp_path / "aligned")
+    file = folder / "model.safetensors"
+    before = file.read_bytes()
+    command = ["extract", "--base", str(pair[0]), "--aligned", str(folder), "--rank", "4", "--force", "-o", str(file)]
+    result = CliRunner().invoke(asft, command)
+    assert result.exit_code == 2
+    assert "holds other tensors, a model's perhaps, and is not replaced" in result.output
+    assert file.read_bytes() == before

@@ -357,6 +357,10 @@ def test_an_upload_that_fails_is_no_download(hub, environment, direction_file):
     nobody = push(environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}, direction_file, "me/new-asft")
     assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1), nobody.stderr
     assert nobody.stderr.startswith("asft: me/new-asft: the upload to the Hub failed (")
+    offline = push(environment | {"HF_HUB_OFFLINE": "1"}, direction_file, "me/new-asft")
+    assert (offline.returncode, offline.stderr.count("\n")) == (1, 1), offline.stderr
+    assert offline.stderr.startswith("asft: me/new-asft: the upload to the Hub failed (Cannot reach http")
+    assert "offline mode is enabled" in offline.stderr
     hub.fault = lambda method, path, n: 403 if path.startswith("/lfs/") else None
     environment |= {"HF_TOKEN": "secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     failed = push(environment, direction_file, "me/new-asft")

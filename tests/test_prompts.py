@@ -81,3 +81,68 @@ def test_what_is_no_prompt_is_refused(tmp_path, name, content, message):
     with pytest.raises(AsftError, match=message) as error:
         load_prompts(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("set.jsonl", '{"ask me": "How?", "prompt": 1}\n{"ask me": "Who?", "prompt": 2}\n'),
+        ("set.JSON", '[{"ask me": "How?", "prompt": 1}, {"ask me": "Who?", "prompt": 2}]'),
+        ("set.csv", "prompt,Ask me\n1,How?\n2,Who?\n"),
+    ],
+)
+def test_a_column_of_a_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert texts(f"{tmp_path / name}?column=ask+me") == ["How?", "Who?"]
+    with pytest.raises(AsftError, match=rf"expected one of other; rename one, or give .*{name}\?column=NAME$"):
+        texts(f"{tmp_path / name}?column=other")
+
+
+def test_a_file_may_have_a_question_mark_in_its_name(tmp_path):
+    (tmp_path / "set?column=goal.csv").write_text("prompt,goal\nHow?,Who?\n")
+    assert texts(tmp_path / "set?column=goal.csv") == ["How?"]
+    assert texts(f"{tmp_path / 'set?column=goal.csv'}") == ["How?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [
+        ("set.csv", "split=test"), ("set.csv", "column=goal&split=test"), ("set.csv", "goal"), ("set.csv", "column="),
+        ("set.csv", ""), ("set.txt", "column=prompt"),
+    ],
+)  # fmt: skip
+def test_a_file_takes_a_column_and_nothing_else(tmp_path, name, behind):
+    (tmp_path / name).write_text("goal\nHow?\n")
+    with pytest.raises(AsftError, match=rf"{name} is named as a file, with \?{behind} behind it; expected \?column="):
+        texts(f"{tmp_path / name}?{behind}")
+
+
+def test_messages_are_turns(tmp_path):
+    """As axolotl's chat data has them; a spreadsheet's text of turns is no request."""
+    rows = [{"messages": [turn("user", "How?"), turn("assistant", "So.")]}, {"messages": [turn("user", "Who?")]}]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert texts(tmp_path / "set.jsonl") == texts(f"{tmp_path / 'set.jsonl'}?column=messages") == ["How?", "Who?"]
+    (tmp_path / "set.csv").write_text("messages\n\"[{'role': 'user'}]\"\n")
+    with pytest.raises(AsftError, match=r"row 1: messages is .*; expected a list of turns"):
+        texts(tmp_path / "set.csv")
+
+
+@pytest.mark.parametrize("name", ["set.txt", "set.jsonl", "set.JSON", "set.csv?column=goal"])
+def test_a_file_that_is_not_there_is_no_dataset(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = name.partition("?")[0]
+    with pytest.raises(AsftError, match=f"^there is no file p/{file}; see that the path is right$"):
+        texts(f"p/{name}")
+    (tmp_path / "p" / file).mkdir(parents=True)
+    with pytest.raises(AsftError, match=f"^p/{file} is a folder; expected a file of prompts, .jsonl"):
+        texts(f"p/{name}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"prompt": }', "line 4, column 12: Expecting value"), ("[1]", "line 4 is no JSON object")],
+)
+def test_a_bad_line_is_told_by_its_number(tmp_path, line, message):
+    (tmp_path / "set.jsonl").write_text(f'{{"prompt": "How?"}}\n\n \n{line}\n{{"prompt": "Who?"}}\n')
+    with pytest.raises(AsftError, match=rf"set.jsonl cannot be read as .jsonl \({message}\); give a file of prompts$"):
+        texts(tmp_path / "set.jsonl")

@@ -11,6 +11,7 @@ import axolotl_asft
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.penalty import PROJECTORS
+from axolotl_asft.strengths import strengths
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,6 +41,23 @@ def test_every_key_is_listed_with_its_default():
     for name, field in AsftArgs.model_fields.items():
         written = "" if field.is_required() else yaml.safe_load(listed[name])
         assert written == ("" if field.is_required() else field.default), name
+
+
+def test_what_null_means():
+    table = README[README.index("| | `metric` | `rank` |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table]
+    fisher, plain = {"own_answers": [("a", "b")]}, {}
+    found = [
+        strengths("fisher", fisher, taken_out=False),
+        strengths("fisher", fisher, max_drift=1.0, taken_out=False),
+        strengths("fisher", fisher, anchor_weight=0.0, taken_out=False),
+        strengths("weights", plain, taken_out=False),
+    ]
+    for (_, metric, rank, lambda_reg, anchor), strength in zip(rows, found, strict=True):
+        assert (metric, rank) in (("fisher", "0"), ("weights", "all"))
+        assert float(lambda_reg.partition(",")[0]) == strength.lambda_reg
+        assert float(anchor or 0) == strength.anchor_weight
+    assert strengths("weights", plain, max_drift=1.0, taken_out=False).lambda_reg == 0
 
 
 def test_every_projector_is_listed():

@@ -54,10 +54,31 @@ def test_copy_with_a_direction_changes_nothing_else(run, tmp_path):
     expected["asft"] |= {"direction": "me/chat-asft@v1", "direction_sha256": HASH}
     written = (tmp_path / "mine.yml").read_text()
     assert yaml.safe_load(written) == expected
-    kept = [line for line in text.splitlines() if "direction:" not in line]
-    assert [line for line in written.splitlines() if "direction" not in line] == [
-        line for line in kept if "direction" not in line
+    kept = text.replace(f"{NAME}.yml", "mine.yml").splitlines()
+    assert [line for line in written.splitlines() if "irection" not in line and "How to make" not in line] == [
+        line for line in kept if "irection" not in line
     ]
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in recipes()])
+def test_the_head_of_a_copy_is_the_copy_s(run, tmp_path, name):
+    """The commands in it name the copy, and make the file that it reads."""
+    result = run("recipes", "copy", name, "-o", "mine.yml", "--direction", "./my.safetensors")
+    head, _, rest = (tmp_path / "mine.yml").read_text().partition("\nbase_model:")
+    assert f"{name}.yml" not in head + rest
+    assert "axolotl asft check mine.yml" in head
+    assert "axolotl train mine.yml" in head
+    assert "# The direction of this copy: ./my.safetensors\n# How to make one" in head
+    assert "Make the direction once" not in head
+    assert "-o ./my.safetensors\n" in head
+    assert head.count(".safetensors") == 2
+    assert result.stderr.startswith("note: there is no file ./my.safetensors yet (seen from ")
+    (tmp_path / "my.safetensors").touch()
+    assert not run("recipes", "copy", name, "-o", "mine.yml", "--direction", "./my.safetensors", "--force").stderr
+    assert not run("recipes", "copy", name, "-o", "my 2.yml", "--direction", "me/chat@v1").stderr
+    text = (tmp_path / "my 2.yml").read_text()
+    assert "axolotl asft check 'my 2.yml'" in text
+    assert "# The direction of this copy: me/chat@v1\n" in text
 
 
 @pytest.mark.parametrize("direction", ["owner/name@abc:sub/file.safetensors", "./a: b #c.safetensors", "'", "~/d", "1"])
@@ -80,6 +101,7 @@ def test_directions_of_all_spellings(direction):
         (["copy", NAME, "--sha256", HASH], "--sha256 pins the file of --direction"),
         (["copy", NAME, "--direction", "a/b", "--sha256", "12"], "asft.direction_sha256 is '12'"),
         (["copy", NAME, "--direction", "a\nb: c"], "expected one line"),
+        (["copy", NAME, "--direction", "a\u2028b: c"], "expected one line"),
         (["copy", NAME, "--direction", ""], "asft.direction is ''"),
     ],
 )

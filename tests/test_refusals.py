@@ -69,6 +69,11 @@ def test_plugin_without_block(refused):
     assert "no asft: block" in refused(None, plugins=["asft"])
 
 
+def test_block_in_capitals(refused, direction_file):
+    line = refused(None, AsFT={"direction": str(direction_file)})
+    assert "AsFT: is no key of axolotl's, which drops it; did you mean asft:?" in line
+
+
 def test_block_without_plugin(refused, direction_file):
     line = refused({"direction": str(direction_file)}, plugins=None)
     assert "plugins: lists nothing; add `- asft` under plugins:" in line

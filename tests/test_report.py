@@ -314,6 +314,16 @@ def test_a_page_of_what_there_is(run, direction_file, change, left_out):
     assert left_out in page(report)
 
 
+def test_a_checkpoint_is_told_from_a_run(run):
+    checkpoint = Path(shutil.copytree(run, run.parent / "checkpoint-8")).rename(run / "checkpoint-8")
+    (checkpoint / HISTORY_FILE).unlink()
+    (note,) = (note for note in gather(checkpoint).notes if "heat map" in note)
+    assert note.startswith(f"checkpoint-8 is a checkpoint; give {run.resolve()} for the whole run. The curves are")
+    (run / HISTORY_FILE).unlink()
+    (note,) = (note for note in gather(checkpoint).notes if "heat map" in note)
+    assert note.startswith(f"No {HISTORY_FILE}: the run was trained by an earlier version")
+
+
 NUMBERS = ("asft/penalty", "asft/drift", "asft/update_norm", "asft/max_drift", "asft/penalty_peak")
 
 

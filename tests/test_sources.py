@@ -169,6 +169,15 @@ def test_the_base_given_for_the_aligned_model(lora, tmp_path):
     assert extract_direction(aligned=again, adapter=elsewhere, rank=1), "nothing to hold it against"
 
 
+def test_another_model_given_for_the_adapter_s_base(pair, lora, tmp_path):
+    base, adapter, _ = lora
+    with pytest.raises(AsftError, match=r"aligned is not .*base, which the adapter .* was trained on: \d+ of"):
+        extract_direction(pair[1], adapter=adapter)
+    assert extract_direction(copied(base, tmp_path / "again"), adapter=adapter, rank=1)
+    elsewhere = with_config(adapter, tmp_path / "elsewhere", base_model_name_or_path=str(tmp_path / "gone"))
+    assert extract_direction(pair[1], adapter=elsewhere, rank=1), "nothing to hold it against"
+
+
 def test_a_merge_is_known_after_any_rounding(pair, lora, tmp_path):
     """Also one into weights that went through NF4, which is how axolotl merges what QLoRA trained."""
     from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient

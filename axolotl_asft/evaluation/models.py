@@ -53,7 +53,7 @@ def subjects(adapters: list[str]) -> list[Subject]:
         name, equals, folder = text.partition("=")
         if equals and (Path(text).expanduser() / ADAPTER_CONFIG).is_file():
             equals, name = "", ""  # a folder with a = in its name
-        elif equals and not name:
+        elif equals and not (name and folder):
             raise AsftError(f"--adapter is {text!r}; expected a folder, or name=folder")
         path = Path(folder if equals else text).expanduser()
         if not (path / ADAPTER_CONFIG).is_file():
@@ -157,8 +157,15 @@ def place(name: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": wanted.repo, "revision": wanted.revision}
 
 
+def check_place(name: str) -> None:
+    """Refuse what is no folder here and cannot be on the Hub, of which transformers says that it is not reached."""
+    if hub_model(name) is None and not Path(name).is_dir():
+        raise AsftError(f"there is no folder {name} here, and no such name on the Hub; give a folder, or owner/name")
+
+
 def check_model(name: str) -> None:
     """Refuse an adapter in place of a model, which transformers would load with its base below it."""
+    check_place(name)
     folder = Path(name)
     weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if (folder / ADAPTER_CONFIG).is_file() and not weights:
@@ -198,12 +205,13 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
 
     kept = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     source = str(adapter) if kept else model
+    check_place(source)
     with loading(f"no tokenizer at {source}"):
         tokenizer = text_tokenizer(AutoTokenizer.from_pretrained(**place(source)))
     if not tokenizer.chat_template:
         raise AsftError(
             f"the tokenizer of {source} has no chat template, so that it is not known how the model was asked in "
-            "training; give --tokenizer with a folder that has one"
+            "training; save one with the tokenizer, or, of eval, give --tokenizer with a folder that has one"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -16,7 +16,8 @@ SHIPPED = ("harmful", "borderline")
 SPLITS = ("heldout", "train", "all")
 ENCODING = "utf-8-sig"  # with or without the mark that Excel puts first
 # How the field's sets call the column, in the order of preference.
-COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "forbidden_prompt", "text")
+COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "forbidden_prompt", "text", "messages")
+FILES = (".jsonl", ".json", ".csv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,23 @@ def load_prompts(source: str, split: str = "heldout", limit: int | None = None, 
 
     Args:
         source: "harmful" or "borderline", which ship with this package; a file (.jsonl, .json with a list, .csv, or
-            .txt with one prompt a line); or a dataset of the Hub as `owner/name`, with what it needs behind a
-            question mark: `PKU-Alignment/BeaverTails?split=30k_test`, `walledai/XSTest?label=safe`. There `config`,
-            `split`, `revision` and `column` have their usual meaning; any other key keeps the rows with that value.
+            .txt with one prompt a line), with `?column=NAME` behind it where its column is called otherwise; or a
+            dataset of the Hub as `owner/name`, with what it needs behind a question mark:
+            `PKU-Alignment/BeaverTails?split=30k_test`, `walledai/XSTest?label=safe`. There `config`, `split`,
+            `revision` and `column` have their usual meaning; any other key keeps the rows with that value.
         split: "heldout", "train" or "all" of a shipped set; other sets have no such split.
         limit: at most so many, drawn with `seed`.
 
     Raises:
-        AsftError: no such set, an unknown split, no column that looks like prompts, or what is none in it.
+        AsftError: no such set or file, an unknown split, no column that looks like prompts, or what is none in it.
     """
     if split not in SPLITS:
         raise AsftError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     if source in SHIPPED:
         rows = [row for row in _jsonl(DATA / f"{source}.jsonl") if split in ("all", row["split"])]
         prompts = [Prompt(row["prompt"], row["category"], row["id"]) for row in rows]
-    elif Path(source).expanduser().is_file():
-        prompts = _prompts(_read_file(Path(source).expanduser()), source, None)
+    elif (named := _named_file(source)) is not None:
+        prompts = _prompts(_read_file(Path(named[0]).expanduser()), *named)
     else:
         prompts = _from_hub(source)
     distinct = list({prompt.prompt: prompt for prompt in prompts}.values())
@@ -66,7 +68,27 @@ def load_prompts(source: str, split: str = "heldout", limit: int | None = None, 
     return distinct
 
 
+def _named_file(source: str) -> tuple[str, str | None] | None:
+    """The file that a set is in, and the column that is asked for; None of a dataset of the Hub."""
+    if Path(source).expanduser().is_file():  # also one with a ? in its name
+        return source, None
+    name, mark, query = source.partition("?")
+    path = Path(name).expanduser()
+    if not path.is_file() and path.suffix.lower() not in FILES:
+        return None
+    options = dict(parse_qsl(query))
+    if mark and (list(options) != ["column"] or path.suffix.lower() == ".txt"):
+        raise AsftError(
+            f"{name} is named as a file, with ?{query} behind it; expected ?column=NAME, or nothing of a .txt file"
+        )
+    return name, options.get("column")
+
+
 def _read_file(path: Path) -> list[dict[str, Any]]:
+    if path.is_dir():
+        raise AsftError(f"{path} is a folder; expected a file of prompts, {', '.join(FILES)}")
+    if not path.is_file():
+        raise AsftError(f"there is no file {path}; see that the path is right")
     suffix = path.suffix.lower()
     try:
         if suffix == ".jsonl":
@@ -80,22 +102,32 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             with path.open(encoding=ENCODING, newline="") as file:
                 return list(csv.DictReader(file))
         if suffix == ".txt":
-            return [{"prompt": line} for line in _lines(path)]
+            return [{"prompt": line} for _, line in _lines(path)]
     except (ValueError, OSError, TypeError, csv.Error) as error:
         raise AsftError(f"{path} cannot be read as {path.suffix} ({error}); give a file of prompts") from error
-    raise AsftError(f"{path} ends in {path.suffix!r}; expected .jsonl, .json, .csv or .txt")
+    raise AsftError(f"{path} ends in {path.suffix!r}; expected {', '.join(FILES)}")
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in _lines(path)]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
+    rows = []
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:  # which counts its lines within this one
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        rows.append(row)
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    """Not `splitlines`, which also cuts at characters that JSON allows inside a string, such as U+2028."""
-    return [line for line in path.read_text(encoding=ENCODING).split("\n") if line.strip()]
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines with something in them, each with its number in the file.
+
+    Not `splitlines`, which also cuts at characters that JSON allows inside a string, such as U+2028.
+    """
+    lines = path.read_text(encoding=ENCODING).split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _from_hub(source: str) -> list[Prompt]:
@@ -135,7 +167,10 @@ def _prompts(rows: list[dict[str, Any]], source: str, column: str | None) -> lis
     wanted = (column,) if column else COLUMNS
     found = next((known[name.lower()] for name in wanted if name.lower() in known), None)
     if found is None:
-        raise AsftError(f"{source} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(wanted)}")
+        raise AsftError(
+            f"{source} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(wanted)}; rename "
+            f"one, or give {source}?column=NAME"
+        )
     category = known.get("category")
     prompts = []
     for i, row in enumerate(rows):
@@ -144,6 +179,8 @@ def _prompts(rows: list[dict[str, Any]], source: str, column: str | None) -> lis
             raise AsftError(
                 f"{place} has {', '.join(map(str, row)) or 'nothing'}; expected {found}, as in the first row"
             )
+        if column is None and found.lower() == "messages" and isinstance(row[found], str):
+            raise AsftError(f"{place}: messages is {_shortly(row[found])}; expected a list of turns")
         text = _text(row[found], place)
         kind = _category(row.get(category)) if category else ""
         _check_characters(text + kind, place)

@@ -1,8 +1,10 @@
 """Prompts in, what holds a run out: the aligned model is asked for harm, its layers are watched, its answers kept."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,9 +23,13 @@ from axolotl_asft.metrics import (
     first_words,
     fisher_metric,
 )
+from axolotl_asft.packing import never_packed
 from axolotl_asft.spec import METRICS, MOST_TEXT
 
+LOG = logging.getLogger("axolotl.asft")
+
 FEW_REFUSALS = 8
+OVER_REFUSING = 0.25  # above this share of harmless prompts that are declined, an anchor holds what nobody wants
 KEPT = 128  # answers of either kind at most, to be asked for during training; few of them stand badly for the others
 
 
@@ -58,7 +64,8 @@ def safety_metrics(
 
     Of the shipped prompts the `train` split is used: the held-out ones stay fit for evaluation. The Fisher metric looks
     at the answers that are refusals alone: they are what is to be kept. Some of them are kept as they are too, and as
-    many answers to harmless prompts: an anchor on refusals alone would make the model refuse what it should not.
+    many answers to harmless prompts: an anchor on refusals alone would make the model refuse what it should not. A
+    warning tells of a model that declines many of these.
 
     Args:
         model: folder or Hub id of the aligned chat model.
@@ -75,9 +82,14 @@ def safety_metrics(
         raise AsftError(f"metric is {unknown[0]!r}; expected one of {', '.join(METRICS)}")
     quieten_libraries()
     loaded, tokenizer = load_model(model, dtype, load_in_4bit, device), load_tokenizer(model)
+    never_packed(loaded)  # the Fisher metric wants gradients after the answers
     interviewer = Interviewer(loaded, tokenizer, batch_size, JUDGED_WORDS, name="the aligned model", stage=stage)
-    asked = sets_of(prompts)
-    answers = [each for s in asked for each in interviewer.answers(HARMFUL_TASK, {"prompts": s, "split": "train"})]
+
+    def answers_to(task: str, word: str, source: str) -> list[Answer]:
+        interviewer.stage = lambda title, total: stage(f"{title} {Path(source).name}", total)
+        return interviewer.answers(task, {word: source, "split": "train"})
+
+    answers = [answer for each in sets_of(prompts) for answer in answers_to(HARMFUL_TASK, "prompts", each)]
     turns = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
     layers, found = linear_layers(loaded), []
     if "activations" in names:
@@ -92,7 +104,8 @@ def safety_metrics(
             found.append(fisher_metric(loaded, tokenizer, refused, layers, rank, energy, batch_size, advance=advance))
     if harmless is None:
         return AskedModel(found, _evenly(refused))
-    answers = interviewer.answers(BORDERLINE_TASK, {"borderline": harmless, "split": "train"})
+    answers = answers_to(BORDERLINE_TASK, "borderline", harmless)
+    _tell_over_refusal(model, answers)
     answered = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
     return AskedModel(found, in_turns(_evenly(refused), _evenly(answered)))
 
@@ -122,6 +135,19 @@ def _check_refusals(model: str, refused: Sequence[tuple[str, str]], answers: Seq
         raise AsftError(
             f"{model} refuses {len(refused)} of {len(answers)} prompts that ask for harm, so that there are no "
             "refusals to keep; give the aligned chat model, and --prompts that it refuses"
+        )
+
+
+def _tell_over_refusal(model: str, answers: Sequence[Answer]) -> None:
+    declined = sum(is_refusal(answer.answer) for answer in answers)
+    if declined > OVER_REFUSING * len(answers):
+        LOG.warning(
+            "%s declines %d of %d harmless prompts (%.0f %%), and anchor_weight would hold this over-refusal too; give "
+            "a model that answers them, or train with anchor_weight: 0",
+            model,
+            declined,
+            len(answers),
+            100 * declined / len(answers),
         )
 
 

@@ -121,14 +121,18 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
     layers = history.layers if history else []
     run = Run(name, folder, lines, header, layers, snapshots, constraint, config, diverged_at)
     if constrained and history is None:
-        run.notes.append(
-            f"No {HISTORY_FILE}: the run was trained by an earlier version, or its file was moved. The curves are the "
-            "last checkpoint's, and the heat map is left out."
-        )
+        run.notes.append(f"{_without_history(folder)} The curves are the last checkpoint's; the heat map is left out.")
     elif constrained and not snapshots:
         what = "numbers of single layers yet" if diverged_at is None else "finite numbers of single layers"
         run.notes.append(f"The history holds no {what}, so the heat map is left out.")
     return run
+
+
+def _without_history(folder: Path) -> str:
+    place = folder.resolve()
+    if place.name.startswith("checkpoint-") and (place.parent / HISTORY_FILE).is_file():
+        return f"{place.name} is a checkpoint; give {place.parent} for the whole run."
+    return f"No {HISTORY_FILE}: the run was trained by an earlier version, or its file was moved."
 
 
 def add_spectra(run: Run, direction: AlignmentDirection | None) -> None:
