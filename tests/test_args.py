@@ -35,7 +35,7 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
     assert all(value != defaults[name] for name, value in given.items())
     received = {}
 
-    def attach(trainer, direction, lambda_reg, **options):
+    def attach(trainer, direction, lambda_reg, chat_templates, **options):
         received.update(options, direction=direction, lambda_reg=lambda_reg)
         return SimpleNamespace(history=SimpleNamespace(header={}))
 
