@@ -1,6 +1,5 @@
 """An anchor that is asked anew at every step: the aligned model's own answers, beside what the model says now."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +81,13 @@ class AnswerAnchor:
         tokenizer = text_tokenizer(tokenizer)
         self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
         self._remembered: list[Places] = []
-        self.recognised = math.nan  # share of the answers' tokens that the model holds likeliest; see `remember`
         self._at_once = TEXTS  # in a pass
 
     @torch.no_grad()
-    def remember(self, model: nn.Module) -> None:
+    def remember(self, model: nn.Module) -> float:
         """The answers as the model without its adapter gives them. Under FSDP every process has to call.
+
+        Returns the share of the answers' tokens that it holds likeliest: of its own nearly all.
 
         Raises:
             AsftError: the model does not take the texts, says nothing that is a number, or not twice the same.
@@ -113,7 +113,7 @@ class AnswerAnchor:
             places.tokens[:, 0].cpu() == torch.tensor(ids[start:])
             for places, (ids, start) in zip(found, self._texts, strict=True)
         ]
-        self.recognised = float(torch.cat(own).float().mean())
+        return float(torch.cat(own).float().mean())
 
     def _most_at_once(self, model: nn.Module) -> int:
         """Texts that the model takes in a pass: where packing is patched into a model, it may take a batch of one.

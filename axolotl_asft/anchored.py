@@ -40,13 +40,13 @@ class TrainerAnchor:
         """Training starts: remember what the aligned model says. Every process has to call."""
         self._divergences.clear()
         with self._trainer.compute_loss_context_manager():
-            self._answers.remember(self._model())
-        if self._answers.recognised < RECOGNISED:
+            recognised = self._answers.remember(self._model())
+        if recognised < RECOGNISED:
             LOG.warning(
                 "AsFT: the model without its adapter says %.0f %% of the words that the direction file keeps of its "
                 "answers: its tokenizer, its embeddings or its head are not the aligned model's, perhaps; what is held "
                 "is what this model says",
-                100 * self._answers.recognised,
+                100 * recognised,
             )
 
     def add_gradient(self, weight: Tensor | float) -> None:
