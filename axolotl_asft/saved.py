@@ -160,12 +160,9 @@ def check_base(saved: SavedAdapter, base: Checkpoint, factors: Mapping[str, LowR
     if trained_on is None:
         return
     differing = compared = 0
-    for name, d in factors.items():
-        start = fingerprint.block_start(name, d.shape.numel())
-        count = min(fingerprint.BLOCK, d.shape.numel() - start)
-        found = base.values(name, start, count)
-        differing += fingerprint.mismatching_values(trained_on.values(name, start, count).float(), found)
-        compared += count
+    for _, before, found in _sampled(factors, trained_on, base):
+        differing += fingerprint.mismatching_values(before, found)
+        compared += len(found)
     if differing > fingerprint.MAX_MISMATCH * compared:
         raise AsftError(
             f"{base.name} is not {_recorded(saved)[0]}, which the adapter {saved.folder} was trained on: "
@@ -193,17 +190,24 @@ def _base_that_is_here(saved: SavedAdapter, factors: Mapping[str, LowRank]) -> C
     return None if any(shapes.get(name) != d.shape for name, d in factors.items()) else base
 
 
+def _sampled(
+    factors: Mapping[str, LowRank], base: Checkpoint, other: Checkpoint
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The fingerprint's block of every layer that an adapter changes: its name, in fp32 of the base, of the other."""
+    for name, d in factors.items():
+        start = fingerprint.block_start(name, d.shape.numel())
+        count = min(fingerprint.BLOCK, d.shape.numel() - start)
+        yield name, base.values(name, start, count).float(), other.values(name, start, count)
+
+
 def _share_of(factors: Mapping[str, LowRank], base: Checkpoint, aligned: Checkpoint) -> tuple[float, float]:
     """<W_aligned - W_base, d> / ||d||^2 over the fingerprint's blocks, and how far from 1 rounding may take it.
 
     A merge through NF4, as axolotl's of QLoRA, is farther from base + d than the base is; but in no one direction.
     """
     moved, found = [], []
-    for name, d in factors.items():
-        start = fingerprint.block_start(name, d.shape.numel())
-        count = min(fingerprint.BLOCK, d.shape.numel() - start)
-        before, weight = base.values(name, start, count).float(), aligned.values(name, start, count)
-        after = before + fingerprint.block_of_product(name, d.A, d.B, count)
+    for name, before, weight in _sampled(factors, base, aligned):
+        after = before + fingerprint.block_of_product(name, factors[name].A, factors[name].B, len(before))
         before, after = before.to(weight.dtype).double(), after.to(weight.dtype).double()
         moved.append(after - before)
         found.append(weight.double() - before)
