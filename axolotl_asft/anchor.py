@@ -146,14 +146,15 @@ class AnswerAnchor:
         """
         turn = [(step * TEXTS + i) % len(self._texts) for i in range(min(TEXTS, len(self._texts)))]
         mine = turn[rank::world]
-        asked = mine or turn[:1]  # a process without a part takes part in the passes all the same
+        # every process asks for as many, or passes would wait for ones that do not come; the added ones count nothing
+        asked = (mine + turn)[: -(-len(turn) // world)]
         logits = self._logits(model, [self._texts[i] for i in asked])
         total = sum(len(self._remembered[i].log_rest) for i in turn)
         parts = [
-            divergence(self._remembered[i].to(found.device), found).sum()
-            for i, found in zip(asked, logits, strict=True)
+            divergence(self._remembered[i].to(found.device), found).sum() * (place < len(mine))
+            for place, (i, found) in enumerate(zip(asked, logits, strict=True))
         ]
-        return torch.stack(parts).sum() * (world / total if mine else 0.0)
+        return torch.stack(parts).sum() * (world / total)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from axolotl_asft.anchor import AnswerAnchor, own_answers_of
+from axolotl_asft.engines import backward
 from axolotl_asft.quiet import without_noise
 
 LOG = logging.getLogger("axolotl.asft")
@@ -56,7 +57,7 @@ class TrainerAnchor:
         with without_noise(model), self._offload():
             with self._trainer.compute_loss_context_manager():
                 loss = self._answers.loss(model, step, rank, world)
-            (loss * (weight.to(loss.device) if isinstance(weight, Tensor) else weight)).backward()
+            backward(self._trainer, loss * (weight.to(loss.device) if isinstance(weight, Tensor) else weight))
         self._divergences.append(loss.detach())
 
     def logged(self) -> float:

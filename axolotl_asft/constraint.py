@@ -13,10 +13,11 @@ from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchored import TrainerAnchor
 from axolotl_asft.diagnostics import DriftReport
-from axolotl_asft.engines import engine, refuse_switching, steps_in_backward
+from axolotl_asft.engines import engine, refuse_switching, steps_past
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.resuming import last_checkpoint, mark_checkpoint, peak_before, refuse_resumed
+from axolotl_asft.step_gradient import StepGradient
 from axolotl_asft.trained import Trained
 
 LOG = logging.getLogger("axolotl.asft")
@@ -27,10 +28,9 @@ ROUNDED = 1.01  # fp32 weights that were shortened to their budget end within th
 class Constraint:
     """L = L_task + lambda_reg P + anchor_weight KL inside a trainer; made by `attach`.
 
-    The gradient of lambda_reg P is added once per optimizer step, in closed form, to the finished gradient of the
-    task: after the last micro-batch and the sum over devices, before clipping. So neither the trainer's way to its
-    loss nor gradient accumulation, the number of devices, recomputation or the precision of the forward pass has
-    any say in it. The anchor, a few answers a step (`axolotl_asft.anchor`), is one more micro-batch before that.
+    The gradients join once per optimizer step (`axolotl_asft.step_gradient`), so that neither the trainer's way to its
+    loss nor gradient accumulation, the number of devices, recomputation or the precision of the forward pass has any
+    say in them.
 
     Attributes:
         penalty: the `AlignmentPenalty` over the trainer's model.
@@ -54,38 +54,32 @@ class Constraint:
         self.max_drift = max_drift
         self.anchor_weight = anchor_weight
         self._anchor = TrainerAnchor(trainer, penalty.direction.spec) if anchor_weight > 0 else None
+        self.gradient = StepGradient(trainer, penalty, lambda_reg, self._anchor, anchor_weight)
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
         self.history.header["constraint"] = self.settings()
-        self._steps = self._shortened = self._first_step = 0
+        self._shortened = self._first_step = 0
         self._is_trained = False  # training has begun, so that what is saved was trained under this
-        self._peak: Tensor | None = None
         self._final_stamp: dict[str, Any] | None = None
         self._training_step = trainer.training_step
         self._log = trainer.log
         self._save_model = trainer.save_model
-        self._load = trainer._load_from_checkpoint
+        self._load_optimizer = trainer._load_optimizer_and_scheduler
         self._resumed_from: Path | None = None
         self._written: set[Path] = set()  # folders that hold weights of this training
         self._create_model_card = getattr(trainer, "create_model_card", None)
         trainer.training_step = self.training_step  # type: ignore[method-assign]
         trainer.log = self.log  # type: ignore[method-assign]
         trainer.save_model = self.save_model  # type: ignore[method-assign]
-        trainer._load_from_checkpoint = self.load_from_checkpoint  # type: ignore
+        trainer._load_optimizer_and_scheduler = self.load_optimizer  # type: ignore
         if self._create_model_card is not None:
             trainer.create_model_card = self.create_model_card  # type: ignore[method-assign]
         trainer.add_callback(_EveryStepConstrained(self))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The trainer's own; after the last micro-batch of an optimizer step, the constraint's gradients on top."""
+        """The trainer's own; with the last micro-batch of an optimizer step, the constraint's gradients."""
+        self.gradient.before_backward()
         loss = self._training_step(*args, **kwargs)
-        if self.trainer.accelerator.sync_gradients:
-            self._steps += 1
-            if self.lambda_reg > 0 or self._anchor is not None:
-                self._refuse_spent_gradients()
-            if self._anchor is not None:
-                self._anchor.add_gradient(self._scaled(self.anchor_weight))
-            if self.lambda_reg > 0:
-                self._note(self.penalty.add_gradient(self._scaled(self.lambda_reg)))
+        self.gradient.after_backward()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -116,7 +110,7 @@ class Constraint:
 
     def penalty_peak(self) -> float:
         """The largest lambda_reg P so far, before a stop too: it peaks early in training and is small at the end."""
-        return _significant(float(self._peak)) if self._peak is not None else 0.0
+        return _significant(float(self.gradient.peak)) if self.gradient.peak is not None else 0.0
 
     def settings(self) -> dict[str, Any]:
         """The constraint in plain values."""
@@ -153,10 +147,10 @@ class Constraint:
             "update_norm": _significant(report.update_norm),
         }
 
-    def load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    def load_optimizer(self, checkpoint: str | None) -> None:
         """The trainer's own, remembered: what it goes on from has to be of this constraint (`begin`)."""
-        self._resumed_from = Path(checkpoint)
-        self._load(checkpoint, *args, **kwargs)
+        self._resumed_from = None if checkpoint is None else Path(checkpoint)
+        self._load_optimizer(checkpoint)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """The trainer's own, and the stamp on what it wrote: final adapters and checkpoints alike."""
@@ -208,19 +202,19 @@ class Constraint:
 
     def begin(self) -> None:
         """Training starts."""
-        self._steps, self._shortened, self._final_stamp = 0, 0, None
+        self._shortened, self._final_stamp = 0, None
+        self.gradient.begin()
         self._is_trained = True
         assert self.trainer.model is not None
         self.penalty.refuse_changed(self.trainer.model)
         state, arguments = self.trainer.state, self.trainer.args
         if self.max_drift is not None:
             refuse_switching(self.trainer.optimizer)
-        self._peak = None
         if state.global_step:
             checkpoint = self._resumed_from or last_checkpoint(self.trainer)
             refuse_resumed(self.trainer, checkpoint, self.settings())
             peak = peak_before(checkpoint, state.log_history)
-            self._peak = None if peak is None else torch.tensor(peak)
+            self.gradient.peak = None if peak is None else torch.tensor(peak)
         self._first_step = state.global_step
         if arguments.world_size > 1:
             self.penalty.start_alike(self.trainer.accelerator.device)
@@ -234,11 +228,8 @@ class Constraint:
 
     def check_step(self) -> None:
         """Refuse an optimizer step without the penalty's gradient."""
-        if self._steps != self.trainer.state.global_step - self._first_step + 1:
-            raise AsftError(
-                f"{type(self.trainer).__name__} takes a step past its training_step, so the constraint is not in the "
-                "gradient; this trainer is not supported"
-            )
+        if self.gradient.steps != self.trainer.state.global_step - self._first_step + 1:
+            raise AsftError(steps_past(self.trainer))
 
     def keep_budget(self) -> None:
         """An optimizer step was taken: back to the budget where it went past."""
@@ -249,7 +240,8 @@ class Constraint:
     def end(self) -> None:
         """Training ended: remember the numbers while every process and its weights are still there."""
         steps = self.trainer.state.global_step - self._first_step
-        constrained = self._steps if self.max_drift is None else min(self._steps, self._shortened)
+        joined = self.gradient.steps
+        constrained = joined if self.max_drift is None else min(joined, self._shortened)
         if constrained != steps:
             raise AsftError(f"{steps} steps were trained, {constrained} of them constrained; do not use this adapter")
         assert self.trainer.model is not None
@@ -276,27 +268,6 @@ class Constraint:
                 "not say, and the constraint holds the whole update from now on",
                 norm,
             )
-
-    def _note(self, value: Tensor) -> None:
-        value = self.lambda_reg * value
-        self._peak = value if self._peak is None else torch.maximum(self._peak.to(value), value)
-
-    def _scaled(self, weight: float) -> Tensor | float:
-        """A weight, in fp16 times the loss scale, by which the gradients are still multiplied here."""
-        scaler = self.trainer.accelerator.scaler
-        if scaler is None or not scaler.is_enabled():
-            return weight
-        device = self.penalty.layers[0].A.device
-        return scaler.scale(torch.tensor(weight, device=device))
-
-    def _refuse_spent_gradients(self) -> None:
-        """An optimizer that steps during the backward pass leaves no gradient to add to."""
-        if self._steps > 1:
-            return
-        for layer in self.penalty.layers:
-            for factor in (layer.A, layer.B):
-                if getattr(factor, "_post_accumulate_grad_hooks", None):
-                    raise AsftError(steps_in_backward(self.trainer.args.optim))
 
 
 class _EveryStepConstrained(TrainerCallback):

@@ -1,16 +1,19 @@
-"""What carries the training (one device, DDP, FSDP2), and which of it the constraint can join."""
+"""What carries the training (one device, DDP, FSDP2, DeepSpeed), and which of it the constraint can join."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import read_json
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")
-DEEPSPEED = (
-    "DeepSpeed is not supported by the constraint, because it steps inside its own backward pass; use DDP (leave "
-    "deepspeed out), or FSDP2 (fsdp_version: 2) where the model does not fit on one device"
-)
+DEEPSPEED = "DEEPSPEED"  # accelerate's name for it
+ZERO_STAGES = (0, 1, 2)
+SUPPORTED = "one device, DDP, FSDP2, or DeepSpeed with ZeRO-1 or ZeRO-2"
 FSDP1 = "FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2"
 # They take the gradient of each weight as it comes, before the whole of it is known.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -35,12 +38,74 @@ def refuse_unsupported(trainer: Trainer, max_drift: float | None = None) -> None
         fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
         if getattr(fsdp, "fsdp_version", 1) != 2:
             raise AsftError(FSDP1)
-    elif kind == "DEEPSPEED":
-        raise AsftError(DEEPSPEED)
+    elif kind == DEEPSPEED:
+        refuse_deepspeed(
+            trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config,
+            trainer.accelerator.mixed_precision == "fp16",
+            max_drift,
+        )
     elif kind not in REPLICATED:
-        raise AsftError(f"training under {kind} is not supported by the constraint; use one device, DDP or FSDP2")
+        raise AsftError(f"training under {kind} is not supported by the constraint; use {SUPPORTED}")
     _refuse_other_parallelism(trainer)
     refuse_optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim)), max_drift)
+
+
+def steps_inside(trainer: Trainer) -> bool:
+    """Whether the optimizer steps inside the backward pass of the last micro-batch, as DeepSpeed's engine does."""
+    return engine(trainer) == DEEPSPEED
+
+
+def backward(trainer: Trainer, loss: Tensor) -> None:
+    """The gradient of `loss` on top of what is there, and no step."""
+    if steps_inside(trainer):
+        trainer.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=False, scale_wrt_gas=False)
+    else:
+        loss.backward()
+
+
+def deepspeed_config(given: Any) -> Mapping[str, Any]:
+    """A DeepSpeed config, given as a mapping or as the path of a JSON file.
+
+    Raises:
+        AsftError: it is neither.
+    """
+    if isinstance(given, Mapping):
+        return given
+    config = read_json(Path(given), "deepspeed: expects a DeepSpeed config in JSON, or the same as a block")
+    if not isinstance(config, Mapping):
+        raise AsftError(f"deepspeed: {given} holds no DeepSpeed config; expected a JSON object")
+    return config
+
+
+def refuse_deepspeed(config: Mapping[str, Any], half: bool, max_drift: float | None) -> None:
+    """One line for what the constraint cannot join in a run under DeepSpeed.
+
+    Args:
+        config: DeepSpeed's.
+        half: whether the run asks for fp16.
+
+    Raises:
+        AsftError: it names the key and what to use instead.
+    """
+    zero = config.get("zero_optimization") or {}
+    if (stage := zero.get("stage", 0)) not in ZERO_STAGES:
+        raise AsftError(
+            f"DeepSpeed's ZeRO-{stage} is not supported by the constraint, because it splits the weights before they "
+            "can be compared with the direction's; use ZeRO-1 or ZeRO-2, or FSDP2 (fsdp_version: 2) where the model "
+            "does not fit on one device"
+        )
+    if ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none":
+        raise AsftError(
+            "DeepSpeed's offload_optimizer is not supported by the constraint, because gradients that are added go "
+            "astray there; leave it out (the optimizer state of a LoRA adapter is small)"
+        )
+    if half or (config.get("fp16") or {}).get("enabled") is True:
+        raise AsftError("fp16 under DeepSpeed is not supported by the constraint; use bf16, or leave deepspeed out")
+    if max_drift is not None:
+        raise AsftError(
+            "max_drift is not supported under DeepSpeed, which keeps a second copy of the weights that it would not "
+            "reach; use lambda_reg, or leave deepspeed out"
+        )
 
 
 def refuse_optimizer(optimizer: str, max_drift: float | None) -> None:
@@ -82,6 +147,14 @@ def steps_in_backward(optimizer: str) -> str:
     )
 
 
+def steps_past(trainer: Trainer) -> str:
+    """The line for a training loop of its own, whose steps would be taken without the constraint."""
+    return (
+        f"{type(trainer).__name__} takes a step past its training_step, so the constraint is not in the gradient; this "
+        "trainer is not supported"
+    )
+
+
 def keeps_two_weights(optimizer: str) -> str:
     """The line for an optimizer under which the weights that are saved are not those that are kept to a budget."""
     return (
@@ -92,4 +165,4 @@ def keeps_two_weights(optimizer: str) -> str:
 
 def other_parallelism(key: str) -> str:
     """The line for an axis of parallelism other than the data's."""
-    return f"{key} is not supported by the constraint; leave it out, and use DDP or FSDP2"
+    return f"{key} is not supported by the constraint; leave it out, and use {SUPPORTED}"

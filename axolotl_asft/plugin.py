@@ -16,7 +16,7 @@ from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import attach, refused_of_continued
 from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
-from axolotl_asft.engines import DEEPSPEED, FSDP1, other_parallelism
+from axolotl_asft.engines import FSDP1, deepspeed_config, other_parallelism, refuse_deepspeed
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_misspelt_block, refuse_strays
 from axolotl_asft.initialisation import takes_out
@@ -62,7 +62,7 @@ class AsftPlugin(BasePlugin):
         refuse_misspelt_block(cfg)
         if cfg.get("asft") is None:
             raise AsftError("plugins: lists asft, but the config has no asft: block; add it, or take the plugin out")
-        parse_block(cfg["asft"])
+        block = parse_block(cfg["asft"])
         refuse_strays(cfg, AxolotlInputConfig.model_fields)
         if sum(name in OUR_NAMES for name in cfg.get("plugins") or []) > 1:
             raise AsftError("plugins: lists asft more than once; list it once")
@@ -74,7 +74,7 @@ class AsftPlugin(BasePlugin):
             if cfg.get(key) not in (None, False):  # axolotl obeys an empty block
                 raise AsftError(f"{key} is not supported by the constraint: {instead}")
         if cfg.get("deepspeed"):
-            raise AsftError(DEEPSPEED)
+            refuse_deepspeed(deepspeed_config(cfg["deepspeed"]), cfg.get("fp16") is True, block.max_drift)
         if (cfg.get("fsdp") or cfg.get("fsdp_config")) and not _asks_for_fsdp2(cfg):
             raise AsftError(FSDP1)
         # sequence_parallel_degree is axolotl's deprecated name of context_parallel_size

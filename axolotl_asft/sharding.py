@@ -1,4 +1,4 @@
-"""Parameters that are kept in pieces on several devices (FSDP2's DTensors), one at a time as a whole."""
+"""What engines keep in pieces on several devices: FSDP2's parameters (DTensors), ZeRO's gradients."""
 
 from collections.abc import Sequence
 
@@ -25,14 +25,16 @@ def add_to_gradients(parameters: Sequence[Tensor], gradients: Tensor) -> None:
 
     Args:
         parameters: n of one shape and dtype.
-        gradients: (n, ...), the whole gradients, the same on every rank. No communication.
+        gradients: (n, ...), the whole gradients, the same on every rank. No communication, but for ZeRO's.
     """
     plain = []
     for parameter, gradient in zip(parameters, gradients.to(parameters[0].dtype), strict=True):
         if not parameter.requires_grad:
             continue
         gradient = _placed(gradient, parameter)
-        if parameter.grad is None:
+        if hasattr(parameter, "_hp_mapping"):
+            _add_to_zero(parameter, gradient)
+        elif parameter.grad is None:
             parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
         elif isinstance(parameter, DTensor):
             parameter.grad.add_(gradient)
@@ -40,6 +42,13 @@ def add_to_gradients(parameters: Sequence[Tensor], gradients: Tensor) -> None:
             plain.append((parameter.grad, gradient))
     if plain:  # in one launch
         torch._foreach_add_(*map(list, zip(*plain, strict=True)))
+
+
+def _add_to_zero(parameter: Tensor, gradient: Tensor) -> None:
+    """The same where DeepSpeed's ZeRO keeps the reduced gradient, between its backward pass and its step."""
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+    safe_set_full_grad(parameter, safe_get_full_grad(parameter) + gradient)
 
 
 @torch.no_grad()

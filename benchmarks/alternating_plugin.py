@@ -20,7 +20,8 @@ class AlternatingPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer):
         constraint = trainer.log.__self__
-        lambda_reg, penalty, anchor = constraint.lambda_reg, constraint.penalty, constraint._anchor
+        gradient, penalty = constraint.gradient, constraint.penalty
+        lambda_reg, anchor = gradient.lambda_reg, gradient.anchor
         add_gradient = penalty.add_gradient
         spent = {"added": 0.0}
         record, kept = [], stored_bytes(penalty)
@@ -49,8 +50,8 @@ class AlternatingPlugin(BasePlugin):
         class Alternate(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 constrained = state.global_step % 2 == 0
-                constraint.lambda_reg = lambda_reg if constrained else 0.0
-                constraint._anchor = anchor if constrained else None
+                gradient.lambda_reg = lambda_reg if constrained else 0.0
+                gradient.anchor = anchor if constrained else None
                 spent["added"] = 0.0
                 reset_peak()
                 self.started = clock()
@@ -58,13 +59,12 @@ class AlternatingPlugin(BasePlugin):
             def on_step_end(self, args, state, control, **kwargs):
                 seconds = clock() - self.started
                 line = {
-                    "constrained": constraint.lambda_reg > 0,
+                    "constrained": gradient.lambda_reg > 0,
                     "seconds": seconds,
                     **spent,
                     "peak": peak(),
                     "kept": kept,
                 }
-                constraint.lambda_reg, constraint._anchor = lambda_reg, anchor  # what the stamp speaks of
                 record.append(line)
                 Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
                 (Path(cfg.output_dir) / "steps.json").write_text(json.dumps(record))

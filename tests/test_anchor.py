@@ -130,6 +130,24 @@ def test_however_many_processes(model, world):
     assert all(part.requires_grad for part in parts), "every process has a backward pass"
 
 
+@pytest.mark.parametrize("world", [3, 5, 6, 11])
+def test_every_process_makes_as_many_passes(model, world):
+    """Where a pass takes one text alone: engines talk in every pass, and one more of one process waits for ever."""
+    anchor = AnswerAnchor(make_tokenizer(), ANSWERS)
+    anchor.remember(model)
+    anchor._at_once = 1
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(rank))
+    with without_noise(model):
+        parts = []
+        for rank in range(world):
+            parts.append(anchor.loss(model, 4, rank, world))
+        handle.remove()
+        alone = anchor.loss(model, 4)
+    assert {passes.count(rank) for rank in range(world)} == {-(-TEXTS // world)}
+    assert float(sum(parts) / world) == pytest.approx(float(alone), rel=1e-5)
+
+
 def test_fewer_answers_than_a_step_asks_for(model):
     anchor = AnswerAnchor(make_tokenizer(), ANSWERS[:3])
     anchor.remember(model)

@@ -309,7 +309,6 @@ def test_precision(pair, rows, direction, tmp_path, dtype, base):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (DistributedType.DEEPSPEED, "DeepSpeed is not supported by the constraint, because it steps inside its own"),
         (DistributedType.FSDP, "FSDP1 is not supported by the constraint"),
         (DistributedType.MEGATRON_LM, "training under MEGATRON_LM is not supported by the constraint; use one device"),
     ],

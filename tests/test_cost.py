@@ -107,16 +107,14 @@ def test_nothing_is_saved_hooked_or_waited_for(pair, rows, direction_file, tmp_p
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules()] == hooks
     assert (trainer.compute_loss, trainer.prediction_step, trainer.evaluate) == way
     waits = []
-    add_gradient = constraint.penalty.add_gradient
+    add_penalty = constraint.gradient._add_penalty
 
-    def counted(weight):
+    def counted():
         with counting.Counter() as counter:
-            result = add_gradient(weight)
-            constraint._note(result)
+            add_penalty()
         waits.append(counter.waits)
-        return result
 
-    constraint.penalty.add_gradient = counted
+    constraint.gradient._add_penalty = counted
     trainer.train()
     assert waits == [[], [], [], []]
 

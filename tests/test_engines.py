@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lora_models import lora_model, shake
 from safetensors.torch import load_file
-from tiny import axolotl, child_environment, log_history, write_config
+from tiny import axolotl, child_environment, deepspeed_config, log_history, write_config
 
 from axolotl_asft.history import read_history
 
@@ -64,7 +64,7 @@ def unconstrained(forked_train, pair, dataset, direction_file, start, tmp_path_f
     return config
 
 
-def two_processes(config, launcher, count, check=True):
+def two_processes(config, launcher, count, check=True, **environment):
     return axolotl(
         "train",
         str(config),
@@ -74,8 +74,8 @@ def two_processes(config, launcher, count, check=True):
         *count,
         cwd=config.parent,
         check=check,
-        ACCELERATE_USE_CPU="true",
         OMP_NUM_THREADS="1",
+        **(environment or {"ACCELERATE_USE_CPU": "true"}),
     )
 
 
@@ -139,6 +139,52 @@ def test_the_anchor_under_ddp_equals_one_process(forked_train, start, pair, data
     assert distance(one, two) < 0.002
     for line, other in zip(log_history(configs[1])[:STEPS], log_history(configs[2])[:STEPS], strict=True):
         assert other["asft/anchor_kl"] == pytest.approx(line["asft/anchor_kl"], rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_equals_one_process(
+    one_process, unconstrained, start, pair, dataset, direction_file, tmp_path, stage
+):
+    """QLoRA by axolotl under ZeRO: the same weights as of one process; then a run that goes on from half way."""
+    options = {
+        **RUN,
+        **start,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "deepspeed": deepspeed_config(stage),
+        "save_steps": STEPS // 2,
+        "plugins": ["asft", "deepspeed_on_cpu.DeepSpeedOnCpu"],
+    }
+    config = write_config(tmp_path / "whole", pair[1], dataset, block(direction_file), **options)
+    result = two_processes(config, "torchrun", ["--nproc_per_node=2"], ACCELERATE_USE_CPU="false")
+    assert "training on DEEPSPEED" in result.stdout + result.stderr
+    assert distance(adapter(one_process), adapter(unconstrained)) > 0.1
+    assert distance(adapter(one_process), adapter(config)) < 0.002
+    for one, two in zip(log_history(one_process)[:STEPS], log_history(config)[:STEPS], strict=True):
+        for key in ("asft/penalty", "asft/drift", "asft/update_norm"):
+            assert two[key] == pytest.approx(one[key], rel=2e-3), key
+    if stage == 2:
+        halfway = {"resume_from_checkpoint": str(tmp_path / "whole" / "out" / f"checkpoint-{STEPS // 2}")}
+        rest = write_config(tmp_path / "rest", pair[1], dataset, block(direction_file), **options, **halfway)
+        two_processes(rest, "torchrun", ["--nproc_per_node=2"], ACCELERATE_USE_CPU="false")
+        assert distance(adapter(config), adapter(rest)) < 1e-6
+
+
+@pytest.mark.slow
+def test_deepspeed_in_python(pair, anchored_file, tmp_path):
+    """Without ZeRO, with the anchor and accumulation: the weights of DDP; and no step past the constraint is taken."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = str(Path(__file__).parent / "deepspeed_worker.py")
+    environment = child_environment(OMP_NUM_THREADS="1")
+    arguments = [str(pair[0]), str(pair[1]), str(anchored_file), str(tmp_path)]
+    result = subprocess.run(
+        [*command, worker, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"constraint"')))
+    assert found["deepspeed"] < 1e-5 < 0.01 < found["constraint"]
+    assert "takes a step past its training_step" in found["past"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""What needs a GPU: axolotl's FSDP2 path, fp16 with loss scaling, fused kernels, offloading; and that what the commands
-measure on one is what they measure on a CPU.
+"""What needs a GPU: axolotl's FSDP2 and DeepSpeed paths, fp16 with loss scaling, fused kernels, offloading; and that
+what the commands measure on one is what they measure on a CPU.
 
 ASFT_TEST_GPU=1 python -m pytest -m gpu
 """
@@ -11,7 +11,7 @@ import torch
 from checkpoints import write_wide_checkpoint
 from lora_models import lora_model, shake
 from safetensors.torch import load_file
-from tiny import axolotl, make_tokenizer, train, write_config
+from tiny import axolotl, deepspeed_config, make_tokenizer, train, write_config
 
 from axolotl_asft import extract_direction
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
@@ -61,6 +61,18 @@ IN_16_BIT = {"adapter": "lora", "load_in_4bit": None}
 )  # fmt: skip
 def test_fsdp2_through_axolotl_equals_one_process(pair, dataset, anchored_file, tmp_path, weight, changes):
     """As many processes as there are GPUs; one shards too."""
+    assert_equals_one_process(pair, dataset, anchored_file, tmp_path, weight, changes, FSDP2, "training on FSDP")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_through_axolotl_equals_one_process(pair, dataset, anchored_file, tmp_path, stage):
+    """QLoRA and the anchor; as many processes as there are GPUs."""
+    pytest.importorskip("deepspeed")
+    carried = {"deepspeed": deepspeed_config(stage)}
+    assert_equals_one_process(pair, dataset, anchored_file, tmp_path, 2, {}, carried, "training on DEEPSPEED")
+
+
+def assert_equals_one_process(pair, dataset, anchored_file, tmp_path, weight, changes, carried, said):
     shake(lora_model(pair[1], random_b=False, r=8, lora_alpha=16)).save_pretrained(tmp_path / "start")
     count = torch.cuda.device_count()
     start = {"lora_model_dir": str(tmp_path / "start"), **changes}
@@ -68,11 +80,11 @@ def test_fsdp2_through_axolotl_equals_one_process(pair, dataset, anchored_file, 
     torchrun = ("--launcher", "torchrun", "--", f"--nproc_per_node={count}")
     for name, more, launch, seen in (
         ("one", {"gradient_accumulation_steps": count}, ("--launcher", "python"), {"CUDA_VISIBLE_DEVICES": "0"}),
-        ("fsdp2", {**FSDP2, "gradient_accumulation_steps": 1}, torchrun, {}),
+        ("many", {**carried, "gradient_accumulation_steps": 1}, torchrun, {}),
     ):
         config = config_with(tmp_path / name, pair, dataset, anchored_file, weight, **start, **more)
         result = axolotl("train", str(config), *launch, cwd=config.parent, **seen)
-        assert ("training on FSDP" in result.stdout + result.stderr) == (name == "fsdp2")
+        assert (said in result.stdout + result.stderr) == (name == "many")
         adapters.append(load_file(str(tmp_path / name / "out" / "adapter_model.safetensors")))
     for name, weights in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], weights, rtol=1e-2, atol=1e-4)

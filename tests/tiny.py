@@ -165,6 +165,16 @@ def write_config(folder: Path, model: Path, dataset: Path, asft: dict | None = N
     return path
 
 
+def deepspeed_config(stage: int) -> dict:
+    """A DeepSpeed config with ZeRO of this stage."""
+    return {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
 def interruptible() -> None:
     """For a child that is to get a Ctrl-C: a shell that runs the tests in the background has it ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
