@@ -1,30 +1,20 @@
 """The penalty over the LoRA layers of a PEFT model, matched to directions by whole name."""
 
-import logging
 import os
-from collections.abc import Collection
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection, select_modules
+from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.fingerprint import with_scales
 from axolotl_asft.layer_groups import ConstrainedLayer, LayerGroup, grouped
-from axolotl_asft.lora import (
-    FoundLayer,
-    frozen_lora_layers,
-    other_trainable_parameters,
-    plain_weights,
-    trainable_lora_layers,
-)
+from axolotl_asft.lora import FoundLayer, other_trainable_parameters, plain_weights, trainable_lora_layers
+from axolotl_asft.matching import match, report_gaps
 from axolotl_asft.penalty import PROJECTORS, LayerDrift, relative_drift
 from axolotl_asft.spec import METRICS
 from axolotl_asft.verify import verify_weights
-
-LOG = logging.getLogger("axolotl.asft")
-TOWERS = ("vision", "visual", "audio", "multi_modal", "embed_vision", "embed_audio")  # axolotl's freeze_mm_modules
 
 
 class AlignmentPenalty:
@@ -54,6 +44,7 @@ class AlignmentPenalty:
     Attributes:
         layers: the constrained LoRA layers, in the model's order.
         groups: the same by shape, with their directions.
+        match: what of the model is covered, and what is not and why.
         uncovered: how many LoRA layers and other weights train without the penalty, by `modules` and `on_uncovered`.
 
     Raises:
@@ -86,27 +77,14 @@ class AlignmentPenalty:
         self.rank = 0 if rank is None and metric != "weights" else rank
         self.lora_scaling, self.modules = lora_scaling, modules
         self.on_uncovered, self.verify_model = on_uncovered, verify_model
-        found = {layer.name: layer for layer in trainable_lora_layers(model)}
-        frozen = frozen_lora_layers(model, {layer.adapter for layer in found.values()})
-        chosen = select_modules([*found, *frozen], modules) if modules else [*found, *frozen]
-        frozen = [name for name in frozen if name in chosen]
-        chosen = [name for name in chosen if name in found]
-        known = self._known()
-        covered = [name for name in chosen if name in known]
-        others = other_trainable_parameters(model, list(found.values()))
-        self._matched = {(id(layer.layer), layer.adapter): layer for layer in found.values()}
-        self._others = {_steady(name) for name in others}
-        self.uncovered = len(found) - len(covered) + len(others) + len(frozen)
-        if not covered:
-            raise AsftError(
-                f"none of the {len(chosen)} LoRA layers has a direction; the model's first is {next(iter(found))}, the "
-                f"direction file's {next(iter(known))}; use the direction of this model"
-            )
-        self._report_uncovered([name for name in chosen if name not in known], others)
-        self._report_frozen(frozen)
-        for name in covered:
-            direction.modules[name].check_shape(name, found[name].shape, "model")
-        self.layers = [found[name] for name in covered]
+        found = self.match = match(model, direction, metric, modules)
+        self._matched = {(id(layer.layer), layer.adapter): layer for layer in found.trained}
+        self._others = {_steady(name) for name in found.others}
+        self.uncovered = len(found.trained) - len(found.covered) + len(found.others) + len(found.frozen)
+        report_gaps(found, metric, on_uncovered)
+        self.layers = found.covered
+        for layer in self.layers:
+            direction.modules[layer.name].check_shape(layer.name, layer.shape, "model")
         self.groups: list[LayerGroup] = grouped(self._constrained(layer) for layer in self.layers)
         if verify_model:
             self._verify()
@@ -191,25 +169,6 @@ class AlignmentPenalty:
         factors = [group.shorten(max_drift) for group in self.groups]
         return torch.cat([factor.to(factors[0].device) for factor in factors]).min()
 
-    def _known(self) -> Collection[str]:
-        """The layers that the penalty can measure: a tower of images has no metric, and an empty one sees nothing."""
-        modules = self.direction.modules
-        if self.metric == "weights":
-            return modules
-        known = {name: module for name, module in modules.items() if self.metric in module.metrics}
-        if not known:
-            raise AsftError(
-                f"metric is {self.metric!r}, which the direction file does not hold; make it with "
-                f"`axolotl asft extract --metric {self.metric}`, or set metric: weights"
-            )
-        seen = {name for name, module in known.items() if module.metrics[self.metric].sees()}
-        if not seen:
-            raise AsftError(
-                f"the direction's metric {self.metric} is empty in every layer, so that it would hold nothing; make it "
-                f"again with `axolotl asft extract --metric {self.metric}`, or set metric: weights"
-            )
-        return seen
-
     def _constrained(self, found: FoundLayer) -> ConstrainedLayer:
         module = self.direction.modules[found.name]
         U, c = module.projector(self.projector, self.rank)
@@ -244,33 +203,6 @@ class AlignmentPenalty:
         # under FSDP the other processes may wait for the weights of the first, which looks at them
         if weights or int(os.environ.get("RANK", "0")) == 0:
             verify_weights(self.direction, weights)
-
-    def _report_frozen(self, layers: list[str]) -> None:
-        if self.on_uncovered == "ignore" or not layers:
-            return
-        text = (
-            f"{len(layers)} LoRA layers do not train and change the model all the same (first {layers[0]}), which no "
-            "penalty covers"
-        )
-        if self.on_uncovered == "error":
-            raise AsftError(f"{text}; train all of the adapter, or set asft.on_uncovered: warn")
-        LOG.warning(text)
-
-    def _report_uncovered(self, layers: list[str], others: list[str]) -> None:
-        if self.on_uncovered == "ignore" or not (layers or others):
-            return
-        what = []
-        if layers:
-            metric = "" if self.metric == "weights" else f" in the metric {self.metric}"
-            what.append(f"{len(layers)} LoRA layers without a direction{metric} (first {layers[0]})")
-        if others:
-            what.append(f"{len(others)} trainable weights that are no LoRA layer (first {others[0]})")
-        text = f"the penalty does not cover {' and '.join(what)}, so training can leave the alignment direction there"
-        if self.on_uncovered == "error":
-            tower = any(part.startswith(TOWERS) for name in (*layers, *others) for part in name.split("."))
-            how = " (freeze_mm_modules: true, where a model reads images)" if tower else ""
-            raise AsftError(f"{text}; leave them out of training{how}, or set asft.on_uncovered: warn")
-        LOG.warning(text)
 
 
 def _steady(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from axolotl_asft.errors import AsftError, did_you_mean
 
@@ -76,6 +76,13 @@ class AsftArgs(BaseModel):
                     raise ValueError(f"asft.{key} is no key of the asft block; {hint}")
         return block
 
+    @field_validator("lambda_reg", "rank", "max_drift", "anchor_weight", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("expected a number (YAML reads yes, on and true alike as a boolean)")
+        return value
+
 
 class AsftPluginArgs(BaseModel):
     """What the plugin adds to axolotl's config."""
@@ -101,6 +108,8 @@ def parse_block(block: Any) -> AsftArgs:
         if first["type"] == "missing":
             raise AsftError(f"{key} is missing; give it in the asft block") from error
         message = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "value_error":
+            message = str(first["ctx"]["error"])
         if first["type"] == "string_pattern_mismatch":
             message = "expected the sha256 of the file, 64 hexadecimal digits (sha256sum, or axolotl asft inspect)"
         raise AsftError(f"{key} is {first['input']!r}; {message}") from error

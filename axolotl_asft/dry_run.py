@@ -20,7 +20,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.guard import refuse_misspelt_block
 from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
-from axolotl_asft.lora import FoundLayer, other_trainable_parameters, trainable_lora_layers
+from axolotl_asft.lora import FoundLayer, trainable_lora_layers
 from axolotl_asft.run_config import (
     dataset_templates,
     lora_model,
@@ -36,7 +36,6 @@ from axolotl_asft.templates import template_warnings, text_tokenizer
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
-LEFT_OUT = "asft.modules leaves it out"
 OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 OF_A_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
@@ -136,7 +135,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     if (block.anchor_weight or 0) > 0:
         _try(check, lambda: own_answers_of(direction.spec))
     _refuse_initialisation(check, block, layers, initialisation, cfg)
-    penalty = _match(check, block, direction, model, layers)
+    penalty = _match(check, block, direction, model)
     if penalty is None:
         return
     given = block.lambda_reg, block.max_drift, block.anchor_weight
@@ -265,9 +264,7 @@ def _refuse_initialisation(
         )
 
 
-def _match(
-    check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel, layers: list[FoundLayer]
-) -> AlignmentPenalty | None:
+def _match(check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel) -> AlignmentPenalty | None:
     """The run's own matching of layers and directions, by whole name and shape."""
     options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift", "anchor_weight"})
     options |= {"verify_model": False}  # there are no weights to look at
@@ -277,17 +274,13 @@ def _match(
             penalty = AlignmentPenalty(model, direction, **{**options, "on_uncovered": "ignore"})
         except AsftError:
             return None
-    check.constrained = [layer.name for layer in penalty.layers]
-    for layer in layers:
-        if layer.name not in direction.modules:
-            check.unconstrained[layer.name] = "the direction file has no such layer"
-        elif penalty.metric not in ("weights", *direction.modules[layer.name].metrics):
-            check.unconstrained[layer.name] = f"the direction file has no metric {penalty.metric} of it"
-        elif layer.name not in check.constrained:
-            check.unconstrained[layer.name] = LEFT_OUT
-    for name in other_trainable_parameters(model, layers):
-        check.unconstrained[name] = "trained whole, not by LoRA"
-    left_out = list(check.unconstrained.values()).count(LEFT_OUT)
-    check.warnings += advice.on_coverage(block, left_out, len(check.unconstrained) - left_out)
-    check.unused = len(set(direction.modules) - {layer.name for layer in layers})
+    found = penalty.match
+    check.constrained = [layer.name for layer in found.covered]
+    check.unconstrained = {
+        **found.uncovered,
+        **dict.fromkeys(found.left_out, "asft.modules leaves it out"),
+        **dict.fromkeys(found.others, "trained whole, not by LoRA"),
+    }
+    check.warnings += advice.on_coverage(block, len(found.left_out), len(found.uncovered) + len(found.others))
+    check.unused = len(set(direction.modules) - {layer.name for layer in found.trained})
     return penalty

@@ -112,8 +112,28 @@ def test_uncovered_layers(pair, caplog):
     assert len(AlignmentPenalty(model, direction, on_uncovered="ignore").layers) == 8
     assert not caplog.text
     mlp = lora_model(pair[1], target_modules=["up_proj", "gate_proj", "down_proj"])
-    with pytest.raises(AsftError, match="none of the 6 LoRA layers has a direction"):
+    with pytest.raises(AsftError, match=r"none of the 6 LoRA layers has a direction; .* use the direction of this mod"):
         AlignmentPenalty(mlp, direction, on_uncovered="ignore")
+
+
+def test_modules_that_choose_nothing_that_is_covered(pair, direction):
+    """The message speaks of the chosen layers, and not of the model's first, which has a direction."""
+    model = lora_model(pair[1], target_modules=["q_proj", "lm_head"])
+    message = (
+        "^none of the LoRA layers that modules chooses has a direction; the first of them is lm_head, the direction "
+        f"file's first {next(iter(direction.modules))}; use the direction of this model, or choose layers that it has$"
+    )
+    with pytest.raises(AsftError, match=message):
+        AlignmentPenalty(model, direction, modules=["lm_head"])
+    model = lora_model(pair[1])
+    for name, weight in model.named_parameters():
+        weight.requires_grad = weight.requires_grad and "q_proj" in name
+    message = (
+        r"^none of the LoRA layers that modules chooses trains \(first model.layers.0.mlp.up_proj\); choose layers "
+        "that train, such as model.layers.0.self_attn.q_proj$"
+    )
+    with pytest.raises(AsftError, match=message):
+        AlignmentPenalty(model, direction, modules=["up_proj"])
 
 
 def test_a_model_without_lora(pair, direction):

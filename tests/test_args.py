@@ -78,6 +78,11 @@ def test_yaml_writes_small_numbers_as_text():
         ({"modules": "q_proj"}, "asft.modules is 'q_proj'; input should be a valid list"),
         ({"direction": ""}, "asft.direction is ''"),
         ({"anchor_weight": -1}, "asft.anchor_weight is -1; input should be greater than or equal to 0"),
+        *(
+            ({key: value}, f"asft.{key} is {value}; expected a number (YAML reads yes, on and true alike as a boolean)")
+            for key in ("lambda_reg", "rank", "max_drift", "anchor_weight")
+            for value in (True, False)
+        ),
         ({"anchor": 1}, "asft.anchor is no key of the asft block; did you mean anchor_weight?"),
     ],
 )

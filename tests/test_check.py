@@ -118,7 +118,9 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"adapter": None, "load_in_4bit": None}, "set adapter: qlora or adapter: lora"),
         ({}, {"peft_use_dora": True}, "peft_use_dora is not supported"),
         ({}, {"relora": True}, "relora is not supported"),
-        ({}, {"deepspeed": "ds.json"}, "DeepSpeed is not supported"),
+        ({}, {"deepspeed": "ds.json"}, "ds.json cannot be read as JSON"),
+        ({}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed's ZeRO-3 is not supported"),
+        ({"max_drift": 0.1}, {"deepspeed": {"zero_optimization": {"stage": 1}}}, "max_drift is not supported under"),
         ({}, {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "FSDP1 is not supported"),
         ({}, {"optimizer": "lomo"}, "steps during the backward pass"),
         ({}, {"plugins": ["asfft"]}, "did you mean 'asft'"),
@@ -219,6 +221,29 @@ def test_layers_without_a_direction(checked, pair, tmp_path):
     assert (status, found["errors"]) == (0, [])
     assert warned(found, "on_uncovered is warn: 10 trainable weights are not constrained")
     assert not warned(checked({"on_uncovered": "warn"})[1], "on_uncovered")
+
+
+def test_a_layer_whose_metric_is_empty(checked, fisher_file, tmp_path):
+    """It is uncovered, as in the run, and nothing that the block leaves out."""
+    direction = AlignmentDirection.load(fisher_file)
+    modules = dict(direction.modules)
+    first, second, *_ = modules
+    fisher = modules[first].metrics["fisher"]
+    modules[first] = replace(modules[first], metrics={"fisher": replace(fisher, inputs=0 * fisher.inputs)})
+    AlignmentDirection(modules, direction.spec).save(tmp_path / "emptied.safetensors")
+    block = {"direction": str(tmp_path / "emptied.safetensors")}
+    status, found = checked(block)
+    assert status == 2
+    assert "1 LoRA layers without a direction in the metric fisher" in found["errors"][0]
+    assert found["unconstrained"] == {first: "the direction file's metric fisher of it is empty"}
+    status, found = checked({**block, "on_uncovered": "warn"})
+    assert (status, len(found["constrained"])) == (0, 13)
+    assert warned(found, "on_uncovered is warn: 1 trainable weights are not constrained")
+    assert not warned(found, "asft.modules leaves")
+    status, found = checked({**block, "on_uncovered": "warn", "modules": [second]})
+    assert (found["constrained"], set(found["unconstrained"].values())) == ([second], {"asft.modules leaves it out"})
+    assert not warned(found, "on_uncovered"), "the run has nothing to say of layers that are not chosen"
+    assert warned(found, "asft.modules leaves 13 LoRA layers out")
 
 
 def test_an_anchor_in_plain_words(checked, anchored_file):
