@@ -51,12 +51,15 @@ def resolve_plugin_name(name: str) -> str:
 
 
 def require_plugin(cfg: dict[str, Any]) -> None:
-    """Refuse a config that has an `asft:` block and does not list the plugin, or has one under a misspelt name.
+    """Refuse a config that has an `asft:` block and does not list the plugin, or has one in another spelling.
+
+    Keys of the block that bear its name, `asft_lambda_reg`, are such a spelling; without it they may be axolotl's own.
 
     Raises:
         AsftError: axolotl would drop the block and train without the constraint.
     """
     refuse_misspelt_block(cfg)
+    refuse_strays({key: value for key, value in cfg.items() if str(key).startswith(SHORT_NAME)})
     if cfg.get(SHORT_NAME) is None:
         return
     listed = cfg.get("plugins") or []

@@ -20,7 +20,7 @@ _WRAPPERS = {
 
 
 class _Finder:
-    """A meta-path finder that steps aside for the real ones and adds a step after the module has run."""
+    """A meta-path finder that steps aside for the real ones and adds a step after the module has run, once."""
 
     def __init__(self):
         self.waiting = dict(_WRAPPERS)
@@ -28,22 +28,26 @@ class _Finder:
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in self.waiting:
             return None
-        name, home, wrapper = self.waiting.pop(fullname)
-        from importlib import import_module
-        from importlib.util import find_spec
-
-        spec = find_spec(fullname)
+        others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
+        found = (find_spec(fullname, path, target) for find_spec in others if find_spec is not None)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
+            if fullname not in self.waiting:
+                return
+            from importlib import import_module
+
             from axolotl_asft.guard import print_user_errors_in_one_line
 
+            name, home, wrapper = self.waiting[fullname]
             wrap = getattr(import_module(f"axolotl_asft.{home}"), wrapper)
             setattr(module, name, wrap(getattr(module, name)))
             print_user_errors_in_one_line()
+            del self.waiting[fullname]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -48,7 +48,24 @@ def test_block_without_plugin(plugins):
         require_plugin({"asft": {"direction": "d"}, "plugins": plugins})
 
 
-@pytest.mark.parametrize("cfg", [{}, {"asft": None}, {"asft": {"direction": "d"}, "plugins": ["asft"]}])
+@pytest.mark.parametrize("key", ["asft_direction", "asft-direction", "asft_lambda_reg", "asft-lambda-reg"])
+def test_keys_of_a_block_that_is_not_there(key):
+    """Neither block nor plugin: axolotl would drop them, and train unconstrained."""
+    bare = key[5:].replace("-", "_")
+    message = f"{key} stands outside the asft: block, where axolotl drops it; indent it under asft:, or give it as asft"
+    with pytest.raises(AsftError, match=rf"{message}\.{bare} in a sweep"):
+        require_plugin({"base_model": "m", key: 1})
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {},
+        {"asft": None},
+        {"asft": {"direction": "d"}, "plugins": ["asft"]},
+        {"rank": 8, "direction": "d", "asft_note": "of somebody else"},
+    ],
+)
 def test_configs_that_pass(cfg):
     require_plugin(cfg)
 

@@ -1,5 +1,7 @@
 """The start-up hook: cheap, silent, and in place before axolotl looks for its plugins."""
 
+import importlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from tiny import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +55,68 @@ def test_a_look_up_costs_next_to_nothing():
     for _ in range(10_000):
         finder.find_spec("some.module")
     assert (time.perf_counter() - start) / 10_000 < 5e-6
+
+
+@pytest.fixture
+def waited_for(tmp_path, monkeypatch):
+    """A module, and a finder that waits for it to put `guard.resolve_plugin_name` around its value."""
+    from axolotl_asft.startup import _Finder
+
+    finder = _Finder()
+    finder.waiting = {"waited_for": ("value", "guard", "resolve_plugin_name")}
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "waited_for.py").write_text("value = 'asft'")
+    yield tmp_path / "waited_for.py"
+    sys.modules.pop("waited_for", None)
+
+
+def test_a_module_that_was_only_looked_for_is_waited_for_still(waited_for):
+    """`importlib.util.find_spec` says whether a package is there; other tools ask it before they import."""
+    for _ in range(2):
+        assert importlib.util.find_spec("waited_for").origin == str(waited_for)
+    assert importlib.import_module("waited_for").value == "axolotl_asft.AsftPlugin"
+
+
+def test_a_module_that_failed_is_waited_for_still(waited_for):
+    waited_for.write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        importlib.import_module("waited_for")
+    waited_for.write_text("value = 'asft'")
+    importlib.invalidate_caches()
+    assert importlib.import_module("waited_for").value == "axolotl_asft.AsftPlugin"
+
+
+def test_a_finder_that_looks_again_from_within(waited_for, monkeypatch):
+    """As ours once did: a look-up inside a look-up ends, and the module is wrapped once."""
+
+    class Again:
+        is_looking = False
+
+        def find_spec(self, fullname, path=None, target=None):
+            if fullname != "waited_for" or self.is_looking:
+                return None
+            self.is_looking = True
+            try:
+                return importlib.util.find_spec(fullname)
+            finally:
+                self.is_looking = False
+
+    wrapped = []
+    monkeypatch.setattr("axolotl_asft.guard.resolve_plugin_name", lambda name: wrapped.append(name) or name)
+    monkeypatch.setattr(sys, "meta_path", [sys.meta_path[0], Again(), *sys.meta_path[1:]])
+    importlib.import_module("waited_for")
+    assert wrapped == ["asft"]
+
+
+def test_the_guard_is_there_after_a_look_up(tmp_path):
+    code = (
+        "from importlib.util import find_spec; find_spec('axolotl.utils.config'); import axolotl.utils.config as c; "
+        "print(c.validate_config.__code__.co_filename)"
+    )
+    assert python(code).endswith("axolotl_asft/guard.py")
 
 
 def test_the_line_survives_a_missing_package():
