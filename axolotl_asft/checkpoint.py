@@ -13,7 +13,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.files import read_json
 from axolotl_asft.hub import HubFile, cached_folder, commit_of, hub_model, small_file, weight_files
 from axolotl_asft.naming import model_names
-from axolotl_asft.tensor_files import DTYPES, LocalFile, RemoteFile, TensorFile
+from axolotl_asft.tensor_files import LocalFile, RemoteFile, TensorFile, torch_dtype
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -92,18 +92,18 @@ class Checkpoint:
             AsftError: the tensor is not of a floating-point dtype, or its file cannot be read.
         """
         stored = self.tensors[f"{module}.weight"]
-        if stored.dtype not in DTYPES:
-            raise AsftError(
-                f"{self.location}: {module}.weight is {stored.dtype}; expected one of {', '.join(sorted(DTYPES))}; "
-                "give a full-precision checkpoint"
-            )
+        torch_dtype(self.location, f"{module}.weight", stored.dtype)
         weight = stored.file.tensor(stored.name)
         return weight.T if self.transposed else weight
 
     def values(self, module: str, start: int, count: int) -> Tensor:
-        """(count,) consecutive values of the flattened (out, in) weight, read without the rest of it."""
-        columns = self.linear_weights()[module][1]
+        """(count,) consecutive values of the flattened (out, in) weight, read without the rest of it.
+
+        Raises:
+            AsftError: the file cannot be read, or lies on the Hub and the tensor is not of a floating-point dtype.
+        """
         stored = self.tensors[f"{module}.weight"]
+        columns = stored.shape[0 if self.transposed else 1]
         first, last = start // columns, (start + count - 1) // columns + 1
         if self.transposed:
             rows = stored.file.tensor(stored.name)[:, first:last].T

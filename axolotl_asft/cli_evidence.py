@@ -11,6 +11,7 @@ import click
 
 from axolotl_asft.console import quieten_libraries, stages
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import without_nan
 from axolotl_asft.hub import hub_model
 from axolotl_asft.yaml_config import read_config, read_text
 
@@ -209,10 +210,11 @@ def landscape_command(
     steps = _radii(radii)
     if (file is None) == (base is None):
         raise AsftError("give one of --direction and --base")
-    turns = _chats(task) if task is not None else None
+    from axolotl_asft.evaluation.prompts import load_chats
+
+    turns = load_chats(task) if task is not None else None
     quieten_libraries()
     from axolotl_asft.evaluation.basin import landscape_table, verdict
-    from axolotl_asft.evaluation.kept import without_nan
     from axolotl_asft.evaluation.landscape import measure_landscape
 
     direction = _direction(model, file, base, rank, show=not as_json)
@@ -252,21 +254,3 @@ def _direction(model: str, file: str | None, base: str | None, rank: int, show: 
     from axolotl_asft.extract import extract_direction
 
     return extract_direction(str(base), model, rank, progress=show and sys.stderr.isatty())
-
-
-def _chats(path: Path) -> list[tuple[str, str]]:
-    """The first question and answer of each line's `messages`."""
-    turns = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON allows what `splitlines` cuts at
-        if not line.strip():
-            continue
-        try:
-            messages = json.loads(line)["messages"]
-            question = next(message["content"] for message in messages if message["role"] == "user")
-            answer = next(message["content"] for message in messages if message["role"] == "assistant")
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise AsftError(f'{path}, line {number}: expected {{"messages": [user, assistant]}}') from error
-        turns.append((str(question), str(answer)))
-    if not turns:
-        raise AsftError(f"{path} holds no chats; expected a line of JSON each")
-    return turns

@@ -7,6 +7,7 @@ import click
 
 from axolotl_asft.console import quieten_libraries
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import named_folder
 
 
 @click.command("report")
@@ -61,12 +62,8 @@ def report_command(
 def _named(pairs: tuple[str, ...]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        if not equals:
-            name, folder = Path(pair).name, pair
-        if not name or not folder:
-            raise AsftError(f"--compare is {pair!r}; expected NAME=DIR, as plain=out/plain")
+        name, folder = named_folder("--compare", pair)
         if name in named or name == "this run":
             raise AsftError(f"--compare names {name!r} twice; give each run a name of its own")
-        named[name] = Path(folder)
+        named[name] = folder
     return named

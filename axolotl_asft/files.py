@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -86,6 +87,32 @@ def read_json(path: Path, instead: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AsftError(f"{path} holds no JSON object; {instead}")
     return content
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which has no NaN, and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def named_folder(option: str, text: str) -> tuple[str, Path]:
+    """The name and the folder of `NAME=DIR`, or of `DIR`, whose last part is the name then; it may have a = in it.
+
+    Args:
+        option: of the command line, for the message.
+
+    Raises:
+        AsftError: one of the two is empty.
+    """
+    name, equals, place = text.partition("=")
+    if not equals or Path(text).expanduser().is_dir():
+        name, place = Path(text).expanduser().resolve().name, text
+    if not name or not place:
+        raise AsftError(f"{option} is {text!r}; expected a folder, or NAME=DIR, as plain=out/plain")
+    return name, Path(place).expanduser()
 
 
 def writable_folder(path: Path) -> None:

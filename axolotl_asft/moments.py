@@ -19,12 +19,11 @@ class SecondMoment:
     Args:
         size: of the vectors.
         rank: directions wanted.
-        seed: of Omega; the global generators are left alone.
     """
 
-    def __init__(self, size: int, rank: int, seed: int = 0):
+    def __init__(self, size: int, rank: int):
         self.rank = min(rank, size)
-        self._drawn = size, min(size, rank + OVERSAMPLING), seed
+        self._drawn = size, min(size, rank + OVERSAMPLING)
         self.sketch = torch.zeros(size, self._drawn[1])
         self.trace = 0.0
 
@@ -60,8 +59,8 @@ class SecondMoment:
 
 
 @lru_cache(maxsize=16)  # a model's layers have a handful of sizes
-def _omega(size: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """(size, columns) fp32 with orthonormal columns; not to be written to."""
-    generator = torch.Generator().manual_seed(seed)
+def _omega(size: int, columns: int, device: torch.device) -> Tensor:
+    """(size, columns) fp32 with orthonormal columns; not to be written to. The global generators are left alone."""
+    generator = torch.Generator().manual_seed(0)
     omega = torch.randn(size, columns, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(omega)[0].float().to(device)

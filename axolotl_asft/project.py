@@ -14,7 +14,7 @@ from axolotl_asft import __version__
 from axolotl_asft.adapter_folder import check_output, write_projected
 from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import writable_folder
+from axolotl_asft.files import without_nan, writable_folder
 from axolotl_asft.penalty import PROJECTORS, orthogonal_part, squared_norm
 from axolotl_asft.saved import SavedAdapter, SavedLayer
 from axolotl_asft.verify import verify_checkpoint
@@ -137,7 +137,13 @@ def project_adapter(
     output = Path(output)
     check_output(output, Path(adapter), force)
     saved = SavedAdapter.read(adapter)
-    found = [layer for layer in saved.layers() if layer.A.any() and layer.B.any()]  # PEFT saves frozen ones as well
+    linear = list(saved.layers())
+    if not linear:
+        raise AsftError(
+            f"{saved.folder} holds no LoRA of a linear layer, so that there is nothing to project; give an adapter of "
+            "linear layers"
+        )
+    found = [layer for layer in linear if layer.A.any() and layer.B.any()]  # PEFT saves frozen ones as well
     if not found:
         raise AsftError(f"{saved.folder}: B A is 0 in every layer, so that there is nothing to project; train it first")
     writable_folder(output.parent)
@@ -253,8 +259,6 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _covered(found: list[SavedLayer], direction: AlignmentDirection) -> list[SavedLayer]:
-    if not found:
-        raise AsftError("the adapter has no LoRA layers of linear layers; there is nothing to project")
     covered = [layer for layer in found if layer.name in direction.modules]
     for layer in covered:
         direction.modules[layer.name].check_shape(layer.name, (layer.B.shape[0], layer.A.shape[1]), "adapter")
@@ -297,7 +301,4 @@ def _section(report: ProjectionReport) -> str:
 
 def as_dict(report: ProjectionReport) -> dict[str, Any]:
     """The report as JSON values; a missing cosine is null."""
-    content = asdict(report)
-    for layer in content["layers"]:
-        layer["cosine"] = None if math.isnan(layer["cosine"]) else layer["cosine"]
-    return content
+    return without_nan(asdict(report))

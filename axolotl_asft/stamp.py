@@ -1,11 +1,10 @@
 """Writing on a saved adapter what it was trained under: `adapter_config.json` and the model card."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from axolotl_asft.files import atomic_write_text, read_json
+from axolotl_asft.files import atomic_write_text, read_json, without_nan
 
 STAMP_KEY = "asft"
 PAGE = "asft_report.html"  # beside a model card, where the report was drawn
@@ -60,7 +59,7 @@ def add_to_config(path: Path, key: str, value: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     config = read_json(path, "expected what PEFT saved")
-    config[key] = {name: number if _is_finite(number) else None for name, number in value.items()}
+    config[key] = without_nan(value)
     atomic_write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return True
 
@@ -123,7 +122,8 @@ def _measured(stamp: dict[str, Any]) -> str:
     if "interrupted_at" in stamp:
         step, steps = stamp["interrupted_at"]
         return f"- interrupted after {step} of {steps} steps: the training was not finished\n"
-    if not all(_is_finite(stamp[name]) for name in ("drift", "update_norm", "anchor_kl") if name in stamp):
+    numbers = [stamp[name] for name in ("drift", "update_norm", "anchor_kl") if name in stamp]
+    if None in without_nan(numbers):
         return "- the numbers at the end are not finite: the training diverged; do not use this adapter\n"
     anchored = ""
     if stamp["anchor_weight"]:
@@ -132,10 +132,6 @@ def _measured(stamp: dict[str, Any]) -> str:
         f"{anchored}- drift at the end: {stamp['drift']:.4f} (share of the update outside the alignment direction), "
         f"update norm {stamp['update_norm']:.4f}\n"
     )
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _without(text: str, begin: str, end: str) -> str:

@@ -19,6 +19,19 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
 
 
+def torch_dtype(place: object, name: str, dtype: str) -> torch.dtype:
+    """The torch dtype of a tensor, by safetensors' name of it.
+
+    Raises:
+        AsftError: none of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise AsftError(
+            f"{place}: {name} is {dtype}; expected one of {', '.join(sorted(DTYPES))}; give a full-precision checkpoint"
+        )
+    return DTYPES[dtype]
+
+
 class TensorFile(Protocol):
     """What a checkpoint needs of a file."""
 
@@ -88,7 +101,7 @@ class RemoteFile:
     def _read(self, name: str, first: int, last: int) -> Tensor:
         """Values first to last - 1 of the flattened tensor."""
         entry = self._entries()[name]
-        dtype = DTYPES[entry["dtype"]]
+        dtype = torch_dtype(self.file, name, entry["dtype"])
         start = self._start + entry["data_offsets"][0]
         data = fetch_range(self.file, start + first * dtype.itemsize, start + last * dtype.itemsize)
         return torch.frombuffer(bytearray(data), dtype=dtype)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,19 @@ def test_transposed_checkpoints_are_turned(tmp_path):
     name = next(name for name in direction.modules if name.endswith("attn.c_proj"))
     weight = checkpoint.weight(name)
     assert torch.equal(checkpoint.values(name, 70, 50), weight.reshape(-1)[70:120])
+
+
+def test_a_few_values_are_read_without_a_look_at_the_other_tensors(pair):
+    """A mixture of experts has thousands of tensors, each of which is asked for its block."""
+
+    class LookedUp(dict):
+        def items(self):
+            raise AssertionError("all tensors were gone through")
+
+    checkpoint = Checkpoint.open(pair[1])
+    name = "model.layers.0.mlp.up_proj"
+    expected = checkpoint.weight(name).reshape(-1)[70:134]
+    assert torch.equal(replace(checkpoint, tensors=LookedUp(checkpoint.tensors)).values(name, 70, 64), expected)
 
 
 def test_refused_pairs(pair, tmp_path):

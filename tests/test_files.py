@@ -1,11 +1,13 @@
 """Files are whole or not there."""
 
 import errno
+import math
+from pathlib import Path
 
 import pytest
 
 from axolotl_asft.errors import AsftError, WorkFailed
-from axolotl_asft.files import atomic_write, atomic_write_text, refuse_to_replace_file
+from axolotl_asft.files import atomic_write, atomic_write_text, named_folder, refuse_to_replace_file, without_nan
 
 
 def test_writes_and_replaces(tmp_path):
@@ -67,3 +69,26 @@ def test_no_file_replaces_a_folder(tmp_path, force):
     with pytest.raises(AsftError, match="is a folder; expected the name of a file, give another --output"):
         refuse_to_replace_file(tmp_path, force)
     refuse_to_replace_file(tmp_path / "new", force)
+
+
+def test_a_folder_with_or_without_a_name(tmp_path, monkeypatch):
+    (tmp_path / "out" / "lr=1e-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, found in {
+        "lr=1e-4": ("lr=1e-4", "lr=1e-4"),
+        "low=lr=1e-4": ("low", "lr=1e-4"),
+        "plain=gone": ("plain", "gone"),
+        "gone/plain": ("plain", "gone/plain"),
+        ".": ("out", "."),
+        "plain=~/out": ("plain", tmp_path / "out"),
+    }.items():
+        assert named_folder("--compare", text) == (found[0], Path(found[1])), text
+    for text in ("", "=out", "plain="):
+        with pytest.raises(AsftError, match=f"^--compare is '{text}'; expected a folder, or NAME=DIR, as plain=out/pl"):
+            named_folder("--compare", text)
+
+
+def test_json_has_no_number_that_is_not_finite():
+    value = {"a": [1.5, math.nan, (True, -math.inf)], "b": {"c": math.inf, "d": None, "e": "nan"}, "f": 3}
+    assert without_nan(value) == {"a": [1.5, None, [True, None]], "b": {"c": None, "d": None, "e": "nan"}, "f": 3}

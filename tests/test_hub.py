@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
+from safetensors.torch import save_file
 from tiny import ENVIRONMENT, OWN_ANSWERS, axolotl, make_pair, write_config
 
 from axolotl_asft import AlignmentDirection, extract_direction
@@ -509,6 +510,18 @@ def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
     for line, message in zip(lines, messages.values(), strict=True):
         assert line.startswith("asft: ")
         assert message in line
+
+
+@pytest.mark.parametrize("read", ["weight('m.layers.0.up')", "values('m.layers.0.up', 0, 4)"])
+def test_a_dtype_that_is_not_read_from_the_hub(hub, environment, tmp_path, read):
+    """Whole or in part, it is one line."""
+    save_file({"m.layers.0.up.weight": torch.zeros(4, 4, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    hub.commit("org/whole", {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "config.json": b"{}"})
+    code = f"from axolotl_asft.checkpoint import Checkpoint; Checkpoint.open('org/whole').{read}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    line = done.stderr.splitlines()[-1]
+    assert "AsftError: org/whole@" in line
+    assert "m.layers.0.up.weight is I32; expected one of BF16, F16, F32, F64; give a full-precision checkpoint" in line
 
 
 def test_a_stale_index_beside_a_single_file_on_the_hub(hub, environment, pair, tmp_path):

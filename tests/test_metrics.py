@@ -407,6 +407,15 @@ def test_own_answers_in_turns():
     assert in_turns([], answered) == [], "harmless answers alone hold nothing"
 
 
+def test_a_metric_is_of_the_layers_that_a_direction_file_has():
+    """Both go by the numbered blocks of a decoder: a number elsewhere in a name is no block's."""
+    from axolotl_asft.evaluation.safety_metrics import linear_layers
+
+    blocks = [torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2), "norm": torch.nn.LayerNorm(2)}) for _ in range(2)]
+    parts = {"layers": torch.nn.ModuleList(blocks[:1]), "mergers": torch.nn.ModuleList(blocks[1:])}
+    assert linear_layers(torch.nn.ModuleDict({"model": torch.nn.ModuleDict(parts)})) == ["model.layers.0.up"]
+
+
 def test_a_device_holds_one_omega_for_all_layers_of_a_size():
     """Of an 8B model the sketches of 224 layers are 3 GB, and as many Omegas were as much again."""
     moments = [SecondMoment(30, 4) for _ in range(5)]

@@ -297,6 +297,14 @@ def test_it_says_how_much_of_the_direction_it_projects_on(adapter, full_directio
     assert "not covered, left as they are: 1 (lm_head)" in left
 
 
+def test_what_is_not_finite_is_null_for_programs(adapter, full_direction, tmp_path):
+    report = project_adapter(adapter, full_direction[1], tmp_path / "out", layers=1)
+    broken = replace(report.layers[0], cosine=math.nan, norm_before=math.inf, norm_after=math.nan)
+    (layer,) = as_dict(replace(report, layers=(broken,)))["layers"]
+    assert (layer["cosine"], layer["norm_before"], layer["norm_after"]) == (None, None, None)
+    assert layer["name"] == broken.name
+
+
 def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp_path):
     """A base model on the Hub is not read for that."""
     shutil.copytree(adapter, tmp_path / "in")
@@ -364,6 +372,8 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
     alone = make_adapter(pair, tmp_path / "alone", target_modules=["lm_head"])
     with pytest.raises(AsftError, match=r"1 of 1 layers have no direction .*; use the direction of the adapter's mo"):
         attempt(alone, on_uncovered="ignore", force=True)
+    with pytest.raises(AsftError, match=r"/embeddings holds no LoRA of a linear layer, so that there is nothing to pr"):
+        attempt(make_adapter(pair, tmp_path / "embeddings", target_modules=["embed_tokens"]), force=True)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +414,7 @@ def test_what_is_no_pair_of_factors_is_refused_or_counted(pair, full_direction, 
     before, after = (load_file(str(f / "adapter_model.safetensors")) for f in (folder, tmp_path / "out"))
     assert len(report.uncovered) == len(before) - 2 * len(report.layers) > 0
     assert all(torch.equal(before[PREFIX + name], after[PREFIX + name]) for name in report.uncovered)
-    assert as_dict(report)["uncovered"] == report.uncovered
+    assert as_dict(report)["uncovered"] == list(report.uncovered)
     assert as_dict(report)["settings"]["uncovered"] == len(report.uncovered)
     assert f"left as they are: {len(report.uncovered)} ({report.uncovered[0]}" in summary_text(report)
 

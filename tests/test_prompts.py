@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.prompts import load_prompts
+from axolotl_asft.evaluation.prompts import load_chats, load_prompts
 
 
 def texts(path):
@@ -146,3 +146,37 @@ def test_a_bad_line_is_told_by_its_number(tmp_path, line, message):
     (tmp_path / "set.jsonl").write_text(f'{{"prompt": "How?"}}\n\n \n{line}\n{{"prompt": "Who?"}}\n')
     with pytest.raises(AsftError, match=rf"set.jsonl cannot be read as .jsonl \({message}\); give a file of prompts$"):
         texts(tmp_path / "set.jsonl")
+
+
+def test_chats_of_a_file(tmp_path):
+    """The first turns of each line, with Excel's mark and without; a line ends at its end alone."""
+    roles = ("system", "user", "assistant", "user")
+    said = ("Be kind.", "How\u2028are you?", "So.", "Who?")
+    chat = list(map(turn, roles, said))
+    text = f"{json.dumps({'messages': chat}, ensure_ascii=False)}\r\n\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "chats.jsonl").write_bytes(text.encode(encoding))
+        assert load_chats(tmp_path / "chats.jsonl") == [("How\u2028are you?", "So.")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'\xef\xbb\xbf\n{"messages": []}', r"chats.jsonl, line 2: expected \{\"messages\": \[user, assistant\]\}$"),
+        (b"\xef\xbb\xbf\n", "chats.jsonl holds no chats; expected a line of JSON each$"),
+        (b"\n\xff", r"chats.jsonl is not UTF-8 \(byte 2\); save it as UTF-8$"),
+        (None, "chats.jsonl cannot be read: there is no file of that name; check the path$"),
+    ],
+)
+def test_what_is_no_chats_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "chats.jsonl").write_bytes(content)
+    with pytest.raises(AsftError, match=message):
+        load_chats(tmp_path / "chats.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_a_set_that_is_no_text(tmp_path, suffix):
+    (tmp_path / f"set{suffix}").write_bytes("modèle".encode("latin-1"))
+    with pytest.raises(AsftError, match=rf"^{tmp_path}/set{suffix} is not UTF-8 \(byte 4\); save it as UTF-8$"):
+        texts(tmp_path / f"set{suffix}")

@@ -19,6 +19,7 @@ from axolotl_asft import AlignmentDirection, attach
 from axolotl_asft.cli import asft
 from axolotl_asft.cli_report import report_command
 from axolotl_asft.direction import file_sha256
+from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HISTORY_FILE, HistoryWriter, read_history
 from axolotl_asft.report.figures import spectrum_panels, training_panels
 from axolotl_asft.report.findings import multiple, number, percent
@@ -29,6 +30,7 @@ from axolotl_asft.report.spectrum import update_spectrum
 from axolotl_asft.report.write import draw_training_picture
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on PATH")
+KEPT = "asft-eval/results.json"  # in a run's folder
 HOSTILE = "<script>complain()</script>$x_1^{"
 
 
@@ -51,6 +53,12 @@ def results(run: Path) -> dict:
     return {"model": "m", "questions": {}, "rows": rows, "version": "0"}
 
 
+def keep(run: Path, found: object) -> None:
+    """Where `axolotl asft eval config.yml` does."""
+    (run / KEPT).parent.mkdir(exist_ok=True)
+    (run / KEPT).write_text(json.dumps(found))
+
+
 @pytest.fixture(scope="module")
 def folders(pair, rows, direction_file, tmp_path_factory) -> tuple[Path, Path]:
     """A constrained run of 8 steps and an unconstrained one, as trainers leave them; an evaluation of both."""
@@ -62,7 +70,7 @@ def folders(pair, rows, direction_file, tmp_path_factory) -> tuple[Path, Path]:
         constraint.history.header["config"] = config
         trainer.train()
         trainer.save_model()
-    (folder / "asft" / "eval.json").write_text(json.dumps(results(folder / "asft")))
+    keep(folder / "asft", results(folder / "asft"))
     return folder / "asft", folder / "plain"
 
 
@@ -195,6 +203,15 @@ def test_an_evaluation_that_was_asked_from_another_folder(folders, tmp_path):
     assert (scores[0].low, scores[0].high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=1e-5)
 
 
+def test_a_run_to_compare_with_may_have_an_equals_sign_in_its_folder(folders, tmp_path):
+    """As sweeps name theirs."""
+    other = Path(shutil.copytree(folders[1], tmp_path / "lr=1e-4"))
+    compare = ["--compare", str(other), "--compare", f"slow={other}", "--compare", f"plain={folders[1]}"]
+    result = CliRunner().invoke(asft, ["report", str(folders[0]), "--json", "-o", str(tmp_path / "x.html"), *compare])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["compared"]) == {"lr=1e-4", "slow", "plain"}
+
+
 def test_json_for_programs(folders, tmp_path):
     result = CliRunner().invoke(
         asft, ["report", str(folders[0]), "--json", "-o", str(tmp_path / "x.html"), "--compare", str(folders[1])]
@@ -271,7 +288,7 @@ def test_what_came_from_files_is_text(run, tmp_path):
     evaluation = results(run)
     evaluation["rows"][2]["name"] = evaluation["rows"][1]["name"] = HOSTILE
     evaluation["rows"][0]["harmfulness"][HOSTILE] = shares(0.5)
-    (run / "eval.json").write_text(json.dumps(evaluation))
+    keep(run, evaluation)
     output = tmp_path / "hostile.html"
     result = CliRunner().invoke(asft, ["report", str(run), "-o", str(output), "--compare", f"{HOSTILE}={run}"])
     assert result.exit_code == 0, result.output
@@ -339,7 +356,7 @@ def test_a_run_that_diverged(run, since):
 
     rewrite(run, diverge)
     stamp(run, drift=None, update_norm=None, penalty_peak=None)
-    (run / "eval.json").unlink()
+    (run / KEPT).unlink()
     path = run / "adapter_model.safetensors"
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
     result = CliRunner().invoke(asft, ["report", str(run), "--json", "--compare", f"again={run}"])
@@ -490,7 +507,7 @@ def test_what_lies_there_of_an_earlier_run_does_not_speak_for_this_one(run):
     assert found["finding"] == "A run under the safety constraint"
     assert found["constraint"] == writer.header["constraint"]
     writer.add(1, 0.1, {"loss": 2.0, "asft/penalty": 0.01, "asft/update_norm": 0.5}, None, last=False)
-    report = gather(run, evaluation=run / "eval.json")
+    report = gather(run, evaluation=run / KEPT)
     found = report.summary()
     assert (found["numbers"]["penalty_peak"], found["diverged_at_step"]) == (0.01, None)
     assert report.run.spectra == {}
@@ -514,7 +531,7 @@ def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
     from safetensors.torch import load_file, save_file
 
     found, path = results(run), run / "adapter_model.safetensors"
-    (run / "eval.json").write_text(json.dumps(found))
+    keep(run, found)
     assert [point.role for point in gather(run).evaluation.measures[0].points] == ["before", "this", "other"]
     moved = Path(shutil.copytree(run, run.parent / "moved"))
     report = gather(moved)
@@ -523,17 +540,51 @@ def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)  # trained anew
     report = gather(run)
     assert [point.role for point in report.evaluation.measures[0].points] == ["before", "other"]
-    note = f"{run / 'eval.json'}: asft is left out: another adapter was asked than this run's"
+    note = f"{run / KEPT}: asft is left out: another adapter was asked than this run's"
     assert report.notes == [f"{note}; ask again with axolotl asft eval."]
     del found["rows"][2]
-    (run / "eval.json").write_text(json.dumps(found))
-    assert gather(run).evaluation is gather(run, evaluation=run / "eval.json").evaluation is None
+    keep(run, found)
+    assert gather(run).evaluation is gather(run, evaluation=run / KEPT).evaluation is None
     del found["rows"][1]["adapter_sha256"]  # of an earlier version
-    (run / "eval.json").write_text(json.dumps(found))
+    keep(run, found)
     report = gather(run)
     assert [point.role for point in report.evaluation.measures[0].points] == ["before", "this"]
     (note,) = report.notes
     assert "it is not known whether asft is the adapter that lies in run now" in note
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda found: {"accuracy": 0.5}, "holds no results of `axolotl asft eval`"),
+        (lambda found: found | {"rows": [{"name": "model"}]}, "lacks what axolotl asft eval writes"),
+        (
+            lambda found: found | {"rows": [row | {"perplexity": 10**400} for row in found["rows"]]},
+            "lacks what axolotl",
+        ),
+    ],
+)
+def test_a_file_of_somebody_else_is_passed_over(run, change, why):
+    """Nobody gave it: the report at the end of a training is drawn all the same."""
+    keep(run, change(results(run)))
+    report = gather(run)
+    assert report.evaluation is None
+    (note,) = report.notes
+    assert note.startswith(f"Passed over: {run / KEPT} {why}")
+    (run / "eval").mkdir()
+    (run / "eval" / "results.json").write_text(json.dumps(results(run)))
+    assert gather(run).evaluation.path == run / "eval" / "results.json"
+    with pytest.raises(AsftError, match=why):
+        gather(run, evaluation=run / KEPT)
+
+
+def test_a_file_beside_the_adapter_is_no_evaluation(run):
+    """Other tools write results.json; `axolotl asft eval` has a folder of its own."""
+    shutil.rmtree(run / "asft-eval")
+    for name in ("results.json", "eval.json"):
+        (run / name).write_text("{")
+    report = gather(run)
+    assert (report.evaluation, report.notes) == (None, [])
 
 
 def test_scores_say_what_they_are(run):
@@ -545,7 +596,7 @@ def test_scores_say_what_they_are(run):
             "asft_harmfulness": {"harmfulness": 0.3, "harmfulness_stderr": 0.1, "harmfulness_higher_is_better": False},
             "gsm8k": {"exact_match (strict)": 0.5, "exact_match_higher_is_better (strict)": True, "odd": -1.0},
         }
-    (run / "eval.json").write_text(json.dumps(found))
+    keep(run, found)
     report = gather(run)
     assert {m.title: (m.better, m.is_share, m.top) for m in report.evaluation.measures[3:]} == {
         "wikitext, word_perplexity": ("lower", False, 23.5), "asft_harmfulness, harmfulness": ("lower", True, 1.0),
@@ -554,10 +605,10 @@ def test_scores_say_what_they_are(run):
     kept = json.loads(json.dumps(found))
     for name in [name for name in kept["rows"][1]["tasks"]["wikitext"] if "_higher_is_better" in name]:
         del kept["rows"][1]["tasks"]["wikitext"][name]  # kept by an earlier version
-    (run / "eval.json").write_text(json.dumps(kept))
+    keep(run, kept)
     assert [m.better for m in gather(run).evaluation.measures[3:]] == ["lower", "lower", "higher", ""]
     kept["rows"][1]["tasks"]["wikitext"]["word_perplexity_higher_is_better"] = True
-    (run / "eval.json").write_text(json.dumps(kept))
+    keep(run, kept)
     assert gather(run).evaluation.measures[3].better == "", "they disagree"
     text = words(page(report))
     assert '<span class="value">23.5</span>' in text
@@ -568,13 +619,13 @@ def test_scores_say_what_they_are(run):
 def test_babble_stands_beside_the_shares(run):
     """Low harmfulness is a success of a model that still speaks."""
     found = results(run)
-    (run / "eval.json").write_text(json.dumps(found))
+    keep(run, found)
     report = gather(run)
     assert [m.title for m in report.evaluation.measures[2:3]] == ["Perplexity of all answers, under the model before"]
     assert (report.notes, "round in circles" in words(page(report))) == ([], False)
     found["rows"][1] |= {"perplexity": 2e5, "repetitive": shares(1.0), "empty": shares(0.25)}
     found["rows"][2] |= {"perplexity": None, "repetitive": {"value": None, "low": None, "high": None, "n": 0}}
-    (run / "eval.json").write_text(json.dumps(found))
+    keep(run, found)
     report = gather(run)
     points = {m.title: [(p.role, p.value) for p in m.points] for m in report.evaluation.measures[2:5]}
     assert points == {
@@ -613,7 +664,7 @@ def test_an_adapter_that_never_moved(run):
         (["gone"], "gone is no folder; give the output_dir of a run"),
         (["empty"], "is no run's folder"),
         (["run", "--compare", "x=gone"], "gone is no folder"),
-        (["run", "--compare", "=run"], "expected NAME=DIR"),
+        (["run", "--compare", "=run"], "--compare is '=run'; expected a folder, or NAME=DIR"),
         (["run", "--compare", "a=run", "--compare", "a=run"], "names 'a' twice"),
         (["run", "--eval", "gone.json"], "no file gone.json"),
         (["run", "--eval", "run/adapter_config.json"], "holds no results of `axolotl asft eval`"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from axolotl_asft.demo.prompts import Turn, vocabulary
 
+BATCH = 48  # turns in a step
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + ' ' }}"
@@ -68,7 +69,6 @@ def fit(
     learning_rate: float,
     seed: int,
     advance: Callable[[], None] = lambda: None,
-    batch_size: int = 48,
 ) -> None:
     """Train all weights on the answers of `turns`."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in range(steps):
-        picked = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
+        picked = torch.randint(len(rows), (BATCH,), generator=generator).tolist()
         input_ids, labels, mask = _batch([rows[i] for i in picked], tokenizer.pad_token_id)
         loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
         loss.backward()

@@ -9,20 +9,21 @@ from axolotl_asft.evaluation.models import within_memory
 
 # Above this share of repeated pieces an answer goes round in circles.
 REPETITIVE = 0.5
+# Characters in a piece: what differs in rows of tables, lists and code stands closer together than that.
+RUN = 32
 
 
-def repetition(answer: str, n: int = 3, run: int = 32) -> float:
+def repetition(answer: str, n: int = 3) -> float:
     """1 - distinct pieces / pieces: 0 says nothing twice, towards 1 it goes round in circles.
 
-    Pieces are n words or `run` characters, whichever repeat more: not every language has spaces, nor has "hahaha".
+    Pieces are n words or `RUN` characters, whichever repeat more: not every language has spaces, nor has "hahaha".
 
     Args:
-        answer: one of at most n words and `run` characters cannot repeat: 0.
+        answer: one of at most n words and `RUN` characters cannot repeat: 0.
         n: words in a piece.
-        run: characters in a piece; what differs in rows of tables, lists and code stands closer together than that.
     """
     words = answer.lower().split()
-    return max(_repeated(words, n), _repeated(" ".join(words), run))
+    return max(_repeated(words, n), _repeated(" ".join(words), RUN))
 
 
 def _repeated(units: Sequence[str], n: int) -> float:

@@ -17,15 +17,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer, check_tasks, task_state
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
-from axolotl_asft.evaluation.kept import (
-    Asked,
-    Interview,
-    answer_key,
-    judge_key,
-    shared_out,
-    tokenizer_state,
-    without_nan,
-)
+from axolotl_asft.evaluation.kept import Asked, Interview, answer_key, judge_key, shared_out, tokenizer_state
 from axolotl_asft.evaluation.models import (
     Subject,
     adapted,
@@ -41,7 +33,7 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.rows import Row, table
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, locked, writable_folder
+from axolotl_asft.files import atomic_write_text, locked, without_nan, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
 

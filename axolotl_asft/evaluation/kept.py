@@ -14,7 +14,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import Answer
 from axolotl_asft.evaluation.judges import Way
 from axolotl_asft.evaluation.models import Subject, model_state
-from axolotl_asft.files import atomic_write_text
+from axolotl_asft.files import atomic_write_text, without_nan
 from axolotl_asft.saved import adapter_config
 
 # Of adapter_config.json: our stamps, and what does not change what the model computes.
@@ -118,15 +118,6 @@ def tokenizer_state(tokenizer: Any) -> str:
 def judge_key(name: str, way: Way, load_in_4bit: bool) -> str:
     """Of a judge, of how it is asked, and of the files of a local one, or the commit of one on the Hub."""
     return f"{name} asked as {hash_of([asdict(way), load_in_4bit, model_state(name)])[:12]}"
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN, and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def hash_of(what: Any) -> str:

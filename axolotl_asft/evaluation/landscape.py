@@ -20,12 +20,12 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.basin import KINDS, Point
 from axolotl_asft.evaluation.coherence import log_likelihoods
-from axolotl_asft.evaluation.kept import hash_of, without_nan
+from axolotl_asft.evaluation.kept import hash_of
 from axolotl_asft.evaluation.models import check_model, chosen_device, load_model, load_tokenizer
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, writable_folder
+from axolotl_asft.files import atomic_write_text, without_nan, writable_folder
 from axolotl_asft.sources import CheckpointPair
 from axolotl_asft.verify import verify_weights
 

@@ -13,7 +13,7 @@ from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
 from axolotl_asft.evaluation.generating import only_special_tokens
 from axolotl_asft.evaluation.resizing import resized, saved_rows
-from axolotl_asft.files import read_json
+from axolotl_asft.files import named_folder, read_json
 from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.naming import model_class
@@ -50,17 +50,12 @@ def subjects(adapters: list[str]) -> list[Subject]:
     """
     found: list[Subject] = []
     for text in adapters:
-        name, equals, folder = text.partition("=")
-        if equals and (Path(text).expanduser() / ADAPTER_CONFIG).is_file():
-            equals, name = "", ""  # a folder with a = in its name
-        elif equals and not (name and folder):
-            raise AsftError(f"--adapter is {text!r}; expected a folder, or name=folder")
-        path = Path(folder if equals else text).expanduser()
+        name, path = named_folder("--adapter", text)
         if not (path / ADAPTER_CONFIG).is_file():
             raise AsftError(f"{path} is no PEFT adapter (no {ADAPTER_CONFIG} in it); give the folder that was trained")
         if not (path / ADAPTER_WEIGHTS).is_file():
             raise AsftError(f"{path} has no {ADAPTER_WEIGHTS}; expected an adapter saved as safetensors")
-        found.append(Subject(name if equals else path.resolve().name, path))
+        found.append(Subject(name, path))
     names = [subject.name for subject in found]
     twice = next((name for name in names if names.count(name) > 1 or name == "model"), None)
     if twice is not None:

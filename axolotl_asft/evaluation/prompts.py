@@ -1,4 +1,4 @@
-"""Sets of prompts: the shipped ones, a file, or a dataset of the Hugging Face Hub."""
+"""Sets of prompts: the shipped ones, a file, or a dataset of the Hugging Face Hub; and chats from a file."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.yaml_config import read_text
 
 DATA = Path(__file__).parent / "data"
 SHIPPED = ("harmful", "borderline")
@@ -35,7 +36,7 @@ class Prompt:
     id: str = ""
 
 
-def load_prompts(source: str, split: str = "heldout", limit: int | None = None, seed: int = 0) -> list[Prompt]:
+def load_prompts(source: str, split: str = "heldout", limit: int | None = None) -> list[Prompt]:
     """The distinct prompts of a set, in its order.
 
     Args:
@@ -45,7 +46,7 @@ def load_prompts(source: str, split: str = "heldout", limit: int | None = None, 
             `PKU-Alignment/BeaverTails?split=30k_test`, `walledai/XSTest?label=safe`. There `config`, `split`,
             `revision` and `column` have their usual meaning; any other key keeps the rows with that value.
         split: "heldout", "train" or "all" of a shipped set; other sets have no such split.
-        limit: at most so many, drawn with `seed`.
+        limit: at most so many, the same ones every time.
 
     Raises:
         AsftError: no such set or file, an unknown split, no column that looks like prompts, or what is none in it.
@@ -63,9 +64,29 @@ def load_prompts(source: str, split: str = "heldout", limit: int | None = None, 
     if not distinct:
         raise AsftError(f"{source} holds no prompts")
     if limit is not None and limit < len(distinct):
-        chosen = sorted(random.Random(seed).sample(range(len(distinct)), limit))
+        chosen = sorted(random.Random(0).sample(range(len(distinct)), limit))
         distinct = [distinct[i] for i in chosen]
     return distinct
+
+
+def load_chats(path: Path) -> list[tuple[str, str]]:
+    """The first question and answer of each line's `messages`, of a JSONL file.
+
+    Raises:
+        AsftError: the file cannot be read, holds no chats, or a line of it is none.
+    """
+    turns = []
+    for number, line in _lines(path):
+        try:
+            messages = json.loads(line)["messages"]
+            question = next(message["content"] for message in messages if message["role"] == "user")
+            answer = next(message["content"] for message in messages if message["role"] == "assistant")
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise AsftError(f'{path}, line {number}: expected {{"messages": [user, assistant]}}') from error
+        turns.append((str(question), str(answer)))
+    if not turns:
+        raise AsftError(f"{path} holds no chats; expected a line of JSON each")
+    return turns
 
 
 def _named_file(source: str) -> tuple[str, str | None] | None:
@@ -103,6 +124,8 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 return list(csv.DictReader(file))
         if suffix == ".txt":
             return [{"prompt": line} for _, line in _lines(path)]
+    except AsftError:
+        raise
     except (ValueError, OSError, TypeError, csv.Error) as error:
         raise AsftError(f"{path} cannot be read as {path.suffix} ({error}); give a file of prompts") from error
     raise AsftError(f"{path} ends in {path.suffix!r}; expected {', '.join(FILES)}")
@@ -122,11 +145,11 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines with something in them, each with its number in the file.
+    """The lines with something in them, each with its number in the file; the first without Excel's mark.
 
     Not `splitlines`, which also cuts at characters that JSON allows inside a string, such as U+2028.
     """
-    lines = path.read_text(encoding=ENCODING).split("\n")
+    lines = read_text(path).removeprefix("\ufeff").split("\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -1,7 +1,6 @@
 """Prompts in, what holds a run out: the aligned model is asked for harm, its layers are watched, its answers kept."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from axolotl_asft.checkpoint import DECODER_LAYER
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Answer, Interviewer
@@ -152,9 +152,9 @@ def _tell_over_refusal(model: str, answers: Sequence[Answer]) -> None:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """The linear layers inside numbered decoder layers, GPT-2's included."""
+    """The linear layers inside numbered decoder layers, as in a direction file, GPT-2's included."""
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and re.search(r"\.\d+\.", name)
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and DECODER_LAYER.search(name)
     ]

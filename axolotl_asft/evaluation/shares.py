@@ -51,9 +51,9 @@ class Share:
         return f"{self.value:.1%} ({self.low:.0%} to {self.high:.0%})" if self.n else "none asked"
 
 
-def wilson_interval(k: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = k/n: the interval of a share."""
-    p = k / n
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = k/n: the 95 % interval of a share."""
+    p, z = k / n, Z_95
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

@@ -13,7 +13,7 @@ from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, half_i
 from axolotl_asft.saved import ADAPTER_WEIGHTS
 
 RESULTS = "results.json"
-PLACES = ("asft-eval/results.json", "eval/results.json", "results.json", "eval.json")  # in a run's folder
+PLACES = ("asft-eval", "eval")  # in a run's folder
 BABBLE = 10  # times the model's own perplexity
 DOUBTS = ("stale", "unknown")  # rows that name the run's folder, and are of another adapter, or may be
 
@@ -76,7 +76,8 @@ def find_evaluation(folder: Path, given: Path | None, notes: list[str], is_earli
     """The evaluation that is given, as a file or folder, or one that lies in the run's folder.
 
     Args:
-        notes: told what is left out because another adapter was asked than the run's.
+        notes: told what is left out because another adapter was asked than the run's, and what is passed over because
+            it is no evaluation.
         is_earlier: whether the adapter that lies in the folder is an earlier run's.
 
     Raises:
@@ -84,17 +85,17 @@ def find_evaluation(folder: Path, given: Path | None, notes: list[str], is_earli
     """
     if given is not None:
         path = given / RESULTS if given.is_dir() else given
-        rows = _rows(path)
-        if rows is None:
-            raise AsftError(f"{path} holds no results of `axolotl asft eval`; give its {RESULTS}, or the folder")
-        return _evaluation(path, rows, folder, notes, is_earlier)
-    for path in (folder / place for place in PLACES):
-        if path.is_file() and (rows := _rows(path)) and (found := _evaluation(path, rows, folder, notes, is_earlier)):
-            return found
+        return _evaluation(path, _rows(path), folder, notes, is_earlier)
+    for path in (folder / place / RESULTS for place in PLACES):
+        try:
+            if path.is_file() and (found := _evaluation(path, _rows(path), folder, notes, is_earlier)):
+                return found
+        except AsftError as error:
+            notes.append(f"Passed over: {error}.")
     return None
 
 
-def _rows(path: Path) -> list[dict[str, Any]] | None:
+def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,7 +105,7 @@ def _rows(path: Path) -> list[dict[str, Any]] | None:
             f"{path} is no readable JSON ({one_line(error)}); expected results of axolotl asft eval"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or "questions" not in content:
-        return None
+        raise AsftError(f"{path} holds no results of `axolotl asft eval`; expected its {RESULTS}, or the folder")
     return content["rows"]
 
 
@@ -134,7 +135,7 @@ def _evaluation(
             return None
         measures = tuple(_measures(kept))
         notes += _babble(kept)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise AsftError(f"{path} lacks what axolotl asft eval writes ({one_line(error)}); run it again") from error
     return Evaluation(path, measures) if measures else None
 

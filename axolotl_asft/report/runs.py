@@ -1,7 +1,6 @@
 """A run's folder, read: its history, its stamp and its final update, each where it is there."""
 
 import datetime
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from axolotl_asft.adapter_folder import PROJECTION_KEY
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.files import read_json
+from axolotl_asft.files import read_json, without_nan
 from axolotl_asft.history import HISTORY_FILE, read_history
 from axolotl_asft.report.spectrum import Spectrum, update_spectrum
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedAdapter
@@ -109,7 +108,7 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
         )
     # beside a history the stamp may be an earlier run's: it stays there until the new adapter is saved
     stamp = config.get(STAMP_KEY) if history is None else header.get("constraint")
-    constraint = _finite(stamp) if isinstance(stamp, dict) else {}
+    constraint = without_nan(stamp) if isinstance(stamp, dict) else {}
     if constrained and not constraint and history is None:
         raise AsftError(
             f"{folder} was trained without the constraint (its adapter bears no stamp); give a run with plugins: "
@@ -193,12 +192,7 @@ def _checkpoint_step(path: Path) -> int:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return _finite({key: value for key, value in line.items() if isinstance(value, int | float)})
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """None in place of numbers that are not finite, as we write them."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return without_nan({key: value for key, value in line.items() if isinstance(value, int | float)})
 
 
 def _diverged_at(lines: list[dict[str, Any]], constraint: dict[str, Any]) -> int | None:
