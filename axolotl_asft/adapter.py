@@ -25,21 +25,22 @@ class AlignmentPenalty:
     the weight. With another metric than "weights" it is sum ||Y_l^T (I - C_l) dW_l X_l||_F^2, with X and Y from the
     direction file (`axolotl_asft.metrics`): "activations" measures how far the layers' outputs on safety prompts move,
     "fisher" how far the aligned model's own refusals do. Layers of one shape are taken together, a few MB at a time
-    (`axolotl_asft.layer_groups`). Factors that FSDP2 keeps in pieces are gathered in the same turns; then every rank
-    has to call.
+    (`axolotl_asft.layer_groups`). Factors that FSDP2 shards are gathered in the same turns; then every rank has to
+    call.
 
     Args:
         model: a PEFT model (or a model with PEFT's LoRA layers in it) whose base weights are the aligned model's.
         direction: the alignment direction of that model.
         projector: "paper", "normalized" or "subspace".
-        rank: use the leading `rank` stored directions alone. None: all under metric="weights", and none under the
-            others, since the way back to the base model lies among them and the metric itself says what is free.
-        metric: "weights", "activations" or "fisher"; but for the first the direction file has to hold it. None:
-            "fisher" where it does, else "weights".
-        lora_scaling: False leaves PEFT's scaling out of dW, as the authors' code does.
+        rank: use only the leading `rank` stored directions. None: all of them for metric="weights"; 0 otherwise,
+            because the stored directions include the path back to the base model, and the metric itself says what is
+            free.
+        metric: "weights", "activations" or "fisher"; the direction file has to hold the latter two. None: "fisher" if
+            the file holds it, else "weights".
+        lora_scaling: False omits PEFT's scaling from dW, as the authors' code does.
         modules: regular expressions of the layers to constrain; default: every LoRA layer.
-        on_uncovered: "error", "warn" or "ignore" where a trainable weight is not covered by the penalty.
-        verify_model: refuse a direction that was extracted for other weights than the model's.
+        on_uncovered: "error", "warn" or "ignore" if a trainable weight is not covered by the penalty.
+        verify_model: refuse a direction that was extracted for weights other than this model's.
 
     Attributes:
         layers: the constrained LoRA layers, in the model's order.
@@ -108,7 +109,7 @@ class AlignmentPenalty:
         return _sum_on_first_device(group.add_gradient(self.lora_scaling, weight) for group in self.groups)
 
     def refuse_changed(self, model: nn.Module) -> None:
-        """Refuse a model in which other weights train than those that were matched when this was made.
+        """Refuse a model whose trainable weights are not those that were matched when this was made.
 
         Raises:
             AsftError: it names one; they would train without the constraint.
@@ -187,8 +188,8 @@ class AlignmentPenalty:
     def _verify(self) -> None:
         if any(layer.initialisation == "loftq" for layer in self.layers):
             raise AsftError(
-                "LoftQ replaced the weights by rounded ones, so that they cannot be compared with the direction's; "
-                "make sure that it is the direction of this model, and set verify_model: false"
+                "LoftQ replaced the weights with rounded ones, so they cannot be compared with the direction's; make "
+                "sure that it is the direction of this model, and set verify_model: false"
             )
         weights = []
         for layer in self.layers:

@@ -47,13 +47,13 @@ def check_output(output: Path, adapter: Path, force: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / ADAPTER_CONFIG).is_file():
-        raise AsftError(f"{output} holds no adapter, so that it is not replaced; give another --output")
+        raise AsftError(f"{output} holds no adapter, so it is not replaced; give another --output")
     ours = _written_here(output)
     for path in sorted(output.iterdir()):
         if path.is_dir() or not (ours or any(fnmatch(path.name, pattern) for pattern in ADAPTER_FILES)):
             raise AsftError(
-                f"{output} holds {path.name}, which is no part of an adapter, so that it is not replaced; give another "
-                "--output"
+                f"{output} holds {path.name}, which is not part of an adapter, so the folder is not replaced; give "
+                "another --output"
             )
 
 

@@ -24,7 +24,9 @@ NAMES_OF_THE_MODEL = ("base_model", "base_model_config")
 NAMES_OF_A_REPOSITORY = (*NAMES_OF_THE_MODEL, "tokenizer_config")
 MODEL_KWARGS = ("model_kwargs", "overrides_of_model_kwargs")  # axolotl's two names of one key
 MODEL_CONFIG = ("model_config", "overrides_of_model_config")
-ANY_KERNEL = "the run may execute kernels of any repository of the Hub that the model names, code that is not axolotl's"
+ANY_KERNEL = (
+    "the run may execute kernels from any Hub repository that the model names, which is code from outside axolotl"
+)
 MEASURES = {
     "weights": "how far the weights move, ||(I - C) dW||",
     "activations": "how far the layers' outputs move on prompts that ask for harm",
@@ -45,20 +47,20 @@ def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenal
     if strength.lambda_reg > 0:
         lines.append(f"lambda_reg {strength.lambda_reg:g}: loss = task loss + {strength.lambda_reg:g} x penalty")
     else:
-        lines.append("lambda_reg 0: the penalty is logged and not trained on")
+        lines.append("lambda_reg 0: the penalty is logged but not trained on")
     if strength.max_drift is not None:
         lines.append(
             f"max_drift {strength.max_drift:g}: after every step each layer is brought back to "
             f"{strength.max_drift:g} times what alignment moved it"
         )
     if strength.anchor_weight > 0:
-        unasked = ", since the direction file holds what it asks for" if block.anchor_weight is None else ""
+        unasked = ", since the direction file holds the answers" if block.anchor_weight is None else ""
         asked = tokens_asked(penalty.direction.spec.get("own_answers", []))
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
-            f"anchor_weight {strength.anchor_weight:g}{unasked}: at every step {TEXTS} of the aligned model's own "
-            "answers are asked for, and the divergence from them joins the loss, nats a token; about "
-            f"{asked} tokens more a step, where the task has up to {most:,}"
+            f"anchor_weight {strength.anchor_weight:g}{unasked}: at every step {TEXTS} of the aligned model's stored "
+            f"answers are scored, and the divergence from them is added to the loss, in nats per token; about {asked} "
+            f"more tokens per step, where the task has up to {most:,}"
         )
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
@@ -72,7 +74,7 @@ def _freedom(projector: str, k: int) -> str:
     if projector == "subspace":
         return f"movement along the {k} leading aligned directions is free, all else counts"
     if projector == "normalized":
-        return f"movement along the first aligned direction is free, along the next {k - 1} the more the stronger it is"
+        return f"movement along the first aligned direction is free, along the next {k - 1} the freer the stronger"
     return f"movement along the {k} leading aligned directions counts less, by c = s^2 / ||d||"
 
 
@@ -86,7 +88,7 @@ def on_settings(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty,
     stored = max(module.rank for module in direction.modules.values())
     if block.rank is not None and block.rank > stored:
         found.append(
-            f"rank is {block.rank}, the direction file holds {stored} directions a layer; all of them are used"
+            f"rank is {block.rank}, the direction file holds {stored} directions per layer; all of them are used"
         )
     used = max(group.U.shape[2] for group in penalty.groups)
     if not used and block.projector != "paper":
@@ -95,15 +97,15 @@ def on_settings(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty,
         found.append(f"projector {block.projector} has no effect at rank {rank}{other}")
     if used and penalty.metric == "weights" and block.projector != "paper":
         found.append(
-            f"projector {block.projector} leaves the way back to the base model free, which in our benchmarks cost the "
-            "safety; rank: 0 leaves nothing free"
+            f"projector {block.projector} leaves the way back to the base model free, which cost the safety in our "
+            "benchmarks; set rank: 0, which leaves nothing free"
         )
     if used and block.projector == "paper":
         past = sum(_past_two(direction, layer.name) for layer in penalty.layers)
         if past:
             found.append(
-                f"projector paper passes c = 2 in {past} layers, where an aligned update costs more than an orthogonal "
-                "one; set projector: normalized, or rank: 0"
+                f"projector paper exceeds c = 2 in {past} layers, where an aligned update costs more than an "
+                "orthogonal one; set projector: normalized, or rank: 0"
             )
     return found
 
@@ -114,8 +116,8 @@ def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> li
     weight = strength.lambda_reg
     if weight == 0 and strength.max_drift is None and strength.anchor_weight == 0:
         found.append(
-            "lambda_reg is 0, and neither max_drift nor anchor_weight is set: nothing is constrained, numbers are "
-            "logged alone"
+            "lambda_reg is 0, and neither max_drift nor anchor_weight is set: nothing is constrained, and the numbers "
+            "are only logged"
         )
     elif strength.holds_weights_alone(penalty.metric):
         found.append(WEIGHTS_ALONE)
@@ -127,12 +129,12 @@ def _on_strength(strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> li
         )
     if strength.max_drift is not None and strength.max_drift >= 1:
         found.append(
-            f"max_drift is {strength.max_drift:g}: the way back to the base model is 1 long, and in our benchmarks a "
-            "budget of 1 kept nothing of the safety; set a small part of 1"
+            f"max_drift is {strength.max_drift:g}: the way back to the base model has length 1, and in our benchmarks "
+            "a budget of 1 kept none of the safety; set a small fraction of 1"
         )
     optimizer = str(cfg.optimizer).lower()
     if weight and any(name in optimizer for name in NORMALISE_THE_UPDATE):
-        found.append(f"optimizer {cfg.optimizer} normalises every update, so that lambda_reg loses much of its meaning")
+        found.append(f"optimizer {cfg.optimizer} normalises every update, so lambda_reg loses much of its meaning")
     return found
 
 
@@ -152,7 +154,7 @@ def on_coverage(block: AsftArgs, left_out: int, uncovered: int) -> list[str]:
     if left_out:
         found.append(f"asft.modules leaves {left_out} LoRA layers out, which train without the constraint")
     if not block.verify_model:
-        found.append("verify_model is false: a direction of another model of the same shapes would be taken")
+        found.append("verify_model is false: a direction of another model with the same shapes would be accepted")
     return found
 
 
@@ -186,12 +188,12 @@ def on_foreign_code(content: dict[str, Any], remote_code: bool) -> list[str]:
     """What of a config, perhaps a stranger's, would run code that is not axolotl's."""
     found = []
     if content.get("trust_remote_code"):
-        here = "and this check ran it" if remote_code else "this check did without"
+        here = "and this check ran it" if remote_code else "this check did not run it"
         found.append(f"trust_remote_code: {_code_of(content, NAMES_OF_A_REPOSITORY)}; {here}")
     for key in MODEL_KWARGS:
         block = _dict(content.get(key))
         if block.get("trust_remote_code"):  # past the key above: the model is loaded with it all the same
-            found.append(f"{key}.trust_remote_code: {_code_of(content, NAMES_OF_THE_MODEL)}; this check did without")
+            found.append(f"{key}.trust_remote_code: {_code_of(content, NAMES_OF_THE_MODEL)}; this check did not run it")
         if block.get("allow_all_kernels"):
             found.append(f"{key}.allow_all_kernels: {ANY_KERNEL}")
     plugins = content.get("plugins")
@@ -204,7 +206,7 @@ def on_foreign_code(content: dict[str, Any], remote_code: bool) -> list[str]:
     others = [name for name in names if name not in OUR_NAMES and not _of_axolotl(name)]
     for key, named in [("plugins", others), *_named_code(content).items()]:
         if named:
-            found.append(f"{key}: {', '.join(named)} is code that is not axolotl's; look at where it comes from")
+            found.append(f"{key}: {', '.join(named)} is code from outside axolotl; check where it comes from")
     return found
 
 

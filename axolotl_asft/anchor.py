@@ -105,7 +105,7 @@ class AnswerAnchor:
         apart = max(float(divergence(places, logits).max()) for places, logits in zip(found, again, strict=False))
         if not apart <= SAME:
             raise AsftError(
-                f"the model without its adapter answers the same text twice with {apart:.3g} nats a token between: "
+                f"the model without its adapter gives the same text two scores, {apart:.3g} nats per token apart: "
                 "something in it is random, such as dropout; set that to 0, or anchor_weight: 0 and a lambda_reg"
             )
         self._remembered = found
@@ -130,7 +130,7 @@ class AnswerAnchor:
             except Exception as error:  # a model's own forward, of any kind
                 refusal = error
         raise AsftError(
-            f"the model does not take the anchor's answers ({type(refusal).__name__}: {one_line(refusal)}); "
+            f"the model fails on the anchor's answers ({type(refusal).__name__}: {one_line(refusal)}); "
             "set anchor_weight: 0, and a lambda_reg"
         ) from refusal
 

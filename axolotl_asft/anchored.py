@@ -44,9 +44,9 @@ class TrainerAnchor:
             recognised = self._answers.remember(self._model())
         if recognised < RECOGNISED:
             LOG.warning(
-                "AsFT: the model without its adapter says %.0f %% of the words that the direction file keeps of its "
-                "answers: its tokenizer, its embeddings or its head are not the aligned model's, perhaps; what is held "
-                "is what this model says",
+                "AsFT: without its adapter the model reproduces only %.0f %% of the stored answer tokens; its "
+                "tokenizer, embeddings or head may not be the aligned model's; the anchor holds what this model "
+                "answers",
                 100 * recognised,
             )
 

@@ -17,52 +17,53 @@ class AsftArgs(BaseModel):
         description="direction file of the aligned base_model: a path, or owner/name[@revision][:file] on the Hub",
     )
     direction_sha256: str | None = Field(
-        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="refuse a direction file with another sha256"
+        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="refuse a direction file whose sha256 is not this one"
     )
     lambda_reg: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="weight of the penalty; null: 0.1 beside an anchor under metric fisher, 0 with max_drift, else 1",
+        description="weight of the penalty; null: 0.1 for metric fisher with an anchor, 0 with max_drift, else 1",
     )
     projector: Literal["paper", "normalized", "subspace"] = Field(
-        default="paper", description="how the singular values of the direction weigh its directions"
+        default="paper", description="how the projector C weights the stored directions by their singular values"
     )
     rank: int | None = Field(
         default=None,
         ge=0,
-        description="use only the leading stored directions; null: all under metric weights, none under the others",
+        description="use only this many leading stored directions; null: all for metric weights, none for the others",
     )
     metric: Literal["weights", "activations", "fisher"] | None = Field(
         default=None,
-        description="penalise the change of the weights, of the layers' outputs on safety prompts, or of the aligned "
-        "model's own refusals; null: fisher where the direction file holds it, else weights",
+        description="what the penalty measures the change of: the weights, the layers' outputs on safety prompts, or "
+        "the aligned model's own refusals; null: fisher where the direction file holds it, else weights",
     )
     max_drift: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="budget: no layer leaves the direction by more than this multiple of what alignment moved it",
+        description="budget: after each step, each layer's off-direction update is at most this multiple of the size "
+        "of its alignment update",
     )
     anchor_weight: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="weight of the divergence from the aligned model's own answers, refusals and harmless ones, a few "
-        "of which are asked for at every step; 0: none; null: 3 where the metric is fisher, the direction file "
-        "holds such answers and max_drift is not given, else 0",
+        description="weight of KL(aligned || current), nats per token, on the aligned model's stored answers "
+        "(refusals and harmless ones), a few of which are scored at each step; 0: none; null: 3 where the metric is "
+        "fisher, the direction file holds such answers and max_drift is not given, else 0",
     )
     lora_scaling: bool = Field(
-        default=True, description="dW = scaling B A; false: the authors' code's dW = B A, without PEFT's scaling"
+        default=True, description="dW = scaling B A; false: dW = B A, without PEFT's scaling, as in the authors' code"
     )
     modules: list[str] | None = Field(
         default=None, min_length=1, description="regular expressions of the layers to constrain; null: every LoRA layer"
     )
     on_uncovered: Literal["error", "warn", "ignore"] = Field(
-        default="error", description="what to do where a trainable weight is not covered by the penalty"
+        default="error", description="what to do if a trainable weight is not covered by the penalty"
     )
     verify_model: bool = Field(
-        default=True, description="refuse a direction that was extracted for other weights than the model's"
+        default=True, description="refuse a direction that was extracted for weights other than this model's"
     )
 
     @model_validator(mode="before")
@@ -73,14 +74,14 @@ class AsftArgs(BaseModel):
                 if key not in cls.model_fields:
                     known = f"known keys: {', '.join(cls.model_fields)}"
                     hint = did_you_mean(str(key), cls.model_fields, known, cutoff=0.5)
-                    raise ValueError(f"asft.{key} is no key of the asft block; {hint}")
+                    raise ValueError(f"asft.{key} is not a key of the asft block; {hint}")
         return block
 
     @field_validator("lambda_reg", "rank", "max_drift", "anchor_weight", mode="before")
     @classmethod
     def _refuse_booleans(cls, value: Any) -> Any:
         if isinstance(value, bool):
-            raise ValueError("expected a number (YAML reads yes, on and true alike as a boolean)")
+            raise ValueError("expected a number (YAML reads yes, on and true as booleans)")
         return value
 
 

@@ -32,24 +32,24 @@ def attach(
     """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
 
     Args:
-        trainer: a transformers or TRL trainer over a PEFT model. One that is loaded to be trained further has to be of
-            plain LoRA initialisation: from where PiSSA and its like have started is not in an adapter's file.
+        trainer: a transformers or TRL trainer over a PEFT model. To continue training a saved adapter it must use plain
+            LoRA initialisation: the starting points of PiSSA and its like are not stored in an adapter's file.
         direction: the alignment direction of the trainer's model.
-        lambda_reg: weight of the penalty, 0 or more; at 0 it is measured and not trained on. None: 0.1 beside an
-            anchor under metric="fisher", 0 with max_drift, else 1.
-        max_drift: in every layer and after every step ||(I - C) dW|| is at most this times ||d||; None: no such budget.
-        anchor_weight: of KL(aligned || now), nats a token, of the aligned model's own answers, a few of which are
-            asked for at every step; the direction file has to hold them. 0: no anchor. None: 3 under
-            metric="fisher" without max_drift where the file allows it (`axolotl_asft.strengths`), else 0.
-        chat_templates: that the data are rendered with where it is not the tokenizer's own; one that leads to an answer
-            in other words than the direction file's requests is told.
+        lambda_reg: weight of the penalty, 0 or more; at 0 it is measured but not trained on. None: 0.1 for
+            metric="fisher" with an anchor, 0 with max_drift, else 1.
+        max_drift: budget: after every step ||(I - C) dW|| of each layer is at most this times ||d||; None: no budget.
+        anchor_weight: weight of KL(aligned || current), nats per token, on the aligned model's stored answers, a few of
+            which are scored at each step; the direction file has to hold them. 0: no anchor. None: 3 for
+            metric="fisher" without max_drift if the file holds them (`axolotl_asft.strengths`), else 0.
+        chat_templates: the templates that the data are rendered with, if not the tokenizer's own; a warning is logged
+            if a template opens the answer differently from the direction file's requests.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
-    The logged loss stays the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is left
-    alone.
+    The logged loss remains the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is not
+    affected.
 
     Raises:
-        AsftError: an unsuitable lambda_reg, model, direction or way of training; a second `attach`.
+        AsftError: an unsuitable lambda_reg, model, direction or training setup; a second `attach`.
     """
     for name, weight in (("lambda_reg", lambda_reg), ("anchor_weight", anchor_weight)):
         if weight is not None and (isinstance(weight, bool) or not math.isfinite(weight) or weight < 0):
@@ -58,14 +58,14 @@ def attach(
         raise AsftError(f"max_drift is {max_drift}; expected a finite number above 0, or None")
     attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
-        raise AsftError("the constraint is attached to this trainer already; attach it once")
+        raise AsftError("the constraint is already attached to this trainer; attach it once")
     refuse_unsupported(trainer, max_drift)
     if trainer.model is None:
         raise AsftError("the trainer has no model; expected a PEFT model")
     if getattr(trainer, "model_init", None) is not None:
         raise AsftError(
-            "the trainer makes a new model when it trains (model_init), which the constraint would not hold; give it "
-            "the model itself"
+            "the trainer creates a new model when training starts (model_init), which the constraint would not cover; "
+            "give it the model itself"
         )
     never_packed(trainer.model)
     penalty = AlignmentPenalty(trainer.model, direction, **options)
@@ -106,20 +106,20 @@ def attach(
 
 def refused_of_taken_out(layer: str, max_drift: float | None, anchor_weight: float | None) -> list[str]:
     """What cannot be asked of a layer whose initialisation took a part out of the weight, a line each."""
-    taken, plain = f"the initialisation of {layer} took a part out of the weight", "use plain LoRA initialisation"
+    taken, plain = f"the initialisation of {layer} removed a part of the weight", "use plain LoRA initialisation"
     found = []
     if max_drift is not None:
         found.append(f"max_drift cannot shorten an update: {taken}; use lambda_reg, or {plain}")
     if (anchor_weight or 0) > 0:
-        found.append(f"anchor_weight cannot ask the aligned model: {taken}; set anchor_weight: 0, or {plain}")
+        found.append(f"anchor_weight cannot score the aligned model: {taken}; set anchor_weight: 0, or {plain}")
     return found
 
 
 def refused_of_continued(adapter: str) -> str:
     """The line for a saved adapter whose start took a part out of the weight: where it started is not in its file."""
     return (
-        f"the initialisation of the adapter {adapter} took a part out of the weights, and how far it has gone from "
-        "there is not known; go on from one with plain LoRA initialisation, or train anew"
+        f"the initialisation of the adapter {adapter} removed a part of the weights, and how far it has moved since is "
+        "not known; continue from one with plain LoRA initialisation, or train anew"
     )
 
 
@@ -129,8 +129,8 @@ def frozen_by_budget(penalty: AlignmentPenalty, max_drift: float | None) -> list
         return []
     nothing = "alignment did not move them"
     if penalty.metric != "weights":
-        nothing = f"what alignment moved there is nothing in the metric {penalty.metric}"
+        nothing = f"alignment did not move them in the metric {penalty.metric}"
     return [
         f"max_drift lets {len(names)} of {len(penalty.layers)} layers learn nothing, since {nothing} (first "
-        f"{names[0]}); take them out of LoRA's targets, or set lambda_reg in place of max_drift"
+        f"{names[0]}); remove them from LoRA's targets, or set lambda_reg in place of max_drift"
     ]

@@ -44,7 +44,7 @@ def _direction_lines(check: Check) -> list[tuple[str, str]]:
     pinned = "pinned" if found["pinned"] else "not pinned (direction_sha256)"
     weights = {
         "agree": "agree with the base model's files",
-        "not here": "not on this machine: the run compares them as it loads the model",
+        "not here": "not on this machine: the run compares them when it loads the model",
         "not asked": "not compared, here or in the run: verify_model is false",
     }
     return [
@@ -65,9 +65,9 @@ def _cost_lines(check: Check) -> list[tuple[str, str]]:
     held = ", ".join(f"{name} {size_text(size)}" for name, size in cost.memory.items() if size)
     return [
         ("memory", f"{size_text(sum(cost.memory.values()))} on the device ({held}),"),
-        ("", f"and about {size_text(cost.temporary)} for a moment, a few layers at a time"),
+        ("", f"plus about {size_text(cost.temporary)} of temporary memory"),
         ("step", f"about {cost.share:.2%} of its operations ({_flops(cost)}), estimated from sizes;"),
-        ("", "of its time more: it computes in fp32, and on a fast GPU launches take longer than arithmetic"),
+        ("", "its share of wall-clock time is larger: fp32, and on a fast GPU launches outlast arithmetic"),
     ]
 
 

@@ -215,9 +215,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _gguf(file: Path) -> AsftError:
     return AsftError(
-        f"{file} is GGUF; expected safetensors; one of F32, F16 or BF16 converts with AutoModelForCausalLM."
-        f"from_pretrained(FOLDER, gguf_file='{file.name}').save_pretrained(...), a quantised one has lost the "
-        "difference to its rounding: give the model that it was made from"
+        f"{file} is GGUF; expected safetensors; a file in F32, F16 or BF16 can be converted with "
+        f"AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file='{file.name}').save_pretrained(...), a quantised one "
+        "has lost the difference to rounding: give the model it was made from"
     )
 
 

@@ -37,16 +37,16 @@ def asft() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("asft-demo"),
     show_default=True,
-    help="Folder for everything the demo makes; an interrupted demo goes on there.",
+    help="Folder for everything the demo makes; an interrupted demo resumes there.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the data, the models and the training.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the data, the models and the training.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def demo(output: Path, seed: int, as_json: bool) -> None:
-    """See the whole story on one CPU in minutes, offline.
+    """See the whole method at work on one CPU in minutes, offline.
 
     Makes a small base model, aligns it (it learns to refuse), extracts the alignment direction, fine-tunes the aligned
     model on a useful task with 10 % poison, once plain and once under the constraint, both through `axolotl train`
-    with QLoRA, and prints what became of its safety.
+    with QLoRA, and prints how safe each result is.
 
     \b
     Example:
@@ -67,18 +67,27 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
 
 
 @asft.command()
-@click.option("--adapter", required=True, metavar="DIR", help="Folder of the trained LoRA adapter; it is left alone.")
-@click.option("--direction", "file", required=True, metavar="FILE|OWNER/NAME", help="Direction of its model.")
+@click.option("--adapter", required=True, metavar="DIR", help="Folder of the trained LoRA adapter; it is not changed.")
+@click.option(
+    "--direction", "file", required=True, metavar="FILE|OWNER/NAME", help="Alignment direction of its base model."
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the projected adapter."
 )
-@click.option("--threshold", type=float, metavar="COS", help="Project the layers with cos(C dW, dW) at most this.")
-@click.option("--layers", type=int, metavar="N", help="Project the N layers of smallest cosine.")
+@click.option("--threshold", type=float, metavar="COS", help="Project the layers whose cos(C dW, dW) is at most this.")
+@click.option("--layers", type=int, metavar="N", help="Project the N layers with the smallest cosine.")
 @click.option(
-    "--attenuate", type=float, metavar="F", help="B - F (I - C) B instead of C B: 0 leaves a layer, 1 projects it."
+    "--attenuate",
+    type=float,
+    metavar="F",
+    help="Use B - F (I - C) B instead of C B: F = 0 leaves a layer as it is, 1 projects it.",
 )
 @click.option(
-    "--projector", type=click.Choice(["paper", "normalized", "subspace"]), default="paper", show_default=True, help="C."
+    "--projector",
+    type=click.Choice(["paper", "normalized", "subspace"]),
+    default="paper",
+    show_default=True,
+    help="How the projector C is built.",
 )
 @click.option("--rank", type=int, metavar="K", help="Use only the leading K stored directions.")
 @click.option(
@@ -86,21 +95,21 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
     type=click.Choice(["error", "warn", "ignore"]),
     default="error",
     show_default=True,
-    help="What to do where the adapter holds a layer without a direction, or a tensor that is no A or B.",
+    help="What to do if the adapter holds a layer without a direction, or a tensor that is neither A nor B.",
 )
 @click.option(
     "--verify-model/--no-verify-model",
     default=True,
     show_default=True,
-    help="Compare the direction with the adapter's base model, where that is a local folder.",
+    help="Check that the direction matches the adapter's base model, if that is a local folder.",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print what became of every layer as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done to every layer as JSON.")
 def project(file: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Project a trained adapter towards the alignment direction: Safe LoRA, after the fact.
+    """Project a trained adapter towards the alignment direction: Safe LoRA, after training.
 
     For adapters that were trained without the constraint. Layers whose update points away from the direction get
-    B <- C B (arXiv 2405.16833), or lose a part of what is orthogonal to it with --attenuate.
+    B <- C B (arXiv 2405.16833); with --attenuate they lose only a part of what is orthogonal to it.
 
     \b
     Example:

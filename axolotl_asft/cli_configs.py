@@ -28,18 +28,18 @@ def block_options(command: Callable) -> Callable:
     "--trust-remote-code",
     "remote_code",
     is_flag=True,
-    help="Build the model with the code of its repository, if the config says trust_remote_code: true.",
+    help="Build the model with the code from its repository, if the config says trust_remote_code: true.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context
 def check(ctx: click.Context, config: Path, remote_code: bool, as_json: bool, **block: Any) -> None:
-    """Look at a config before it is run: what is constrained, at what cost, and what is wrong.
+    """Check a config before it is run: what is constrained, at what cost, and what is wrong.
 
     A dry run in seconds. It reads the config as `axolotl train` does, builds the model without its weights, puts LoRA
     on it, and matches every layer with the direction file by the run's own rules. No GPU is needed, no data are read,
-    and nothing is written. `--asft.lambda_reg 5` and its like are obeyed, as by `axolotl train`.
+    and nothing is written. Overrides such as `--asft.lambda_reg 5` work as in `axolotl train`.
 
-    Exit status: 0 nothing that it looks at would end the run (there may be warnings), 2 something would.
+    Exit status: 0 if nothing it checks would stop the run (there may be warnings), 2 if something would.
 
     \b
     Example:
@@ -57,7 +57,7 @@ def check(ctx: click.Context, config: Path, remote_code: bool, as_json: bool, **
 
 @click.group(cls=OneLineErrors)
 def recipes() -> None:
-    """Complete configs to start from: a model family and a size of card each.
+    """Complete configs to start from: one per model family and GPU memory size.
 
     \b
     Example:
@@ -103,10 +103,12 @@ def show(name: str) -> None:
 @recipes.command()
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.yml]")
-@click.option("--direction", metavar="FILE|OWNER/NAME", help="Write this direction in: owner/name@revision pins one.")
-@click.option("--sha256", metavar="HASH", help="Its hash, to pin the file's bytes.")
+@click.option(
+    "--direction", metavar="FILE|OWNER/NAME", help="Direction to write into the config; owner/name@revision pins one."
+)
+@click.option("--sha256", metavar="HASH", help="The direction's sha256, to pin the file's bytes.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the file written as JSON.")
 def copy(name: str, output: Path | None, direction: str | None, sha256: str | None, force: bool, as_json: bool) -> None:
     """Copy a shipped config, to make it your own.
 

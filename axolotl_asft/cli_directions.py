@@ -45,9 +45,9 @@ def _refuse_idle(ctx: click.Context) -> None:
     rank = ctx.params["rank"]
     for name in OF_AN_AUTOMATIC_RANK if rank is not None else ():
         if name in given:
-            raise AsftError(f"{_option(name)} goes with --rank auto, and the rank is {rank}; add --rank auto")
+            raise AsftError(f"{_option(name)} goes with --rank auto, but the rank is {rank}; add --rank auto")
     if {"tolerance", "energy"} <= given:
-        raise AsftError("--tolerance and --energy each say how many directions are kept; give one of them")
+        raise AsftError("--tolerance and --energy both set how many directions are kept; give only one")
 
 
 def _option(name: str) -> str:
@@ -56,12 +56,12 @@ def _option(name: str) -> str:
 
 @click.command()
 @click.option("--base", metavar="DIR|ID", help="The base model: a folder in safetensors, or owner/name.")
-@click.option("--aligned", metavar="DIR|ID", help="The aligned (chat) model, likewise.")
+@click.option("--aligned", metavar="DIR|ID", help="The aligned (chat) model, given in the same way.")
 @click.option(
     "--adapter",
     metavar="DIR|ID",
-    help="A LoRA adapter (PEFT) that is the difference itself, in place of --base, where it was merged into --aligned, "
-    "or of --aligned, which is then the base with it merged in.",
+    help="A LoRA adapter (PEFT) that is the difference itself. It replaces --base if it was merged into --aligned, or "
+    "--aligned, which is then the base with it merged in.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Direction file to write.")
 @click.option(
@@ -69,7 +69,7 @@ def _option(name: str) -> str:
     default="64",
     show_default=True,
     callback=_rank,
-    help="Directions a layer: a number, 'full', or 'auto' for the fewest within --tolerance, or with --energy.",
+    help="Directions per layer, K: a number, 'full', or 'auto' for the smallest K that meets --tolerance or --energy.",
 )
 @click.option(
     "--tolerance", default=0.01, show_default=True, help="With --rank auto: error of the paper penalty per ||dW||^2."
@@ -78,23 +78,26 @@ def _option(name: str) -> str:
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
-    help="With --rank auto: the fewest directions with this share of the difference, in place of --tolerance.",
+    help="With --rank auto: smallest K that captures this share of ||d||^2, in place of --tolerance.",
 )
 @click.option(
-    "--max-rank", type=click.IntRange(min=1), metavar="K", help="With --rank auto: never more; large models want one."
+    "--max-rank",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="With --rank auto: upper limit on K; recommended for large models.",
 )
 @click.option(
     "--modules",
     multiple=True,
     metavar="REGEX",
-    help="Only these modules; repeat for more.  [default: all linear layers]",
+    help="Extract only modules that match; repeat for more.  [default: all linear layers]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of the stored vectors.",
+    help="Data type of the stored vectors.",
 )
 @click.option("--keep-v", is_flag=True, help="Store the right singular vectors too (a larger file).")
 @click.option(
@@ -111,29 +114,29 @@ def _option(name: str) -> str:
     default=["harmful"],
     show_default=True,
     metavar="SET",
-    help="Which prompts --metric asks: the shipped set, a file, or owner/name of a Hub dataset; what is like none of "
-    "them is held less. Repeat for several: --prompts harmful --prompts mine.txt asks the shipped set and yours, "
-    "--prompts mine.txt alone leaves the shipped one out.",
+    help="Prompts for --metric: the shipped set, a file, or owner/name of a Hub dataset; behaviour unlike these "
+    "prompts is preserved less. Repeat for several: --prompts harmful --prompts mine.txt uses the shipped set and "
+    "yours, --prompts mine.txt alone replaces the shipped one.",
 )
 @click.option(
-    "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Directions a layer, at most."
+    "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum directions per layer."
 )
 @click.option(
     "--metric-energy",
     default=0.99,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True),
-    help="The fewest directions with this share of the metric; 1 keeps --metric-rank.",
+    help="Keep the fewest directions that explain this share of the metric; 1 always keeps --metric-rank.",
 )
-@click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4 bit for --metric, to save memory.")
+@click.option("--load-in-4bit", is_flag=True, help="Load the aligned model in 4-bit for --metric, to save memory.")
 @click.option(
-    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time, for --metric."
+    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts per batch, for --metric."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the randomised decomposition.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the randomised SVD.")
 @click.option(
     "--device",
-    help="Where the algebra runs: cpu, cuda (every GPU), or some of them, cuda:0,cuda:1.  [default: cpu; of --metric: "
-    "the GPU if there is one]",
+    help="Where the linear algebra runs: cpu, cuda (every GPU), or some of them: cuda:0,cuda:1.  [default: cpu; for "
+    "--metric, the GPU if there is one]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -156,8 +159,8 @@ def extract(
     """Make a direction file from a base model and its aligned model.
 
     Reads one pair of weights at a time: memory holds the largest pair, not the models. A model on the Hub that is not
-    in its cache is read from there, tensor by tensor, and takes no disk; owner/name@revision pins it. Finished layers
-    and what --metric found are kept in OUTPUT.partial/: interrupted, the same command goes on where it stopped.
+    in the local cache is read from there, tensor by tensor, and takes no disk space; owner/name@revision pins it.
+    Finished layers and what --metric found are kept in OUTPUT.partial/: if interrupted, the same command resumes there.
 
     \b
     Example:
@@ -211,7 +214,7 @@ def extract(
             modules=list(modules) or None, device=device or "cpu", progress=show, output=output, **asked, **options
         )
     except KeyboardInterrupt:
-        click.echo(f"\n{output}.partial holds what is done; the same command goes on there", err=True)
+        click.echo(f"\n{output}.partial holds what is done; the same command resumes there", err=True)
         raise
     result = summary(direction, output, direction.sha256)
     if as_json:
@@ -229,7 +232,7 @@ def extract(
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw it, too (matplotlib)."
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Also plot it (matplotlib)."
 )
 def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
     """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
@@ -270,7 +273,7 @@ def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
 def diff(first: str, second: str, as_json: bool, modules: bool) -> None:
     """Compare two directions: principal angles between their spans, layer by layer.
 
-    Of two revisions of a model, of two ways to align it, or of a file that you were given and your own.
+    For example of two revisions of a model, of two ways to align it, or of a file you were given and your own.
 
     \b
     Example:
@@ -287,18 +290,18 @@ def diff(first: str, second: str, as_json: bool, modules: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option(
-    "--name", default="direction.safetensors", show_default=True, help="Of the file there; a repository holds several."
+    "--name", default="direction.safetensors", show_default=True, help="File name; a repository can hold several."
 )
 @click.option("--private", is_flag=True, help="Make a new repository private, and refuse a public one.")
-@click.option("--license", metavar="ID", help="For a new card: apache-2.0, llama3.1, ...  [default: other]")
-@click.option("--message", default="Add an alignment direction", show_default=True, help="Of the commit.")
-@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+@click.option("--license", metavar="ID", help="License in a new card: apache-2.0, llama3.1, ...  [default: other]")
+@click.option("--message", default="Add an alignment direction", show_default=True, help="Commit message.")
+@click.option("--json", "as_json", is_flag=True, help="Print its address on the Hub as JSON.")
 def push(file: Path, repository: str, as_json: bool, **options: Any) -> None:
     """Share a direction file on the Hugging Face Hub, with a card that says what it is and how to use it.
 
-    Log in first: `hf auth login`. The repository is made where there is none. A card of your own in it is left alone,
-    and so is what you wrote around our section of one. The prompts and answers that the file keeps for anchor_weight go
-    with it, word for word: `axolotl asft inspect FILE --json` shows them.
+    Log in first: `hf auth login`. The repository is created if it does not exist. A card of your own in it is not
+    changed, nor is what you wrote around our section of one. The prompts and answers that the file keeps for
+    anchor_weight are uploaded with it, verbatim: `axolotl asft inspect FILE --json` shows them.
 
     \b
     Example:

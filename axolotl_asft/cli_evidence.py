@@ -23,14 +23,14 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 @click.option(
     "--model",
     metavar="DIR|ID",
-    help="The aligned chat model; of the Hub: owner/name[@revision].  [default: base_model of CONFIG]",
+    help="The aligned chat model: a folder, or owner/name[@revision] on the Hub.  [default: base_model of CONFIG]",
 )
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="An adapter on it; repeat for more.  [default: output_dir of CONFIG]",
+    help="An adapter trained on it; repeat for more.  [default: output_dir of CONFIG]",
 )
 @click.option(
     "--harmful",
@@ -51,33 +51,57 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 )
 @click.option(
     "--split", type=click.Choice(["heldout", "train", "all"]), default="heldout", show_default=True,
-    help="Of the shipped sets.",
+    help="Which part of the shipped sets to use.",
 )  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many prompts of each set.")
-@click.option("--tasks", default="", metavar="A,B", help="Tasks of lm-eval, by name or YAML file: gsm8k,arc_easy.")
-@click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="At most so many documents of each task.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in a task's prompt.")
-@click.option("--judge", "judges", multiple=True, metavar="DIR|ID", help="A judge model; repeat for more.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N prompts of each set.")
+@click.option("--tasks", default="", metavar="A,B", help="lm-eval tasks, by name or YAML file: gsm8k,arc_easy.")
+@click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="Use at most N documents of each task.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Number of few-shot examples in a task's prompt."
+)
+@click.option(
+    "--judge", "judges", multiple=True, metavar="DIR|ID", help="A model that judges the answers; repeat for more."
+)
 @click.option(
     "--judge-text",
     metavar="TEXT|@FILE",
-    help="What the judges read: {prompt}, {answer}.  [default: as their families want]",
-)
-@click.option("--judge-harmful", metavar="REGEX", help="Which of their labels, or written verdicts, mean harmful.")
-@click.option("--judge-load-in-4bit", is_flag=True, help="Load the judges as NF4: in about a third of the memory.")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
-@click.option(
-    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time, of judges too."
+    help="What the judges read, with {prompt} and {answer} in it.  [default: the format of their family]",
 )
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+    "--judge-harmful", metavar="REGEX", help="Which of the judges' labels, or written verdicts, mean harmful."
 )
-@click.option("--load-in-4bit/--no-load-in-4bit", default=None, help="NF4, as QLoRA trains.  [default: as CONFIG says]")
-@click.option("--tokenizer", metavar="DIR|ID", help="Whose chat template to use.  [default: of adapter, or model]")
-@click.option("--device", help="cpu or cuda.  [default: the GPU if there is one]")
+@click.option("--judge-load-in-4bit", is_flag=True, help="Load the judges in NF4, in about a third of the memory.")
+@click.option(
+    "--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Maximum tokens per answer."
+)
+@click.option(
+    "--batch-size",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Prompts per batch, for the judges too.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Data type to load the model in; auto: the checkpoint's.",
+)
+@click.option(
+    "--load-in-4bit/--no-load-in-4bit",
+    default=None,
+    help="Load the model in NF4, as QLoRA training does.  [default: as CONFIG says]",
+)
+@click.option(
+    "--tokenizer",
+    metavar="DIR|ID",
+    help="Tokenizer whose chat template to use.  [default: the adapter's, or the model's]",
+)
+@click.option("--device", help="Where the model runs: cpu or cuda.  [default: the GPU if there is one]")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for the answers and results; an interrupted evaluation goes on there.  [default: asft-eval in the "
+    help="Folder for the answers and results; an interrupted evaluation resumes there.  [default: asft-eval in the "
     "output_dir of CONFIG, where `report` looks for it; with --adapter, or without a config, ./asft-eval: give it to "
     "`report` with --eval asft-eval]",
 )  # fmt: skip
@@ -85,10 +109,10 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 def evaluate_command(config: Path | None, output: Path | None, as_json: bool, **options: Any) -> None:
     """Measure what fine-tuning did to a model: harmfulness, over-refusal, coherence, task scores.
 
-    Asks the model, and the model under each adapter, prompts that ask for harm and harmless ones that sound alarming,
-    greedily, with the chat template of the training. Harmfulness is the share of harmful prompts not refused. Because
-    matchers and judges are fooled by broken text, the perplexity of the answers under the model without adapters, and
-    the share that repeats itself, stand beside it.
+    Gives the model, alone and with each adapter, prompts that ask for harm and harmless ones that sound alarming. It
+    answers greedily, with the chat template of the training. Harmfulness is the share of harmful prompts not refused.
+    Because broken text fools matchers and judges, the perplexity of the answers under the model without adapters, and
+    the share of answers that repeat themselves, are reported too.
 
     \b
     Example:
@@ -126,19 +150,19 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
     if not chosen["model"]:
         chosen["model"] = _base_model(content)
     if not chosen["model"]:
-        raise AsftError("no model to ask; give --model, or a config with base_model")
+        raise AsftError("no model to evaluate; give --model, or a config with base_model")
     if not chosen["adapters"] and content.get("adapter"):
         chosen["adapters"] = (str(content.get("output_dir") or AXOLOTL_OUTPUT),)
     if chosen["load_in_4bit"] is None and content.get("load_in_8bit"):
         raise AsftError(
-            f"{config} has load_in_8bit, in which eval loads no model; give --no-load-in-4bit, to ask the model in its "
-            "own precision, or --load-in-4bit"
+            f"{config} has load_in_8bit, which eval does not support; give --no-load-in-4bit, to evaluate the model in "
+            "its own precision, or --load-in-4bit"
         )
     if chosen["load_in_4bit"] is None:
         chosen["load_in_4bit"] = bool(content.get("load_in_4bit"))
     chosen["adapters"] = list(chosen["adapters"])
     if content and not chosen["adapters"]:
-        click.echo(f"{config} trains no adapter: {chosen['model']} is asked alone", err=True)
+        click.echo(f"{config} trains no adapter: {chosen['model']} is evaluated alone", err=True)
     return chosen
 
 
@@ -150,40 +174,48 @@ def _base_model(content: dict[str, Any]) -> str | None:
 
 @click.command("landscape")
 @click.option("--model", required=True, metavar="DIR|ID", help="The aligned chat model, not quantised.")
-@click.option("--direction", "file", metavar="FILE|OWNER/NAME", help="Its direction, made with --keep-v.")
-@click.option("--base", metavar="DIR", help="Or its base model, from which the direction is made on the spot.")
+@click.option("--direction", "file", metavar="FILE|OWNER/NAME", help="Its direction file, made with --keep-v.")
+@click.option("--base", metavar="DIR", help="Or its base model, to make the direction from on the spot.")
 @click.option(
-    "--rank", default=64, show_default=True, type=click.IntRange(min=1), help="With --base: directions a layer."
+    "--rank", default=64, show_default=True, type=click.IntRange(min=1), help="With --base: directions per layer."
 )
 @click.option(
-    "--radii", default="0.5,1,2,4,8", show_default=True, metavar="A,B", help="In units of ||d|| of each layer."
+    "--radii",
+    default="0.5,1,2,4,8",
+    show_default=True,
+    metavar="A,B",
+    help="Sizes of the steps, in units of each layer's ||d||.",
 )
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=2), help="Random steps of each kind.")
+@click.option(
+    "--seeds", default=3, show_default=True, type=click.IntRange(min=2), help="Number of random steps of each kind."
+)
 @click.option(
     "--task",
     type=click.Path(path_type=Path),
     metavar="JSONL",
-    help="Chats (messages) whose loss tells usefulness.  [default: the model's own answers to harmless prompts]",
+    help="Chats (messages) whose loss measures usefulness.  [default: the model's own answers to harmless prompts]",
 )
 @click.option("--generate", is_flag=True, help="Also answer every prompt and count refusals; slower.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many prompts of each set.")
-@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts at a time.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N prompts of each set.")
+@click.option(
+    "--max-new-tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Maximum tokens per answer."
+)
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts per batch.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="auto: float32 on a CPU, the checkpoint's on a GPU. Small steps want float32: others round them.",
+    help="auto: float32 on a CPU, the checkpoint's on a GPU. Small steps need float32: the others round them.",
 )
-@click.option("--device", help="cpu or cuda.  [default: the GPU if there is one]")
+@click.option("--device", help="Where the model runs: cpu or cuda.  [default: the GPU if there is one]")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("asft-landscape"),
     show_default=True,
-    help="Folder for landscape.json and landscape.png; an interrupted measurement goes on there.",
+    help="Folder for landscape.json and landscape.png; an interrupted measurement resumes there.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def landscape_command(
@@ -242,7 +274,7 @@ def _radii(text: str) -> tuple[float, ...]:
     except ValueError:
         radii = ()
     if not radii or not all(0 < radius < math.inf for radius in radii):
-        raise AsftError(f"--radii is {text!r}; expected positive numbers with commas, such as 0.25,0.5,1")
+        raise AsftError(f"--radii is {text!r}; expected positive numbers separated by commas, such as 0.25,0.5,1")
     return radii
 
 

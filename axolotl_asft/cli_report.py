@@ -12,9 +12,14 @@ from axolotl_asft.files import named_folder
 
 @click.command("report")
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page.  [default: RUN_DIR/asft_report.html]")
 @click.option(
-    "--compare", multiple=True, metavar="NAME=DIR", help="Another run beside it, as plain=out/plain; repeat for more."
+    "-o", "--output", type=click.Path(path_type=Path), help="HTML file to write.  [default: RUN_DIR/asft_report.html]"
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Another run to compare with, as plain=out/plain; repeat for more.",
 )
 @click.option(
     "--eval",
@@ -23,7 +28,7 @@ from axolotl_asft.files import named_folder
     metavar="FILE|DIR",
     help="Results of axolotl asft eval.  [default: asft-eval/ or eval/ in RUN_DIR]",
 )
-@click.option("--direction", metavar="FILE|OWNER/NAME", help="The run's direction.  [default: as its config says]")
+@click.option("--direction", metavar="FILE|OWNER/NAME", help="The run's direction file.  [default: as its config says]")
 @click.option("--json", "as_json", is_flag=True, help="Print the key numbers and the files as JSON.")
 def report_command(
     run_dir: Path,
@@ -33,11 +38,11 @@ def report_command(
     direction: str | None,
     as_json: bool,
 ) -> None:
-    """Draw a run: one HTML page that needs no network, and PNGs beside it.
+    """Draw a run: one HTML page that needs no network, and PNG files beside it.
 
     Loss and penalty over the steps, how far each layer went off the alignment direction over time, the singular values
-    of the update against the aligned subspace, what `axolotl asft eval` found, and what one needs to do it again.
-    RUN_DIR is the output_dir of a run under the constraint, also of one that is still training. A run to compare with:
+    of the update against the aligned subspace, what `axolotl asft eval` found, and what is needed to reproduce the run.
+    RUN_DIR is the output_dir of a run under the constraint, finished or still training. For a run to compare with:
     axolotl train config.yml --asft.lambda_reg 0 --asft.anchor_weight 0 --output-dir out/plain.
 
     \b

@@ -191,8 +191,8 @@ class Constraint:
         """
         if self._final_stamp is None:
             raise AsftError(
-                f"{type(self.trainer).__name__} trains without the events of a transformers trainer, so the constraint "
-                "did not see its steps; do not use this adapter"
+                f"{type(self.trainer).__name__} does not call the callbacks of a transformers trainer, so the "
+                "constraint did not see its steps; do not use this adapter"
             )
         return self._with(self._final_stamp)
 
@@ -264,8 +264,8 @@ class Constraint:
         # measured by every process, and not where a run goes on
         if not self.trainer.state.global_step and (norm := self.report().update_norm) > 0:
             LOG.warning(
-                "AsFT: the adapter starts with an update of norm %.4g; how that came about the stamp of this run does "
-                "not say, and the constraint holds the whole update from now on",
+                "AsFT: the adapter already holds an update of norm %.4g from earlier training; this run's stamp does "
+                "not cover how it was made, but the constraint applies to all of it",
                 norm,
             )
 

@@ -114,7 +114,7 @@ class AlignmentDirection:
     sha256: str | None = None
 
     def save(self, path: str | Path) -> str:
-        """Write one `.safetensors` file, whole or not at all; returns its sha256.
+        """Write one `.safetensors` file, atomically; returns its sha256.
 
         The same direction gives the same bytes.
         """
@@ -132,11 +132,11 @@ class AlignmentDirection:
 
         Args:
             path: the file, or on the Hugging Face Hub `owner/name[@revision][:file]` (`axolotl_asft.hub`).
-            sha256: refuse a file with another hash.
+            sha256: refuse a file with a different hash.
 
         Raises:
-            AsftError: no such file, no direction file, another version, cut short, a missing field or tensor,
-                wrong shapes, non-finite numbers, or columns of U that are not orthonormal.
+            AsftError: the file is missing, not a direction file, of another version or truncated, lacks a field or
+                tensor, or has wrong shapes, non-finite numbers or columns of U that are not orthonormal.
         """
         path = direction_path(path)
         if not path.is_file():
@@ -155,7 +155,7 @@ class AlignmentDirection:
         except (SafetensorError, OSError) as error:
             reason = named(one_line(error))
             raise AsftError(
-                f"{path} is no readable safetensors file ({reason}); expected a direction file; {REMAKE}"
+                f"{path} is not a readable safetensors file ({reason}); expected a direction file; {REMAKE}"
             ) from error
         if extra:
             raise AsftError(f"{path} has a tensor {named(min(extra))} that its spec does not name; {REMAKE}")
@@ -173,7 +173,7 @@ def select_modules(names: list[str], patterns: list[str]) -> list[str]:
         try:
             matching = [name for name in names if re.search(pattern, name)]
         except re.error as error:
-            raise AsftError(f"modules: {pattern!r} is no regular expression ({error})") from error
+            raise AsftError(f"modules: {pattern!r} is not a regular expression ({error})") from error
         if not matching:
             raise AsftError(f"modules: {pattern!r} matches none of {len(names)} layers, the first {names[:1]}")
         chosen.update(matching)
@@ -194,7 +194,7 @@ def refuse_to_replace_weights(path: Path) -> None:
     except (SafetensorError, OSError):
         return  # a damaged one
     if kind != FORMAT:
-        raise AsftError(f"{path} holds other tensors, a model's perhaps, and is not replaced; give another --output")
+        raise AsftError(f"{path} holds other tensors, perhaps a model's, and is not replaced; give another --output")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -103,7 +103,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     if content.get("asft") is None and not any(str(key).startswith("asft.") for key in content):
         found = "the asft: block is empty" if "asft" in content else "the config has no asft: block"
         raise AsftError(
-            f"{found}, so that nothing would be constrained; add plugins: [asft] and asft: with direction: "
+            f"{found}, so nothing would be constrained; add plugins: [asft] and asft: with direction: "
             "path/to/file.safetensors"
         )
     cfg = validated_config(content, remote_code)
@@ -184,10 +184,10 @@ def _loaded(check: Check, cfg: Any, key: str, files: tuple[str, ...], code_left_
         return load()
     except AsftError as error:
         if Path(cfg[key]).is_dir():
-            hint = "; where it needs code of its repository, give --trust-remote-code" if code_left_out else ""
+            hint = "; if it needs code from its repository, give --trust-remote-code" if code_left_out else ""
             (check.warnings if code_left_out else check.errors).append(f"{error}{hint}")
         elif _cached(cfg[key], cfg.revision_of_model, files):
-            check.warnings.append(f"{error}; the run may have what is not on this machine")
+            check.warnings.append(f"{error}; the run may find what is missing on this machine")
         return None
 
 
@@ -259,7 +259,7 @@ def _refuse_initialisation(
     local = Path(cfg.base_model).expanduser().is_dir()
     if initialisation == "loftq" and block.verify_model and not (local and check.direction["weights"] == "agree"):
         check.errors.append(
-            "LoftQ replaces the weights by rounded ones, so that the run can tell the model by its files alone; give "
+            "LoftQ replaces the weights with rounded ones, so the run can identify the model only by its files; give "
             "base_model as a local folder, or set verify_model: false"
         )
 
@@ -279,7 +279,7 @@ def _match(check: Check, block: AsftArgs, direction: AlignmentDirection, model: 
     check.unconstrained = {
         **found.uncovered,
         **dict.fromkeys(found.left_out, "asft.modules leaves it out"),
-        **dict.fromkeys(found.others, "trained whole, not by LoRA"),
+        **dict.fromkeys(found.others, "trained in full, not through LoRA"),
     }
     check.warnings += advice.on_coverage(block, len(found.left_out), len(found.uncovered) + len(found.others))
     check.unused = len(set(direction.modules) - {layer.name for layer in found.trained})

@@ -71,7 +71,9 @@ def deepspeed_config(given: Any) -> Mapping[str, Any]:
     """
     if isinstance(given, Mapping):
         return given
-    config = read_json(Path(given), "deepspeed: expects a DeepSpeed config in JSON, or the same as a block")
+    config = read_json(
+        Path(given), "deepspeed: expects the path of a DeepSpeed config in JSON, or its content as a block"
+    )
     if not isinstance(config, Mapping):
         raise AsftError(f"deepspeed: {given} holds no DeepSpeed config; expected a JSON object")
     return config
@@ -96,15 +98,15 @@ def refuse_deepspeed(config: Mapping[str, Any], half: bool, max_drift: float | N
         )
     if ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none":
         raise AsftError(
-            "DeepSpeed's offload_optimizer is not supported by the constraint, because gradients that are added go "
-            "astray there; leave it out (the optimizer state of a LoRA adapter is small)"
+            "DeepSpeed's offload_optimizer is not supported by the constraint, because added gradients are lost there; "
+            "leave it out (the optimizer state of a LoRA adapter is small)"
         )
     if half or (config.get("fp16") or {}).get("enabled") is True:
         raise AsftError("fp16 under DeepSpeed is not supported by the constraint; use bf16, or leave deepspeed out")
     if max_drift is not None:
         raise AsftError(
-            "max_drift is not supported under DeepSpeed, which keeps a second copy of the weights that it would not "
-            "reach; use lambda_reg, or leave deepspeed out"
+            "max_drift is not supported under DeepSpeed, which keeps a second copy of the weights that the budget "
+            "would not reach; use lambda_reg, or leave deepspeed out"
         )
 
 
@@ -150,8 +152,8 @@ def steps_in_backward(optimizer: str) -> str:
 def steps_past(trainer: Trainer) -> str:
     """The line for a training loop of its own, whose steps would be taken without the constraint."""
     return (
-        f"{type(trainer).__name__} takes a step past its training_step, so the constraint is not in the gradient; this "
-        "trainer is not supported"
+        f"{type(trainer).__name__} takes a step outside its training_step, so the constraint is not in the gradient; "
+        "this trainer is not supported"
     )
 
 

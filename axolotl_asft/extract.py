@@ -77,8 +77,8 @@ def extract_direction(
 ) -> AlignmentDirection:
     """The leading singular directions of d = W_aligned - W_base for the linear layers of a model.
 
-    Reads ahead of the pair that is decomposed, and subtracts in fp32: memory holds two pairs, a decomposition, and the
-    result where there is no `output`; with several GPUs, up to three pairs for each.
+    Reads the next pair while one is decomposed, and subtracts in fp32: memory holds two pairs, a decomposition, and the
+    result if there is no `output`; with several GPUs, up to three pairs for each.
 
     Args:
         base, aligned: checkpoints in safetensors, single file or sharded: local folders, or on the Hub
@@ -87,16 +87,18 @@ def extract_direction(
             `tolerance` (the relative error of the `paper` penalty, as a share of ||dW||^2), or the smallest with a
             share `energy` of ||d||^2 where that is given.
         adapter: a PEFT LoRA adapter that is the difference itself, in place of `base` or of `aligned`.
-        output: write to this direction file. Finished layers are kept beside it until it is whole, so that the same
-            call, however it was interrupted, goes on where it stopped.
-        max_rank: with rank=None, never more directions than this; the recorded bound says what that costs.
+        output: write to this direction file. Finished layers are kept beside it until it is complete, so that after
+            any interruption the same call resumes where it stopped.
+        max_rank: with rank=None, an upper limit on the directions kept; the recorded bound says what it costs.
         modules: regular expressions of module names; default: every linear weight of the decoder layers.
-        dtype: of the stored vectors, "bfloat16", "float16" or "float32".
+        dtype: data type of the stored vectors: "bfloat16", "float16" or "float32".
         keep_v: keep the right singular vectors too.
-        metrics: of the aligned model on safety prompts (`axolotl_asft.metrics`), kept for metric="fisher" and its like.
-        own_answers: (request as the aligned model reads it, its answer), kept for anchor_weight; from the same place.
-        seed: of the randomised decomposition; the same inputs and seed give the same direction.
-        device: where the algebra runs: "cpu", "cuda" (every GPU there is), or some of them, "cuda:0,cuda:1".
+        metrics: metrics of the aligned model on safety prompts (`axolotl_asft.metrics`), stored for metric="fisher" and
+            metric="activations".
+        own_answers: pairs (request as the aligned model reads it, its answer), stored for anchor_weight; from
+            `axolotl_asft.evaluation.safety_metrics`, like the metrics.
+        seed: seed of the randomised SVD; the same inputs and seed give the same direction.
+        device: where the linear algebra runs: "cpu", "cuda" (every GPU), or some of them: "cuda:0,cuda:1".
         progress: show a progress bar with the time left on the terminal.
 
     Raises:
@@ -263,9 +265,9 @@ def _check_metrics(metrics: Sequence[ModelMetric], names: Sequence[str]) -> None
         if not any(name in metric.layers for name in names):
             found = next(iter(metric.layers), "none")
             raise AsftError(
-                f"the metric {metric.name} is of layers such as {found}, the checkpoint's are called {names[0]}: the "
-                "model is loaded under other names, as a text model of a wrapper may be; make the direction without "
-                "--metric"
+                f"the metric {metric.name} is for layers such as {found}, but the checkpoint's are called {names[0]}: "
+                "the model is loaded under other names, as a text model of a wrapper may be; make the direction "
+                "without --metric"
             )
 
 

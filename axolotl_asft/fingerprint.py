@@ -61,7 +61,7 @@ def decode_block(text: str) -> Tensor:
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise AsftError(f"the direction's fingerprint is no base64 ({error}); make the file again") from error
+        raise AsftError(f"the direction's fingerprint is not base64 ({error}); make the file again") from error
     if len(raw) % 4 or not 0 < len(raw) <= 4 * BLOCK:
         raise AsftError(
             f"the direction's fingerprint has a block of {len(raw)} bytes; expected 4 to {4 * BLOCK}; make it again"

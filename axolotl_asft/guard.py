@@ -46,7 +46,7 @@ def resolve_plugin_name(name: str) -> str:
     if name in OUR_NAMES or not isinstance(name, str) or not _nearly_ours(name):
         return name
     if name.startswith("axolotl_asft.") or not _importable(name):
-        raise AsftError(f"plugins: {name!r} is no plugin; did you mean {SHORT_NAME!r} (the same as {PLUGIN!r})?")
+        raise AsftError(f"plugins: {name!r} is not a plugin; did you mean {SHORT_NAME!r} (the same as {PLUGIN!r})?")
     return name
 
 
@@ -78,7 +78,7 @@ def refuse_misspelt_block(cfg: dict[str, Any]) -> None:
     """
     for key in cfg:
         if key != SHORT_NAME and str(key).lower() == SHORT_NAME:
-            raise AsftError(f"{key}: is no key of axolotl's, which drops it; did you mean {SHORT_NAME}:?")
+            raise AsftError(f"{key}: is not an axolotl key, and axolotl drops it; did you mean {SHORT_NAME}:?")
 
 
 def refuse_strays(cfg: dict[str, Any], fields: Collection[str] = ()) -> None:
@@ -107,7 +107,7 @@ def fold_dotted_keys(cfg: dict[str, Any]) -> None:
     for dotted in [key for key in cfg if isinstance(key, str) and key.startswith(f"{SHORT_NAME}.")]:
         block = cfg.get(SHORT_NAME)
         if block is not None and not isinstance(block, dict):
-            raise AsftError(f"asft: is {block!r}, so that {dotted} cannot be set in it; expected a block of keys")
+            raise AsftError(f"asft: is {block!r}, so {dotted} cannot be set in it; expected a block of keys")
         if block is None:
             cfg[SHORT_NAME] = {}
         cfg[SHORT_NAME][dotted.partition(".")[2]] = cfg.pop(dotted)
@@ -141,7 +141,7 @@ def add_options(options: tuple) -> tuple:
         if argument.startswith("--") and ours_by_name and name not in known:
             spelt = [f"--{spelling}" for spelling in sorted(known)]
             hint = did_you_mean(f"--{name}", spelt, f"set it in the {SHORT_NAME} block of the config")
-            raise AsftError(f"--{name} is no option; {hint}")
+            raise AsftError(f"--{name} is not an option; {hint}")
     return (*options, *ours)
 
 

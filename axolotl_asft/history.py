@@ -138,7 +138,7 @@ class HistoryWriter:
             LOG.warning("%s; it is replaced", error)
             return []
         if earlier.layers != self.header["layers"]:
-            LOG.warning("%s is of a run over other layers; it is replaced", self._path)
+            LOG.warning("%s belongs to a run over other layers; it is replaced", self._path)
             return []
         before = earlier.header.get("resumed_at_steps", [])
         header["started"] = earlier.header.get("started")
@@ -151,7 +151,7 @@ class HistoryWriter:
         try:
             how(self._path)
         except OSError as error:
-            LOG.warning("the history of the run is not kept: %s cannot be written (%s)", self._path, error.strerror)
+            LOG.warning("the history of the run is not saved: %s cannot be written (%s)", self._path, error.strerror)
             self._path = None
 
 
@@ -172,7 +172,9 @@ def read_history(folder: str | Path) -> History:
         raise AsftError(f"{path} cannot be read ({error.__class__.__name__}); expected JSON lines in UTF-8") from error
     entries = [_entry(path, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
     if not entries or entries[0].get("format") != FORMAT:
-        raise AsftError(f"{path} is no history: its first line does not say {FORMAT!r}; delete it, or train again")
+        raise AsftError(
+            f"{path} is not a run history: its first line does not say {FORMAT!r}; delete it, or train again"
+        )
     header = entries[0]
     if header.get("format_version") != FORMAT_VERSION:
         found = str(header.get("format_version"))[:20]
@@ -185,7 +187,7 @@ def read_history(folder: str | Path) -> History:
     if not all(isinstance(block, dict) for block in blocks) or not (
         isinstance(steps, list) and all(map(_is_step, steps))
     ):
-        raise AsftError(f"{path}: its first line is not as we write it; delete the file, or train again")
+        raise AsftError(f"{path}: its first line is not in the expected form; delete the file, or train again")
     for number, line in enumerate(entries[1:], 2):
         _check_line(path, number, line, len(layers))
     return History(header, sorted(entries[1:], key=lambda line: line["step"]))
@@ -195,9 +197,9 @@ def _entry(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AsftError(f"{path}: line {number} is no JSON; the file is damaged; take the line out") from error
+        raise AsftError(f"{path}: line {number} is not valid JSON; the file is damaged; remove the line") from error
     if not isinstance(entry, dict):
-        raise AsftError(f"{path}: line {number} is no JSON object; the file is damaged; take the line out")
+        raise AsftError(f"{path}: line {number} is not a JSON object; the file is damaged; remove the line")
     return entry
 
 
@@ -210,7 +212,7 @@ def _check_line(path: Path, number: int, line: dict[str, Any], count: int) -> No
         for values in layers.values()
     )
     if not _is_step(step) or not numbers or not whole:
-        raise AsftError(f"{path}: line {number} is not as we write it; the file is damaged; take the line out")
+        raise AsftError(f"{path}: line {number} is not in the expected form; the file is damaged; remove the line")
 
 
 def _is_step(value: Any) -> bool:

@@ -248,11 +248,12 @@ def hub_errors(wanted: HubFile, sending: bool = False) -> Iterator[None]:
         yield
     except errors.HFValidationError as error:
         raise AsftError(
-            f"{wanted} is no file here, and no name on the Hub ({_first_line(error)}); expected owner/name, or a path"
+            f"{wanted} is neither a file here nor a name on the Hub ({_first_line(error)}); expected owner/name, or a "
+            "path"
         ) from error
     except errors.GatedRepoError as error:
         raise AsftError(
-            f"{wanted.repo} is gated; ask for access at its page, and log in with `hf auth login`"
+            f"{wanted.repo} is gated; request access on its page, and log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise AsftError(

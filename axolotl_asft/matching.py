@@ -86,7 +86,7 @@ def _gaps(found: Match, metric: str) -> Iterable[tuple[str, str]]:
     if found.uncovered:
         what.append(f"{len(found.uncovered)} LoRA layers without a direction{_in_the(metric)} (first {names[0]})")
     if found.others:
-        what.append(f"{len(found.others)} trainable weights that are no LoRA layer (first {found.others[0]})")
+        what.append(f"{len(found.others)} trainable weights that are not LoRA layers (first {found.others[0]})")
     if what:
         tower = any(part.startswith(TOWERS) for name in names for part in name.split("."))
         how = " (freeze_mm_modules: true, where a model reads images)" if tower else ""
@@ -96,8 +96,8 @@ def _gaps(found: Match, metric: str) -> Iterable[tuple[str, str]]:
         )
     if found.frozen:
         yield (
-            f"{len(found.frozen)} LoRA layers do not train and change the model all the same (first "
-            f"{found.frozen[0]}), which no penalty covers",
+            f"{len(found.frozen)} LoRA layers do not train but still change the model (first {found.frozen[0]}), "
+            "which no penalty covers",
             "train all of the adapter",
         )
 
@@ -107,15 +107,15 @@ def _why_not(module: ModuleDirection, metric: str) -> str:
     if metric == "weights":
         return ""
     if metric not in module.metrics:
-        return f"the direction file has no metric {metric} of it"
-    return "" if module.metrics[metric].sees() else f"the direction file's metric {metric} of it is empty"
+        return f"the direction file has no metric {metric} for it"
+    return "" if module.metrics[metric].sees() else f"the direction file's metric {metric} is empty for it"
 
 
 def _nothing_measured(direction: AlignmentDirection, metric: str) -> str:
     instead = f"`axolotl asft extract --metric {metric}`, or set metric: weights"
     if any(metric in module.metrics for module in direction.modules.values()):
         return (
-            f"the direction's metric {metric} is empty in every layer, so that it would hold nothing; make it again "
+            f"the direction's metric {metric} is empty in every layer, so it would hold nothing; make it again "
             f"with {instead}"
         )
     return f"metric is {metric!r}, which the direction file does not hold; make it with {instead}"
@@ -125,11 +125,11 @@ def _nothing_covered(found: Match, metric: str, measured: str, is_choice: bool) 
     """The error where every chosen layer lacks a direction, or none of them trains."""
     if not found.uncovered:
         return (
-            f"none of the LoRA layers that modules chooses trains (first {found.frozen[0]}); choose layers that train, "
-            f"such as {found.trained[0].name}"
+            f"none of the LoRA layers that modules selects is trained (first {found.frozen[0]}); select layers that "
+            f"are trained, such as {found.trained[0].name}"
         )
-    which = "LoRA layers that modules chooses" if is_choice else f"{len(found.uncovered)} LoRA layers"
-    instead = ", or choose layers that it has" if is_choice else ""
+    which = "LoRA layers that modules selects" if is_choice else f"{len(found.uncovered)} LoRA layers"
+    instead = ", or select layers that it has" if is_choice else ""
     return (
         f"none of the {which} has a direction{_in_the(metric)}; the first of them is {next(iter(found.uncovered))}, "
         f"the direction file's first {measured}; use the direction of this model{instead}"

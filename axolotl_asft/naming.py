@@ -73,7 +73,7 @@ def _without_weights(folder: Path, architecture: str) -> Any:
         if kind is None:
             return None
         if not _builds_models(kind):
-            raise TypeError("it is no class of models")
+            raise TypeError("it is not a model class")
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = kind(config)
@@ -84,8 +84,8 @@ def _without_weights(folder: Path, architecture: str) -> Any:
     except Exception as error:  # whatever it and the packages behind it raise
         raise AsftError(
             f"{folder / 'config.json'} names the model {architecture[:80]!r}, which transformers "
-            f"{transformers.__version__} cannot build here ({one_line(error)}), so that the names of its weights are "
-            "not known; install what is missing or another version of transformers, or download the model again"
+            f"{transformers.__version__} cannot build here ({one_line(error)}), so the names of its weights are not "
+            "known; install what is missing or another version of transformers, or download the model again"
         ) from error
 
 

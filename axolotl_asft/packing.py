@@ -22,7 +22,7 @@ def never_packed(model: nn.Module) -> None:
             continue
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise AsftError(
-                f"{name} has answered in eval mode on this CPU, for which bitsandbytes repacked its 4-bit weights: "
+                f"{name} has run in eval mode on this CPU, for which bitsandbytes repacked its 4-bit weights: "
                 "gradients through them would be wrong; load the model again, and attach the constraint first"
             )
         layer.support_avx512bf16_for_cpu = False

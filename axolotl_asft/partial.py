@@ -57,11 +57,11 @@ class Parts(Mapping[str, ModuleDirection]):
         previous, found = parts._settings(), list(parts.folder.glob("[0-9]*.safetensors"))
         if previous == settings:
             if found:
-                LOG.warning("going on in %s: %d of %d layers are done", parts.folder, len(found), len(names))
+                LOG.warning("resuming in %s: %d of %d layers are done", parts.folder, len(found), len(names))
             return parts
         if found:
             other = ", ".join(sorted(key for key in previous | settings if previous.get(key) != settings.get(key)))
-            LOG.warning("%s is of an extraction with another %s; starting afresh", parts.folder, other)
+            LOG.warning("%s is from an extraction with another %s; starting afresh", parts.folder, other)
         for path in found:
             path.unlink()
         atomic_write_text(parts.folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
@@ -131,4 +131,4 @@ def _taken(folder: Path) -> TextIO:
             f"{folder} is needed for what is finished, and holds {strange[0]}; move it away, or give another --output"
         )
     writable_folder(folder)
-    return locked(folder / LOCK, f"another extraction is at work in {folder}; wait for it, or give another --output")
+    return locked(folder / LOCK, f"another extraction is running in {folder}; wait for it, or give another --output")

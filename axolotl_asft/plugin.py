@@ -39,7 +39,7 @@ REFUSED_KEYS = {
     "lisa_n_layers": "LISA trains whole layers in turn, which no penalty covers; leave it out",
     "fix_untrained_tokens": "it changes embeddings, which no penalty covers; leave it out",
     "reinit_weights": "the model would not be the aligned one; leave it out",
-    "peft_layer_replication": "layers would stand for others than the direction's of their names; leave it out",
+    "peft_layer_replication": "its layers would not be those of the same names in the direction; leave it out",
 }
 
 

@@ -140,12 +140,12 @@ def project_adapter(
     linear = list(saved.layers())
     if not linear:
         raise AsftError(
-            f"{saved.folder} holds no LoRA of a linear layer, so that there is nothing to project; give an adapter of "
+            f"{saved.folder} holds no LoRA of a linear layer, so there is nothing to project; give an adapter of "
             "linear layers"
         )
     found = [layer for layer in linear if layer.A.any() and layer.B.any()]  # PEFT saves frozen ones as well
     if not found:
-        raise AsftError(f"{saved.folder}: B A is 0 in every layer, so that there is nothing to project; train it first")
+        raise AsftError(f"{saved.folder}: B A is 0 in every layer, so there is nothing to project; train it first")
     writable_folder(output.parent)
     covered = _covered(found, direction)
     uncovered = _uncovered(found, saved.others(), direction, on_uncovered)
@@ -197,13 +197,13 @@ def summary_text(report: ProjectionReport) -> str:
         left = f"nothing was projected, the output is a copy: no layer's cosine is at most --threshold {at_most:g}\n"
     if report.settings["projector"] == "paper" and report.settings["energy"] < WHOLE:
         left += (
-            f"C is of the directions that are kept, {report.settings['energy']:.0%} of ||d||^2 in the median layer; "
-            "the published one is of all: with a larger `extract --rank` cosines are higher, and less is taken away\n"
+            f"C is built from the stored directions, {report.settings['energy']:.0%} of ||d||^2 in the median layer; "
+            "the published method uses all: with a larger `extract --rank` cosines are higher, and less is removed\n"
         )
     if report.uncovered:
         left += f"not covered, left as they are: {len(report.uncovered)} ({_first(report.uncovered)})\n"
     if not report.settings["verified"]:
-        why = " (they have to lie in a local folder)" if report.settings["verify_model"] else ""
+        why = " (they have to be in a local folder)" if report.settings["verify_model"] else ""
         left += f"the direction was not compared with the base model's weights{why}\n"
     return (
         f"projected {report.projected} of {len(report.layers)} layers\n{left}{spread}"
@@ -240,13 +240,13 @@ def _uncovered(
     layers = [layer.name for layer in found if layer.name not in direction.modules]
     what = [f"{len(layers)} of {len(found)} layers have no direction ({_first(layers)})"] if layers else []
     if others:
-        what.append(f"{len(others)} tensors are no A or B ({_first(others)})")
+        what.append(f"{len(others)} tensors are neither A nor B ({_first(others)})")
     text = " and ".join(what)
     if layers and len(layers) == len(found):
         raise AsftError(f"{text}; use the direction of the adapter's model")
     if what and on_uncovered == "error":
         raise AsftError(
-            f"{text}, so that they cannot be projected; use the direction of all the adapter's layers, or "
+            f"{text}, so they cannot be projected; use the direction of all the adapter's layers, or "
             "--on-uncovered ignore to leave them as they are"
         )
     if what and on_uncovered == "warn":

@@ -32,7 +32,7 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
     before, asked = _stamp_of(checkpoint), json.loads(json.dumps(settings, default=list))
     if not before:
         raise AsftError(
-            f"{checkpoint} was trained without the constraint, and a run that goes on from it would pass for a "
+            f"{checkpoint} was trained without the constraint, and a run that continues from it would pass for a "
             "constrained one; start anew: another output_dir, or neither resume_from_checkpoint nor "
             "auto_resume_from_checkpoints"
         )
@@ -41,8 +41,8 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
         if key not in before or then == now or (key == "direction_sha256" and None in (then, now)):
             continue
         raise AsftError(
-            f"{checkpoint} was trained under {key} {then}, and this run asks for {now}; go on with the constraint of "
-            "the checkpoint, or start anew in another output_dir"
+            f"{checkpoint} was trained under {key} {then}, and this run asks for {now}; continue with the checkpoint's "
+            "constraint, or start anew in another output_dir"
         )
 
 
@@ -85,5 +85,5 @@ def mark_checkpoint(trainer: Trainer, stamp: dict[str, Any]) -> None:
 def _stamp_of(checkpoint: Path) -> dict[str, Any]:
     found = read_stamp(checkpoint)
     if not found and (checkpoint / STAMP_FILE).is_file():
-        found = read_json(checkpoint / STAMP_FILE, "go on from another checkpoint")
+        found = read_json(checkpoint / STAMP_FILE, "continue from another checkpoint")
     return found

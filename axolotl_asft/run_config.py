@@ -169,7 +169,7 @@ def missed_targets(cfg: DictDefault, model: nn.Module) -> list[str]:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             hint = did_you_mean(str(target), parts)
-            line = f"lora_target_modules: {target!r} is no layer of the model, and is passed over"
+            line = f"lora_target_modules: {target!r} is not a layer of the model, and is ignored"
             lines.append(f"{line}; {hint}" if hint else line)
     return lines
 
@@ -195,7 +195,7 @@ def _model(cfg: DictDefault) -> Any:
     else:
         multimodal = transformers.AutoModelForImageTextToText
         model_class = multimodal if cfg.is_multimodal else transformers.AutoModelForCausalLM
-    hint = "" if cfg.trust_remote_code else "; where it needs code of its repository, give --trust-remote-code"
+    hint = "" if cfg.trust_remote_code else "; if it needs code from its repository, give --trust-remote-code"
     with _in_one_line(f"base_model {cfg.base_model} cannot be built from its config.json", hint), torch.device("meta"):
         if hasattr(model_class, "from_config"):
             return model_class.from_config(config, trust_remote_code=cfg.trust_remote_code)

@@ -72,7 +72,7 @@ class SavedAdapter:
             tensors = load_file(str(folder / ADAPTER_WEIGHTS))
         except (OSError, SafetensorError) as error:
             raise AsftError(
-                f"{folder} is no readable PEFT adapter ({one_line(error)}); expected {ADAPTER_WEIGHTS}"
+                f"{folder} is not a readable PEFT adapter ({one_line(error)}); expected {ADAPTER_WEIGHTS}"
             ) from error
         if str(config.get("peft_type", "LORA")).upper() != "LORA":
             raise AsftError(f"{folder} is an adapter of type {config['peft_type']}; expected LORA")

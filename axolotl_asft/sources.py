@@ -184,7 +184,7 @@ def _linear_modules(checkpoint: Checkpoint, patterns: list[str] | None) -> list[
     names = sorted(checkpoint.linear_weights(), key=_natural_order)
     if not names:
         raise AsftError(
-            f"{checkpoint.location} has no linear weights in numbered decoder layers; its tensors are called like "
+            f"{checkpoint.location} has no linear weights in numbered decoder layers; its tensors have names like "
             f"{next(iter(checkpoint.tensors), 'nothing')}"
         )
     return select_modules(names, patterns) if patterns else names
@@ -260,8 +260,8 @@ def _checked_factors(saved: Any, checkpoint: Checkpoint) -> dict[str, LowRank]:
     ]
     if whole:
         raise AsftError(
-            f"{saved.folder} also changes {whole[0].removeprefix(PREFIX)}, which is no A or B; give the base and the "
-            "merged model instead, without the adapter"
+            f"{saved.folder} also changes {whole[0].removeprefix(PREFIX)}, which is neither A nor B; give the base and "
+            "the merged model instead, without the adapter"
         )
     factors = {}
     for layer in saved.layers():

@@ -30,7 +30,7 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     metadata = metadata or {}
     if metadata.get("format") != FORMAT:
         raise AsftError(
-            f"{path} is no direction file: its format is {metadata.get('format')!r}; expected {FORMAT!r}; {REMAKE}"
+            f"{path} is not a direction file: its format is {metadata.get('format')!r}; expected {FORMAT!r}; {REMAKE}"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise AsftError(
@@ -40,7 +40,7 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     try:
         spec = json.loads(metadata.get("spec", ""))
     except (ValueError, RecursionError) as error:
-        raise AsftError(f"{path}: its spec is no JSON ({error}); {REMAKE}") from error
+        raise AsftError(f"{path}: its spec is not JSON ({error}); {REMAKE}") from error
     missing = [name for name in SPEC_FIELDS if not isinstance(spec, dict) or name not in spec]
     if missing:
         raise AsftError(f"{path}: its spec lacks {', '.join(missing)}; {REMAKE}")
@@ -59,12 +59,12 @@ def checked_spec(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         if not isinstance(model, dict) or not isinstance(model.get("id"), str):
             raise AsftError(f"{path}: its spec names no {side} model; {REMAKE}")
         if not all(isinstance(model.get(key), str | None) for key in ("revision", "sha256", "read_as")):
-            raise AsftError(f"{path}: its spec says of the {side} model what is no text; {REMAKE}")
+            raise AsftError(f"{path}: its spec has a value for the {side} model that is not text; {REMAKE}")
     texts = all(isinstance(spec[key], str) for key in ("tool", "created"))
     metrics = spec.get("metrics", {})
     blocks = [spec["rank"], spec["svd"], metrics, *(metrics.values() if isinstance(metrics, dict) else ())]
     if not texts or not all(isinstance(block, dict) for block in blocks):
-        raise AsftError(f"{path}: its spec has a value of another kind; {REMAKE}")
+        raise AsftError(f"{path}: its spec has a value of the wrong type; {REMAKE}")
     if not _is_number(spec.get("relative_norm", 0.0)):
         raise AsftError(f"{path}: its spec has relative_norm {shown(spec['relative_norm'])}; {REMAKE}")
     if fault := fault_of_own_answers(spec.get("own_answers", [])):

@@ -109,7 +109,7 @@ def _what_was_held(stamp: dict[str, Any]) -> str:
     if stamp["max_drift"] is not None:
         held.append("every layer's update was kept within a budget")
     if stamp["anchor_weight"]:
-        held.append("at every step the divergence from the aligned model's own answers joined the loss")
+        held.append("at every step the divergence from the aligned model's own answers was added to the loss")
     return ", and ".join(held) or "its numbers were logged, and nothing was constrained"
 
 
@@ -127,7 +127,7 @@ def _measured(stamp: dict[str, Any]) -> str:
         return "- the numbers at the end are not finite: the training diverged; do not use this adapter\n"
     anchored = ""
     if stamp["anchor_weight"]:
-        anchored = f"- divergence from the aligned model's own answers: {stamp['anchor_kl']:.4g} nats a token\n"
+        anchored = f"- divergence from the aligned model's own answers: {stamp['anchor_kl']:.4g} nats per token\n"
     return (
         f"{anchored}- drift at the end: {stamp['drift']:.4f} (share of the update outside the alignment direction), "
         f"update norm {stamp['update_norm']:.4f}\n"

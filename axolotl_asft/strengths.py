@@ -10,7 +10,7 @@ ANCHORED_LAMBDA, ANCHOR_WEIGHT = 0.1, 3.0
 # What is said where nothing but the change of the weights is held.
 WEIGHTS_ALONE = (
     "a penalty on the weights alone kept little of the safety in our benchmarks; make the direction with `axolotl asft "
-    "extract --metric fisher`: by default that is what is held then, with an anchor beside it"
+    "extract --metric fisher`: that metric, with an anchor, then becomes the default"
 )
 
 

@@ -60,7 +60,7 @@ def _template_warning(tokenizer: Any, template: Any, requests: Sequence[str]) ->
         return None
     kept = requests[0][-len(lead) - 20 :]
     return (
-        f"the run's chat template leads to an answer by {lead!r}, the direction file's requests end in {kept!r}: what "
-        "is held is held under that one; train and serve with the template that the aligned model has, or make the "
-        "direction again with this one"
+        f"the run's chat template opens the answer with {lead!r}, but the direction file's requests end in {kept!r}: "
+        "the constraint holds the model only under the latter; train and serve with the aligned model's template, or "
+        "make the direction again with this one"
     )

@@ -71,7 +71,7 @@ class LocalFile:
                 yield file
         except (SafetensorError, OSError) as error:
             raise AsftError(
-                f"{self.path} is no readable safetensors file ({one_line(error)}); download it again"
+                f"{self.path} is not a readable safetensors file ({one_line(error)}); download it again"
             ) from error
 
 
@@ -110,7 +110,7 @@ class RemoteFile:
         if not self._header:
             size = int.from_bytes(fetch_range(self.file, 0, 8), "little")
             if not 2 <= size <= MAX_HEADER:
-                raise AsftError(f"{self.file} is no safetensors file: its header would be of {size} bytes")
+                raise AsftError(f"{self.file} is not a safetensors file: its header would be of {size} bytes")
             self._start = 8 + size
             self._header = _checked_header(self.file, fetch_range(self.file, 8, 8 + size))
         return self._header
@@ -130,5 +130,5 @@ def _checked_header(file: HubFile, text: bytes) -> dict[str, Any]:
             if not fits or first < 0 or min(entry["shape"], default=1) < 0:
                 raise ValueError("offsets that do not fit their shape")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise AsftError(f"{file} is no safetensors file ({one_line(error)}); give another revision") from error
+        raise AsftError(f"{file} is not a safetensors file ({one_line(error)}); give another revision") from error
     return header

@@ -29,11 +29,11 @@ def read_config(path: Path) -> dict[str, Any]:
     except AsftError:
         raise
     except (ValueError, RecursionError) as error:  # a date of a 13th month, brackets a thousand deep
-        raise AsftError(f"{path} cannot be read as YAML ({one_line(error)}); mend it there") from error
+        raise AsftError(f"{path} cannot be read as YAML ({one_line(error)}); fix the file") from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
-        raise AsftError(f"{path}{where} is no YAML ({str(error).splitlines()[0]}); mend it there") from error
+        raise AsftError(f"{path}{where} is not valid YAML ({str(error).splitlines()[0]}); fix the file") from error
     if not isinstance(content, dict):
         raise AsftError(f"{path} holds no keys; expected an axolotl config")
     return content
@@ -44,8 +44,8 @@ def _refuse_endless(node: Any, path: Path) -> None:
     values, levels = _written_out(node, {}, path)
     if values > MOST_VALUES or levels > MOST_LEVELS:
         raise AsftError(
-            f"{path} stands for more than {MOST_VALUES:,} values, or more than {MOST_LEVELS} levels, once its aliases "
-            "(*name) are written out; expected an axolotl config, which has hundreds on a few levels; take them out"
+            f"{path} expands to more than {MOST_VALUES:,} values, or more than {MOST_LEVELS} levels, once its aliases "
+            "(*name) are resolved; expected an axolotl config, which has hundreds on a few levels; remove the aliases"
         )
 
 
@@ -62,8 +62,8 @@ def _written_out(node: Any, counted: dict[int, tuple[int, int] | None], path: Pa
         known = counted[id(node)]
         if known is None:
             raise AsftError(
-                f"{path}, line {node.start_mark.line + 1}: what begins here holds itself, by an alias (*name); "
-                "expected an end; take the alias out"
+                f"{path}, line {node.start_mark.line + 1}: the value that begins here contains itself, through an "
+                "alias (*name); expected a finite value; remove the alias"
             )
         return known
     counted[id(node)] = None
@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise AsftError(f"{path} cannot be read: there is no file of that name; check the path") from error
     except IsADirectoryError as error:
-        raise AsftError(f"{path} is a folder; expected a file; give one that lies in it") from error
+        raise AsftError(f"{path} is a folder; expected a file; give one in it") from error
     except UnicodeDecodeError as error:
         raise AsftError(f"{path} is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
     except OSError as error:

@@ -70,7 +70,7 @@ def test_a_frozen_part_of_the_adapter_is_uncovered(pair, direction):
     model = lora_model(pair[1])
     for name, weight in model.named_parameters():
         weight.requires_grad = weight.requires_grad and "q_proj" in name
-    with pytest.raises(AsftError, match=r"12 LoRA layers do not train and change the model all the same \(first model"):
+    with pytest.raises(AsftError, match=r"12 LoRA layers do not train but still change the model \(first model"):
         AlignmentPenalty(model, direction)
     penalty = AlignmentPenalty(model, direction, on_uncovered="ignore")
     assert (len(penalty.layers), penalty.uncovered) == (2, 12)
@@ -120,8 +120,8 @@ def test_modules_that_choose_nothing_that_is_covered(pair, direction):
     """The message speaks of the chosen layers, and not of the model's first, which has a direction."""
     model = lora_model(pair[1], target_modules=["q_proj", "lm_head"])
     message = (
-        "^none of the LoRA layers that modules chooses has a direction; the first of them is lm_head, the direction "
-        f"file's first {next(iter(direction.modules))}; use the direction of this model, or choose layers that it has$"
+        "^none of the LoRA layers that modules selects has a direction; the first of them is lm_head, the direction "
+        f"file's first {next(iter(direction.modules))}; use the direction of this model, or select layers that it has$"
     )
     with pytest.raises(AsftError, match=message):
         AlignmentPenalty(model, direction, modules=["lm_head"])
@@ -129,8 +129,8 @@ def test_modules_that_choose_nothing_that_is_covered(pair, direction):
     for name, weight in model.named_parameters():
         weight.requires_grad = weight.requires_grad and "q_proj" in name
     message = (
-        r"^none of the LoRA layers that modules chooses trains \(first model.layers.0.mlp.up_proj\); choose layers "
-        "that train, such as model.layers.0.self_attn.q_proj$"
+        r"^none of the LoRA layers that modules selects is trained \(first model.layers.0.mlp.up_proj\); select layers "
+        "that are trained, such as model.layers.0.self_attn.q_proj$"
     )
     with pytest.raises(AsftError, match=message):
         AlignmentPenalty(model, direction, modules=["up_proj"])

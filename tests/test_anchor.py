@@ -269,7 +269,7 @@ def test_refused_initialisations(pair, rows, direction, tmp_path):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa")
     trainer.model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), config)
     trainer.processing_class = make_tokenizer()
-    with pytest.raises(AsftError, match="anchor_weight cannot ask the aligned model: the initialisation of model"):
+    with pytest.raises(AsftError, match="anchor_weight cannot score the aligned model: the initialisation of model"):
         attach(trainer, direction, anchor_weight=1)
 
 
@@ -284,7 +284,7 @@ def test_a_model_that_is_random_all_the_same(tmp_path):
     anchor = AnswerAnchor(make_tokenizer(), ANSWERS)
     anchor.remember(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(AsftError, match=r"twice with .* nats a token between: something in it is random"):
+    with pytest.raises(AsftError, match=r"two scores, .* nats per token apart: something in it is random"):
         anchor.remember(model)
 
 
@@ -310,7 +310,7 @@ def test_a_model_that_takes_one_text_at_a_time(model):
 def test_a_model_that_does_not_take_the_texts():
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=4)
     model = get_peft_model(transformers.GPT2LMHeadModel(config), LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(AsftError, match=r"does not take the anchor's answers \(IndexError: .*; set anchor_weight: 0"):
+    with pytest.raises(AsftError, match=r"fails on the anchor's answers \(IndexError: .*; set anchor_weight: 0"):
         AnswerAnchor(make_tokenizer(), ANSWERS).remember(model)
 
 
@@ -365,4 +365,4 @@ def test_a_model_that_never_gave_these_answers_is_told(pair, rows, direction, tm
         attach(trainer, direction, lambda_reg=0, anchor_weight=WEIGHT)
         caplog.clear()
         trainer.train()
-        assert (f"says {100 * share:.0f} % of the words that the direction file keeps of" in caplog.text) == told
+        assert (f"reproduces only {100 * share:.0f} % of the stored answer tokens" in caplog.text) == told

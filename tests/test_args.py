@@ -66,7 +66,7 @@ def test_yaml_writes_small_numbers_as_text():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lamda": 1}, "asft.lamda is no key of the asft block; did you mean lambda_reg?"),
+        ({"lamda": 1}, "asft.lamda is not a key of the asft block; did you mean lambda_reg?"),
         ({"projectr": "paper"}, "did you mean projector?"),
         ({"zzz": 1}, "known keys: direction, direction_sha256, lambda_reg"),
         ({"lambda_reg": -0.1}, "asft.lambda_reg is -0.1; input should be greater than or equal to 0"),
@@ -79,11 +79,11 @@ def test_yaml_writes_small_numbers_as_text():
         ({"direction": ""}, "asft.direction is ''"),
         ({"anchor_weight": -1}, "asft.anchor_weight is -1; input should be greater than or equal to 0"),
         *(
-            ({key: value}, f"asft.{key} is {value}; expected a number (YAML reads yes, on and true alike as a boolean)")
+            ({key: value}, f"asft.{key} is {value}; expected a number (YAML reads yes, on and true as booleans)")
             for key in ("lambda_reg", "rank", "max_drift", "anchor_weight")
             for value in (True, False)
         ),
-        ({"anchor": 1}, "asft.anchor is no key of the asft block; did you mean anchor_weight?"),
+        ({"anchor": 1}, "asft.anchor is not a key of the asft block; did you mean anchor_weight?"),
     ],
 )
 def test_mistakes(changes, message):

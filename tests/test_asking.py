@@ -199,7 +199,7 @@ def test_over_refusal_that_an_anchor_would_hold_is_told(thinker, tmp_path, caplo
         asked_for_metrics(thinker, tmp_path, [*many("cat", declining), *many("dog", 4 - declining)])
     said = [record.getMessage() for record in caplog.records if "declines" in record.getMessage()]
     assert len(said) == told
-    assert all("declines 2 of 4 harmless prompts (50 %), and anchor_weight would hold" in line for line in said)
+    assert all("declines 2 of 4 harmless prompts (50 %), and anchor_weight would preserve" in line for line in said)
 
 
 def test_without_a_chat_template_the_advice_holds_for_every_command(thinker, tmp_path):
@@ -208,7 +208,7 @@ def test_without_a_chat_template_the_advice_holds_for_every_command(thinker, tmp
     tokenizer.chat_template = None
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(AsftError, match="save one with the tokenizer, or, of eval, give --tokenizer with a folder"):
+    with pytest.raises(AsftError, match="save one with the tokenizer, or give eval a --tokenizer folder"):
         load_tokenizer(str(folder))
 
 
@@ -372,7 +372,7 @@ def test_only_the_special_tokens_of_a_generation_config_count(thinker, tmp_path)
 def test_more_tokens_than_positions_are_refused_before_asking(interviewer, tmp_path, prompt, new):
     stages = []
     asked = interviewer(max_new_tokens=new, stage=lambda *stage: stages.append(stage))
-    with pytest.raises(AsftError, match=rf"with {new} new ones are more than the model's 256 positions"):
+    with pytest.raises(AsftError, match=rf"with {new} new ones exceed the model's 256 positions"):
         asked_of(asked, [prompt], tmp_path)
     assert not stages
 
@@ -383,7 +383,7 @@ def test_tokens_that_the_model_lacks_are_refused_before_asking(interviewer, tmp_
     asked = interviewer(stage=lambda *stage: stages.append(stage))
     asked.tokenizer.add_tokens([f"<new{i}>" for i in range(40)])
     highest = asked.tokenizer.convert_tokens_to_ids("<new39>")
-    message = rf"makes token {highest} of a prompt, and the model knows 64; give the tokenizer that the model was"
+    message = rf"gives token {highest} for a prompt, but the model has 64 embeddings; give the tokenizer that the model"
     with pytest.raises(AsftError, match=message) as error:
         asked_of(asked, ["a dog", "a <new39> dog"], tmp_path)
     assert "\n" not in str(error.value)
@@ -400,7 +400,7 @@ def test_a_lack_of_memory_is_one_line(interviewer, tmp_path):
         lambda: asked_of(asked, ["a dog"], tmp_path),
         lambda: log_likelihoods(asked.model, asked.tokenizer, [("a", "dog")], batch_size=4),
     ):
-        with pytest.raises(AsftError, match=r"not enough for --batch-size 4 \(CUDA out of memory") as error:
+        with pytest.raises(AsftError, match=r"too little memory for --batch-size 4 \(CUDA out of memory") as error:
             ask()
         assert "\n" not in str(error.value)
 
@@ -436,13 +436,13 @@ def test_a_torn_file_is_one_line(thinker, tmp_path):
 
     shutil.copytree(thinker, tmp_path / "model")
     tear(tmp_path / "model" / "model.safetensors")
-    with pytest.raises(AsftError, match=r"model cannot be loaded \(.*see that its files are whole"):
+    with pytest.raises(AsftError, match=r"model cannot be loaded \(.*check that its files are complete"):
         load_model(str(tmp_path / "model"))
     model = load_model(str(thinker))
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "tuned")
     tear(tmp_path / "tuned" / "adapter_model.safetensors")
     with (
-        pytest.raises(AsftError, match="does not go onto this model"),
+        pytest.raises(AsftError, match="does not fit this model"),
         adapted(load_model(str(thinker)), Subject("tuned", tmp_path / "tuned")),
     ):
         pass

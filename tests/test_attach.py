@@ -140,7 +140,7 @@ def test_a_model_that_is_made_anew_is_refused(pair, rows, direction, tmp_path):
     """The gradient would go to the one that was attached, and another would train."""
     trainer = make_trainer(pair, rows, tmp_path)
     trainer.model_init = lambda: trainer.model
-    with pytest.raises(AsftError, match="makes a new model when it trains"):
+    with pytest.raises(AsftError, match="creates a new model when training starts"):
         attach(trainer, direction, LAMBDA)
 
 
@@ -202,7 +202,7 @@ def test_an_adapter_that_learned_before_is_said(pair, rows, direction, tmp_path,
     attach(trainer, direction, LAMBDA)
     with caplog.at_level(logging.WARNING, "axolotl.asft"):
         trainer.train()
-    assert "the adapter starts with an update of norm" in caplog.text
+    assert "the adapter already holds an update of norm" in caplog.text
 
 
 @pytest.mark.parametrize("lambda_reg", [-1.0, float("nan"), float("inf"), True])
@@ -214,7 +214,7 @@ def test_bad_lambda(pair, rows, direction, tmp_path, lambda_reg):
 def test_attached_twice(pair, rows, direction, tmp_path):
     trainer = make_trainer(pair, rows, tmp_path)
     attach(trainer, direction)
-    with pytest.raises(AsftError, match="attached to this trainer already"):
+    with pytest.raises(AsftError, match="already attached to this trainer"):
         attach(trainer, direction)
 
 
@@ -245,7 +245,7 @@ def test_a_step_past_the_constraint_is_stopped(pair, rows, direction, tmp_path):
     before = lora_weights(trainer)
     attach(trainer, direction)
     trainer.training_step = types.MethodType(Trainer.training_step, trainer)
-    with pytest.raises(AsftError, match="Trainer takes a step past its training_step"):
+    with pytest.raises(AsftError, match="Trainer takes a step outside its training_step"):
         trainer.train()
     for name, weight in lora_weights(trainer).items():
         assert torch.equal(weight, before[name]), "not one unconstrained step"
@@ -365,7 +365,7 @@ def test_resuming_gives_the_same_weights(pair, rows, direction, tmp_path):
 @pytest.mark.parametrize(
     ("before", "found"),
     [
-        (None, "was trained without the constraint, and a run that goes on from it would pass for a constrained one"),
+        (None, "was trained without the constraint, and a run that continues from it would pass for a constrained one"),
         ({"lambda_reg": 1.0}, "was trained under lambda_reg 1.0, and this run asks for 20.0"),
         ({"lambda_reg": LAMBDA, "max_drift": 0.5}, "was trained under max_drift 0.5, and this run asks for None"),
         (
@@ -424,7 +424,7 @@ def test_a_loop_without_events_is_no_constrained_training(pair, rows, direction,
     trainer = make_trainer(pair, rows, tmp_path, cls=Own)
     constraint = attach(trainer, direction, LAMBDA)
     trainer.train()
-    with pytest.raises(AsftError, match="Own trains without the events of a transformers trainer, so the"):
+    with pytest.raises(AsftError, match="Own does not call the callbacks of a transformers trainer, so"):
         constraint.trained()
 
 

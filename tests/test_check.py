@@ -114,7 +114,7 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({"direction_sha256": "0" * 64}, {}, "get the pinned file"),
         ({"modules": ["nothing"]}, {}, "matches none of 14 layers"),
         ({"metric": "fisher"}, {}, "which the direction file does not hold"),
-        ({}, {"lora_modules_to_save": ["embed_tokens"]}, "1 trainable weights that are no LoRA layer"),
+        ({}, {"lora_modules_to_save": ["embed_tokens"]}, "1 trainable weights that are not LoRA layers"),
         ({}, {"adapter": None, "load_in_4bit": None}, "set adapter: qlora or adapter: lora"),
         ({}, {"peft_use_dora": True}, "peft_use_dora is not supported"),
         ({}, {"relora": True}, "relora is not supported"),
@@ -142,11 +142,11 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"micro_batch_size": "many"}, "axolotl refuses the config: micro_batch_size"),
         ({}, {"type_of_model": "LamaForCausalLM"}, "which transformers does not have"),
         ({"max_drift": 0.1}, {"peft_init_lora_weights": "pissa"}, "max_drift cannot shorten"),
-        ({"anchor_weight": 1}, {"peft_init_lora_weights": "pissa"}, "anchor_weight cannot ask the aligned model"),
+        ({"anchor_weight": 1}, {"peft_init_lora_weights": "pissa"}, "anchor_weight cannot score the aligned model"),
         ({"max_drift": 0.1}, {"optimizer": "schedule_free_adamw"}, "which max_drift cannot hold"),
         ({"anchor_weight": 1}, {}, "anchor_weight needs the aligned model's own answers"),
         ({}, {"asft": None, "plugins": None}, "the config has no asft: block"),
-        ({}, {"asft": None, "plugins": ["asft"], "AsFT": {"direction": "d"}}, "AsFT: is no key of axolotl"),
+        ({}, {"asft": None, "plugins": ["asft"], "AsFT": {"direction": "d"}}, "AsFT: is not an axolotl key"),
         ({}, {"asft": None, "AsFT": {"direction": "d"}}, "did you mean asft:?"),
     ],
 )
@@ -188,9 +188,9 @@ CHAIN = "l0: &l0 x\n" + "".join(f"l{i}: &l{i} [*l{i - 1}]\n" for i in range(1, 2
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("special_tokens: &a {x: *a}", "line 1: what begins here holds itself"),
-        ("one: 1\nplugins: &a [[*a]]", "line 2: what begins here holds itself"),
-        *((bomb, "stands for more than 100,000 values") for bomb in BOMBS),
+        ("special_tokens: &a {x: *a}", "line 1: the value that begins here contains itself"),
+        ("one: 1\nplugins: &a [[*a]]", "line 2: the value that begins here contains itself"),
+        *((bomb, "expands to more than 100,000 values") for bomb in BOMBS),
         (CHAIN, "or more than 50 levels, once its aliases"),
         (f"a: {'[' * 2000}", "cannot be read as YAML"),
     ],
@@ -235,7 +235,7 @@ def test_a_layer_whose_metric_is_empty(checked, fisher_file, tmp_path):
     status, found = checked(block)
     assert status == 2
     assert "1 LoRA layers without a direction in the metric fisher" in found["errors"][0]
-    assert found["unconstrained"] == {first: "the direction file's metric fisher of it is empty"}
+    assert found["unconstrained"] == {first: "the direction file's metric fisher is empty for it"}
     status, found = checked({**block, "on_uncovered": "warn"})
     assert (status, len(found["constrained"])) == (0, 13)
     assert warned(found, "on_uncovered is warn: 1 trainable weights are not constrained")
@@ -269,7 +269,7 @@ def test_layers_that_the_block_leaves_out(checked):
         ({"lambda_reg": 1e4}, {}, "more than ten times the largest"),
         ({"lambda_reg": 1e-3}, {}, "less than a tenth of the smallest"),
         ({"lambda_reg": 0}, {}, "nothing is constrained"),
-        ({"max_drift": 2}, {}, "a budget of 1 kept nothing"),
+        ({"max_drift": 2}, {}, "a budget of 1 kept none"),
         ({"rank": 100}, {}, "the direction file holds 8 directions"),
         ({"projector": "subspace"}, {}, "leaves the way back to the base model free"),
         ({"projector": "subspace", "rank": 0}, {}, "projector subspace has no effect at rank 0; give another rank"),
@@ -277,11 +277,11 @@ def test_layers_that_the_block_leaves_out(checked):
         ({}, {"optimizer": "muon"}, "normalises every update"),
         ({}, {"trust_remote_code": True}, "executes code of the repository"),
         ({}, {"plugins": ["asft", "no.such.Plugin"]}, "no.such.Plugin cannot be imported: the run goes on without it"),
-        ({}, {"plugins": ["asft", "recorder_plugin.RecorderPlugin"]}, "is code that is not axolotl's"),
+        ({}, {"plugins": ["asft", "recorder_plugin.RecorderPlugin"]}, "is code from outside axolotl"),
         (
             {},
             {"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_prj"]},
-            "'v_prj' is no layer of the model, and is passed over; did you mean v_proj?",
+            "'v_prj' is not a layer of the model, and is ignored; did you mean v_proj?",
         ),
     ],
 )
@@ -317,7 +317,7 @@ def test_warnings(checked, block, changes, message):
     ],
 )
 def test_code_of_others_is_named_key_by_key(content, named):
-    assert on_foreign_code(content, False) == [f"{named} is code that is not axolotl's; look at where it comes from"]
+    assert on_foreign_code(content, False) == [f"{named} is code from outside axolotl; check where it comes from"]
 
 
 @pytest.mark.parametrize("key", ["model_kwargs", "overrides_of_model_kwargs"])
@@ -326,8 +326,8 @@ def test_code_by_the_arguments_of_the_model(key):
     content = {"base_model": "me/a", "trust_remote_code": False, "tokenizer_config": "me/t"}
     kwargs = {"trust_remote_code": True, "allow_all_kernels": True, "attn_implementation": "sdpa"}
     code, kernels = on_foreign_code({**content, key: kwargs}, True)
-    assert code == (f"{key}.trust_remote_code: the run executes code of the repository me/a; this check did without")
-    assert kernels.startswith(f"{key}.allow_all_kernels: the run may execute kernels of any repository of the Hub")
+    assert code == (f"{key}.trust_remote_code: the run executes code of the repository me/a; this check did not run it")
+    assert kernels.startswith(f"{key}.allow_all_kernels: the run may execute kernels from any Hub repository")
     assert on_foreign_code({**content, key: dict.fromkeys(kwargs, False)}, True) == []
 
 
@@ -335,7 +335,7 @@ def test_every_repository_whose_code_is_run_is_named():
     content = {"base_model": "me/a", "base_model_config": "you/b", "tokenizer_config": "you/t", "model_kwargs": None}
     content |= {"trust_remote_code": True, "model_config": {"auto_map": {"AutoModel": "evil/c--file.Class"}}}
     (line,) = on_foreign_code(content, False)
-    assert "executes code of the repositories me/a, you/b, you/t, evil/c; this check did without" in line
+    assert "executes code of the repositories me/a, you/b, you/t, evil/c; this check did not run it" in line
 
 
 @pytest.mark.parametrize(
@@ -490,7 +490,7 @@ def test_a_model_folder_without_a_tokenizer(checked, pair, tmp_path):
     assert found["errors"][0].startswith(f"axolotl cannot load the tokenizer of {tmp_path / 'bare'} (")
     status, found = checked(base_model=tmp_path / "bare", trust_remote_code=True)
     assert (status, found["errors"]) == (0, [])
-    assert warned(found, "where it needs code of its repository, give --trust-remote-code")
+    assert warned(found, "if it needs code from its repository, give --trust-remote-code")
     status, found = checked(base_model=tmp_path / "bare", tokenizer_config="not/here")
     assert (status, found["errors"], warned(found, "cannot load")) == (0, [], False)
 
@@ -640,7 +640,7 @@ def test_files_that_are_no_text(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     for name, message in {
         "nothere.yml": "nothere.yml cannot be read: there is no file of that name; check the path",
-        "folder": "folder is a folder; expected a file; give one that lies in it",
+        "folder": "folder is a folder; expected a file; give one in it",
         "latin.yml": "latin.yml is not UTF-8 (byte 16); save it as UTF-8",
     }.items():
         found = json.loads(CliRunner().invoke(asft, ["check", name, "--json"]).stdout)
@@ -668,4 +668,4 @@ def test_a_saved_adapter_that_took_a_part_out_is_not_gone_on_from(checked, pair,
     model.save_pretrained(tmp_path / "pissa")
     status, found = checked(lora_model_dir=str(tmp_path / "pissa"))
     assert status == 2
-    assert [line for line in found["errors"] if "took a part out of the weights, and how far it has gone" in line]
+    assert [line for line in found["errors"] if "removed a part of the weights, and how far it has moved" in line]

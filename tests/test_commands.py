@@ -71,7 +71,7 @@ def test_a_plain_run_is_not_gone_on_from(forked_train, pair, dataset, direction_
     status, output = forked_train(write_config(tmp_path, pair[1], dataset, block, max_steps=4, **options))
     assert status == 1, output
     (line,) = [line for line in output.splitlines() if line.startswith("asft: ")] or [output]
-    assert "checkpoint-2 was trained without the constraint, and a run that goes on from it would pass for a" in line
+    assert "checkpoint-2 was trained without the constraint, and a run that continues from it would pass for a" in line
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     assert "asft" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
 

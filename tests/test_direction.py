@@ -81,7 +81,7 @@ def test_missing_file(tmp_path):
 def test_not_safetensors(tmp_path, content):
     path = tmp_path / "file.safetensors"
     path.write_bytes(content)
-    with pytest.raises(AsftError, match="is no readable safetensors file"):
+    with pytest.raises(AsftError, match="is not a readable safetensors file"):
         AlignmentDirection.load(path)
 
 
@@ -90,7 +90,7 @@ def test_truncated(direction_file, tmp_path):
     content = direction_file.read_bytes()
     for size in (len(content) - 1, len(content) // 2, 100):
         path.write_bytes(content[:size])
-        with pytest.raises(AsftError, match="is no readable safetensors file"):
+        with pytest.raises(AsftError, match="is not a readable safetensors file"):
             AlignmentDirection.load(path)
 
 
@@ -108,10 +108,10 @@ def _set(tensor, index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, m, s: m.pop("format"), "is no direction file: its format is None"),
+        (lambda t, m, s: m.pop("format"), "is not a direction file: its format is None"),
         (lambda t, m, s: m.update(format_version="2"), "has format version '2'; this axolotl-asft reads '1'"),
-        (lambda t, m, s: m.pop("spec"), "its spec is no JSON"),
-        (lambda t, m, s: m.update(spec="!{"), "its spec is no JSON"),
+        (lambda t, m, s: m.pop("spec"), "its spec is not JSON"),
+        (lambda t, m, s: m.update(spec="!{"), "its spec is not JSON"),
         (lambda t, m, s: s.pop("aligned"), "its spec lacks aligned"),
         (lambda t, m, s: s.update(modules={}), "its spec names no modules"),
         (lambda t, m, s: s.update(base={}), "its spec names no base model"),
@@ -170,7 +170,7 @@ def test_select_modules():
     assert select_modules(names, ["q_proj"]) == ["a.q_proj", "b.q_proj"]
     with pytest.raises(AsftError, match="matches none of 3 layers"):
         select_modules(names, ["v_proj"])
-    with pytest.raises(AsftError, match="no regular expression"):
+    with pytest.raises(AsftError, match="not a regular expression"):
         select_modules(names, ["("])
 
 

@@ -184,7 +184,7 @@ def test_deepspeed_in_python(pair, anchored_file, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"constraint"')))
     assert found["deepspeed"] < 1e-5 < 0.01 < found["constraint"]
-    assert "takes a step past its training_step" in found["past"]
+    assert "takes a step outside its training_step" in found["past"]
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_a_limit_draws_the_same_prompts_every_time():
     ("source", "content", "message"),
     [
         ("set.jsonl", '{"a": 1}\n', "expected one of prompt, goal"),
-        ("set.jsonl", "[1]\n", "no JSON object"),
+        ("set.jsonl", "[1]\n", "not a JSON object"),
         ("set.jsonl", "{\n", "cannot be read"),
         ("set.txt", "\n\n", "holds no prompts"),
         ("set.parquet", "x", "expected .jsonl"),
@@ -299,12 +299,12 @@ def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no model to ask"),
+        ([], "no model to evaluate"),
         (["--model", "/no/such/model"], "there is no folder /no/such/model here, and no such name on the Hub; give"),
         (["--model", "nope"], "there is no folder nope here, and no such name on the Hub; give a folder, or owner/"),
         (["--model", "{model}", "--tokenizer", "nope"], "there is no folder nope here"),
         (["--model", "{model}", "--harmful", "p/nothere.txt"], "there is no file p/nothere.txt"),
-        (["--model", "{model}", "--adapter", "/no/adapter"], "no PEFT adapter"),
+        (["--model", "{model}", "--adapter", "/no/adapter"], "not a PEFT adapter"),
         (["--model", "{model}", "--harmful", "/no/set"], "no prompts at"),
         (["--model", "{model}", "--tasks", "no_such_task"], "no task 'no_such_task'"),
         (["--model", "{model}", "--judge", "no/such/judge"], "the judge no/such/judge cannot be loaded"),
@@ -312,8 +312,11 @@ def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
         (["--model", "{adapter}", "--limit", "1"], "is an adapter; give its base model as --model"),
         (["--model", "{model}", "--adapter", "={adapter}"], "expected a folder, or NAME=DIR"),
         (["--model", "{model}", "--adapter", "x="], "--adapter is 'x='; expected a folder, or NAME=DIR"),
-        (["--model", "{model}", "--adapter", "a/b={adapter}", "--adapter", "a-b={adapter}"], "a-b.json would hold two"),
-        (["--model", "{model}", "--adapter", "results={adapter}"], "results.json would hold two things"),
+        (
+            ["--model", "{model}", "--adapter", "a/b={adapter}", "--adapter", "a-b={adapter}"],
+            "a-b.json would be written twice",
+        ),
+        (["--model", "{model}", "--adapter", "results={adapter}"], "results.json would be written twice"),
         (["--model", "{model}", "--device", "tpu"], "expected cpu, cuda"),
         (["--model", "{model}", "--device", "cuda:7"], "torch sees 0 GPUs"),
         (["--model", "{model}", "-o", "/proc/nothing"], "nothing can be written to /proc/nothing"),
@@ -515,7 +518,7 @@ def test_what_axolotl_leaves_is_an_adapter(pair, adapter, tmp_path):
 def test_a_file_of_somebody_else_is_not_overwritten(pair, tmp_path):
     for content in ("[]", "{}", "{"):
         (tmp_path / "model.json").write_text(content)
-        with pytest.raises(AsftError, match="holds no answers of ours"):
+        with pytest.raises(AsftError, match="holds no answers of axolotl asft"):
             evaluate(str(pair[1]), [], tmp_path, Questions(limit=1, max_new_tokens=2))
         assert (tmp_path / "model.json").read_text() == content
 

@@ -130,7 +130,7 @@ def test_every_layer_of_a_stand_in_is_constrained(path, stand_in, tmp_path):
     assert found["model"]["architecture"] == FAMILIES[family][2]
     expected = []
     if config.get("chat_template", "tokenizer_default") != "tokenizer_default":
-        expected.append("the run's chat template leads to")  # the stand-in was asked under a template of its own
+        expected.append("the run's chat template opens")  # the stand-in was asked under a template of its own
     if "metric" not in config["asft"]:
         expected += ["holds the metric fisher, which is not used", "a penalty on the weights alone"]
     assert [line for line in found["warnings"] if not any(text in line for text in expected)] == []
@@ -150,7 +150,7 @@ def test_a_block_with_a_direction_alone_asks_for_the_same(stand_in, tmp_path):
     metric, *written = found["written"]["settings"]
     by_itself, *alone = found["alone"]["settings"]
     assert by_itself == metric.replace("fisher:", "fisher, since the direction file holds it:")
-    assert [line.replace(", since the direction file holds what it asks for", "") for line in alone] == written
+    assert [line.replace(", since the direction file holds the answers", "") for line in alone] == written
     assert any(line.startswith("lambda_reg 0.1:") for line in alone)
     assert any(line.startswith("anchor_weight 3, since") for line in alone)
     assert (found["alone"]["errors"], found["alone"]["warnings"]) == ([], [])

@@ -217,7 +217,7 @@ def test_an_output_that_is_a_folder(pair, tmp_path):
     ("options", "message"),
     [
         (["--rank", "auto", "--tolerance", "0"], "tolerance is 0.0; expected a positive number"),
-        (["--energy", "0.5"], "--energy goes with --rank auto, and the rank is 64; add --rank auto"),
+        (["--energy", "0.5"], "--energy goes with --rank auto, but the rank is 64; add --rank auto"),
         (["--device", "cpu,foo"], "device is 'cpu,foo'; expected cpu, cuda, or one GPU or more like cuda:0,cuda:1"),
     ],
 )
@@ -245,7 +245,7 @@ def test_refused_folders(pair, tmp_path):
         Checkpoint.open(shards)
     cut = copied(pair[0], tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((pair[0] / "model.safetensors").read_bytes()[:-10])
-    with pytest.raises(AsftError, match="is no readable safetensors file"):
+    with pytest.raises(AsftError, match="is not a readable safetensors file"):
         Checkpoint.open(cut)
 
 
@@ -322,5 +322,5 @@ def test_a_model_s_weights_are_not_replaced(pair, tmp_path):
     command = ["extract", "--base", str(pair[0]), "--aligned", str(folder), "--rank", "4", "--force", "-o", str(file)]
     result = CliRunner().invoke(asft, command)
     assert result.exit_code == 2
-    assert "holds other tensors, a model's perhaps, and is not replaced" in result.output
+    assert "holds other tensors, perhaps a model's, and is not replaced" in result.output
     assert file.read_bytes() == before

@@ -12,11 +12,11 @@ MISTAKES = {
     "--metric-rank 8": "--metric-rank goes with --metric; add --metric fisher, or leave it out",
     "--metric-energy 0.5": "--metric-energy goes with --metric; add --metric fisher, or leave it out",
     "--batch-size 2": "--batch-size goes with --metric; add --metric fisher, or leave it out",
-    "--tolerance 0.1": "--tolerance goes with --rank auto, and the rank is 64; add --rank auto",
-    "--energy 0.5": "--energy goes with --rank auto, and the rank is 64; add --rank auto",
-    "--rank full --max-rank 8": "--max-rank goes with --rank auto, and the rank is full; add --rank auto",
-    "--rank auto --energy 0.5 --tolerance 0.1": "--tolerance and --energy each say how many directions are kept; give "
-    "one of them",
+    "--tolerance 0.1": "--tolerance goes with --rank auto, but the rank is 64; add --rank auto",
+    "--energy 0.5": "--energy goes with --rank auto, but the rank is 64; add --rank auto",
+    "--rank full --max-rank 8": "--max-rank goes with --rank auto, but the rank is full; add --rank auto",
+    "--rank auto --energy 0.5 --tolerance 0.1": "--tolerance and --energy both set how many directions are kept; give "
+    "only one",
 }
 
 

@@ -151,9 +151,9 @@ def test_a_vision_model_as_it_lies_on_the_hub(tmp_path, family):
         ({"architectures": [None]}, r"config.json has model_type 'llama' and architectures \[None\]; expected a name"),
         ({"architectures": {"model": 1}}, r"architectures \{'model': 1\}; expected a name and a list of names"),
         ({"model_type": ["llama"]}, r"config.json has model_type \['llama'\]"),
-        ({"architectures": ["pipeline"], "text_config": {}}, "the model 'pipeline', which .* is no class of models"),
+        ({"architectures": ["pipeline"], "text_config": {}}, "the model 'pipeline', which .* is not a model class"),
         ({"hidden_size": 30, "text_config": {}}, r"config.json names the model 'LlamaForCausalLM', which transformers "
-         r".* cannot build here \(.*hidden size.*\), so that .*; install what is missing"),
+         r".* cannot build here \(.*hidden size.*\), so .*; install what is missing"),
         ({"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n", "text_config": {}},
          "cannot build here .*requires the timm library"),
     ],
@@ -177,6 +177,6 @@ def test_experts_as_one_parameter_are_uncovered(tmp_path, family, parameter):
     direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
     aligned = model_class.from_pretrained(tmp_path / "aligned", dtype=torch.float32)
     model = get_peft_model(aligned, LoraConfig(r=4, target_modules=targets, target_parameters=[parameter]))
-    with pytest.raises(AsftError, match=r"4 trainable weights that are no LoRA layer \(first model.layers.0.mlp.exp"):
+    with pytest.raises(AsftError, match=r"4 trainable weights that are not LoRA layers \(first model.layers.0.mlp.exp"):
         AlignmentPenalty(model, direction)
     assert len(AlignmentPenalty(model, direction, on_uncovered="warn").layers) == 8

@@ -169,30 +169,30 @@ def test_a_disk_that_refuses_costs_a_warning(tmp_path, caplog):
     blocked.write_text("")
     with caplog.at_level(logging.WARNING, "axolotl.asft"):
         writer = written(blocked, 3)
-    assert caplog.text.count("the history of the run is not kept") == 1
+    assert caplog.text.count("the history of the run is not saved") == 1
     assert not writer.is_kept
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: [], "no history"),
+        (lambda lines: [], "not a run history"),
         (lambda lines: ["{}", *lines[1:]], "its first line does not say 'asft-history'"),
         (lambda lines: [lines[0].replace('"format_version": 1', '"format_version": 7'), *lines[1:]], "version 7"),
         (lambda lines: [lines[0].replace('"layers": [', '"layers": [3, '), *lines[1:]], "names no layers"),
-        (lambda lines: [*lines[:2], lines[2][:-30], *lines[3:]], "line 3 is no JSON"),
-        (lambda lines: [*lines, "[1, 2]"], "line 7 is no JSON object"),
-        (lambda lines: [*lines, '{"loss": 1}'], "line 7 is not as we write it"),
-        (lambda lines: [*lines, '{"step": -1}'], "line 7 is not as we write it"),
-        (lambda lines: [*lines, '{"step": 9, "loss": "<b>"}'], "line 7 is not as we write it"),
-        (lambda lines: [*lines, '{"step": 9, "loss": NaN}'], "line 7 is not as we write it"),
-        (lambda lines: [*lines, '{"step": 9, "layers": {"relative": [1]}}'], "line 7 is not as we write it"),
-        (lambda lines: [*lines, "[" * 100000], "line 7 is no JSON"),
+        (lambda lines: [*lines[:2], lines[2][:-30], *lines[3:]], "line 3 is not valid JSON"),
+        (lambda lines: [*lines, "[1, 2]"], "line 7 is not a JSON object"),
+        (lambda lines: [*lines, '{"loss": 1}'], "line 7 is not in the expected form"),
+        (lambda lines: [*lines, '{"step": -1}'], "line 7 is not in the expected form"),
+        (lambda lines: [*lines, '{"step": 9, "loss": "<b>"}'], "line 7 is not in the expected form"),
+        (lambda lines: [*lines, '{"step": 9, "loss": NaN}'], "line 7 is not in the expected form"),
+        (lambda lines: [*lines, '{"step": 9, "layers": {"relative": [1]}}'], "line 7 is not in the expected form"),
+        (lambda lines: [*lines, "[" * 100000], "line 7 is not valid JSON"),
         (lambda lines: [*lines[:5], lines[5].replace('"norm": [', '"norm": [-')], "line 6 is not"),
-        (lambda lines: [*lines, '{"step": 1' + "0" * 400 + "}"], "line 7 is not as we write it"),
-        (lambda lines: [lines[0][:-1] + ', "versions": [1]}', *lines[1:]], "first line is not as we write it"),
-        (lambda lines: [lines[0][:-1] + ', "config": "<b>"}', *lines[1:]], "first line is not as we write it"),
-        (lambda lines: [lines[0][:-1] + ', "resumed_at_steps": ["<b>"]}', *lines[1:]], "first line is not as we"),
+        (lambda lines: [*lines, '{"step": 1' + "0" * 400 + "}"], "line 7 is not in the expected form"),
+        (lambda lines: [lines[0][:-1] + ', "versions": [1]}', *lines[1:]], "first line is not in the expected form"),
+        (lambda lines: [lines[0][:-1] + ', "config": "<b>"}', *lines[1:]], "first line is not in the expected form"),
+        (lambda lines: [lines[0][:-1] + ', "resumed_at_steps": ["<b>"]}', *lines[1:]], "first line is not in the"),
     ],
 )
 def test_a_damaged_history_is_one_line(tmp_path, change, message):

@@ -170,7 +170,10 @@ def test_an_old_revision(hub, environment, direction_file):
         ("me/tiny-asft@v9", "me/tiny-asft has no revision v9"),
         ("me/tiny-asft:x.safetensors", "has no file x.safetensors (of safetensors: direction.safetensors)"),
         ("me/secret", "or a private one; check the name, or log in with `hf auth login`"),
-        ("me/na--me", "is no file here, and no name on the Hub (Cannot have -- or .. in repo_id: 'me/na--me'.); expec"),
+        (
+            "me/na--me",
+            "is neither a file here nor a name on the Hub (Cannot have -- or .. in repo_id: 'me/na--me'.); expec",
+        ),
     ],
 )
 def test_one_line_errors(hub, environment, location, message):
@@ -497,11 +500,11 @@ def test_models_that_cannot_be_read(hub, environment, pair, tmp_path):
     )
     messages = {
         "org/pickled": "holds no model.safetensors and no model.safetensors.index.json (it has pytorch_model.bin: down",
-        "org/broken": "is no safetensors file: its header would be of",
+        "org/broken": "is not a safetensors file: its header would be of",
         "org/half": "lacks 1 of its files, the first x.safetensors",
         "org/none": "no repository of that name on the Hub",
         "org/base@v7": "org/base has no revision v7",
-        "org/ba--se": "org/ba--se is no file here, and no name on the Hub",
+        "org/ba--se": "org/ba--se is neither a file here nor a name on the Hub",
         "org/base:model.safetensors": "org/base:model.safetensors names one file; expected a model",
     }
     refused = extract(environment, "org/base", ",".join(messages), tmp_path / "x.safetensors")

@@ -77,7 +77,7 @@ def test_a_checkpoint_without_a_head_is_no_classifier(tmp_path):
     """transformers would make up the missing head and go on."""
     config = LlamaConfig(vocab_size=64, num_labels=14, **SIZE)
     folder = save(LlamaForCausalLM(config), make_tokenizer(), tmp_path / "beaver-dam-7b")
-    with pytest.raises(AsftError, match=r"is no classifier: its checkpoint \(LlamaForCausalLM\) lacks score.weight"):
+    with pytest.raises(AsftError, match=r"is not a classifier: its checkpoint \(LlamaForCausalLM\) lacks score.weight"):
         Judge.load(str(folder))
 
 
@@ -310,7 +310,7 @@ def test_a_judge_of_another_family_is_told_how_to_ask(guard, tmp_path):
     shutil.copytree(guard, folder)
     judge = Judge.load(str(folder), text=ASKED, harmful="^unsafe")
     assert judge.harmful(PAIRS) == [True, False, True]
-    with pytest.raises(AsftError, match="no regular expression"):
+    with pytest.raises(AsftError, match="not a regular expression"):
         Judge.load(str(folder), text=ASKED, harmful="(")
 
 

@@ -189,7 +189,7 @@ def test_whatever_changes_the_answers_changes_a_model_s_state(pair, hub_cache, t
 def test_two_evaluations_do_not_write_one_folder(pair, tmp_path):
     with (
         locked(tmp_path / ".lock", "busy"),
-        pytest.raises(AsftError, match="another evaluation is at work in"),
+        pytest.raises(AsftError, match="another evaluation is running in"),
     ):
         evaluate(str(pair[1]), [], tmp_path, QUESTIONS)
     evaluate(str(pair[1]), [], tmp_path, QUESTIONS)
@@ -207,7 +207,7 @@ def test_the_adapter_lies_where_axolotl_puts_it(pair, tmp_path, monkeypatch):
     config.write_text(f"base_model: {pair[1]}\n")
     alone = run(config, *short, tmp_path / "two")
     assert [row["adapter"] for row in json.loads(alone.stdout)["rows"]] == [None]
-    assert f"{config} trains no adapter: {pair[1]} is asked alone" in alone.stderr
+    assert f"{config} trains no adapter: {pair[1]} is evaluated alone" in alone.stderr
 
 
 def test_an_adapter_s_config_belongs_to_it(asked_for, adapter):
@@ -299,7 +299,7 @@ def test_a_kept_file_that_is_not_whole(tmp_path, change):
     file = tmp_path / "model.json"
     Interview(file, "key").save()
     edit(file, **change)
-    with pytest.raises(AsftError, match=r"model\.json is not whole \(.*; delete it"):
+    with pytest.raises(AsftError, match=r"model\.json is damaged \(.*; delete it"):
         Interview.open(file, "key", None)
 
 
@@ -350,7 +350,7 @@ def test_8_bits_are_not_dropped_in_silence(pair, tmp_path):
     result = run(config, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert "has load_in_8bit, in which eval loads no model; give --no-load-in-4bit" in result.stderr
+    assert "has load_in_8bit, which eval does not support; give --no-load-in-4bit" in result.stderr
     assert run(config, "--no-load-in-4bit", "-o", tmp_path / "out").exit_code == 0
 
 
@@ -386,5 +386,5 @@ def test_an_adapter_of_another_model_is_asked_all_the_same(pair, adapter, tmp_pa
     edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "other"))
     assert run("--model", pair[1], "--adapter", adapter, "-o", tmp_path / "out").exit_code == 0
     (line,) = [record.getMessage() for record in caplog.records if record.name == "axolotl.asft"]
-    assert line.startswith(f"{adapter} was trained on {tmp_path / 'other'}, not on {pair[1]}")
+    assert line.startswith(f"{adapter} was trained on {tmp_path / 'other'} but evaluated on {pair[1]}")
     assert "\n" not in line

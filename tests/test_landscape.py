@@ -96,7 +96,7 @@ def test_only_steps_along_d_read_the_base(pair, tmp_path):
         with _perturbed(weights, direction, kind, 1.0, 0, base):
             pass
     for kind in ("along", "against"):
-        with pytest.raises(AsftError, match="no readable"), _perturbed(weights, direction, kind, 1.0, 0, base):
+        with pytest.raises(AsftError, match="not a readable"), _perturbed(weights, direction, kind, 1.0, 0, base):
             pass
 
 
@@ -171,7 +171,7 @@ def test_layers_of_which_all_directions_are_kept_are_left_out(pair, direction, c
     moved = _moved(direction, None)
     assert [name.rpartition(".")[2] for name in moved.modules] == ["gate_proj", "up_proj"] * 2
     assert (
-        "10 of 14 layers stay as they are: the direction keeps all directions of them (first model.lay" in caplog.text
+        "10 of 14 layers are not perturbed: the direction keeps all of their directions (first model.lay" in caplog.text
     )
     caplog.clear()
     assert _moved(moved, None) == moved
@@ -225,7 +225,7 @@ def test_harmfulness_in_the_table_has_the_interval_of_its_prompts():
             "At radius 1, this model bears out that",
         ),
         (0.9, (0.1, 0.12, 0.11), (0.5, 0.45, 0.55), "refuted", "borne out", "this model refutes that steps ortho"),
-        (0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0), "undecided", "undecided", "neither bears out nor refutes"),
+        (0.4, (0.5, 0.4, 0.6), (0.1, 0.9, 1.0), "undecided", "undecided", "this model leaves open, through noise"),
         (
             0.5,
             (0.9, 1.0, 0.95),
@@ -250,7 +250,7 @@ def test_the_verdict_holds_at_every_radius_or_not_at_all():
     assert verdict(far).claim == "refuted"
     both = verdict(near + far[1:])
     assert both.claim == "undecided"
-    assert both.text.startswith("At radii 1 to 2, this model neither bears out nor refutes")
+    assert both.text.startswith("At radii 1 to 2, this model leaves open, through")
 
 
 def test_radii_at_which_rounding_bent_a_step_are_left_out_of_the_verdict():
@@ -275,13 +275,13 @@ def test_radii_at_which_the_model_overflowed_are_left_out():
         broken = [replace(point, refusal=math.nan) if i == worst else point for i, point in enumerate(far)]
         found = verdict(near + broken[1:])
         assert found == replace(verdict(near), text=found.text)
-        assert "Left out: radius 2, where the model gives no finite numbers any more; use --dtype" in found.text
+        assert "Left out: radius 2, where the model's outputs are no longer finite; use --dtype" in found.text
         kind = broken[worst].kind
         rows = [line for line in landscape_table(near + broken[1:]).splitlines() if "not finite" in line]
         assert rows == [f"| {kind} | 2 | not finite | not finite |"]
     alone = verdict([far[0], *[replace(point, task_loss=math.inf) for point in far[1:]]])
     assert alone.claim == "undecided"
-    assert alone.text.startswith("No verdict. Left out: radius 2, where the model gives")
+    assert alone.text.startswith("No verdict. Left out: radius 2, where the model's outputs")
 
 
 def test_table_and_picture_show_what_was_left_out():
@@ -397,7 +397,7 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     assert all(one["task_loss"] == two["task_loss"] for one, two in zip(fewer[5:], kept[5:], strict=True))
     other = CliRunner().invoke(asft, [*arguments, "--max-new-tokens", "7"])
     assert other.exit_code == 2
-    assert "of other settings (" in other.stderr
+    assert "with other settings (" in other.stderr
     (tmp_path / "out" / "landscape.json").write_text('{"settings"')
     broken = CliRunner().invoke(asft, arguments)
     assert (broken.exit_code, "holds no landscape" in broken.stderr) == (2, True)
@@ -453,7 +453,7 @@ def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refu
     for _ in range(2):  # measured, and read again
         _, found = landscape("fp16", "--dtype", "float16", "--radii", "1000000")
         assert all(point["refusal"] is None for point in found["points"][1:])
-        left_out = "No verdict. Left out: radius 1e+06, where the model gives no finite numbers any more"
+        left_out = "No verdict. Left out: radius 1e+06, where the model's outputs are no longer finite"
         assert found["verdict"]["text"].startswith(left_out)
     assert "NaN" not in (tmp_path / "fp16" / "landscape.json").read_text()
     assert (tmp_path / "fp16" / "landscape.png").is_file()
@@ -473,7 +473,7 @@ def test_a_bf16_checkpoint_is_float32_on_a_cpu_and_left_out_where_it_is_not(refu
         (["--base", "{base}", "--rank", "8", "--device", "tpu"], "expected cpu, cuda"),
         (["--direction", "{file}", "--base", "{base}"], "give one of"),
         (["--direction", "{base}"], "is a folder; expected a direction file"),
-        (["--direction", "me/na--me"], "is no file here, and no name on the Hub"),
+        (["--direction", "me/na--me"], "is neither a file here nor a name on the Hub"),
     ],
 )
 def test_bad_usage_is_one_line(pair, direction_file, tmp_path, arguments, message):

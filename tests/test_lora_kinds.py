@@ -141,7 +141,7 @@ def test_loftq_of_peft(pair, direction):
 
 
 def assert_loftq_is_constrained(model, direction):
-    with pytest.raises(AsftError, match=r"LoftQ replaced the weights by rounded ones.*set verify_model: false"):
+    with pytest.raises(AsftError, match=r"LoftQ replaced the weights with rounded ones.*set verify_model: false"):
         AlignmentPenalty(model, direction)
     penalty = AlignmentPenalty(model, direction, projector="subspace", rank=0, verify_model=False)
     assert float(penalty()) == 0
@@ -196,13 +196,16 @@ def test_a_frozen_second_adapter_is_left_alone(pair, direction):
 
 
 UNCOVERED = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"1 trainable weights that are no LoRA layer \(first lm_he"),
-    "lora_bias": ({"lora_bias": True}, "14 trainable weights that are no LoRA layer"),
+    "modules_to_save": (
+        {"modules_to_save": ["lm_head"]},
+        r"1 trainable weights that are not LoRA layers \(first lm_he",
+    ),
+    "lora_bias": ({"lora_bias": True}, "14 trainable weights that are not LoRA layers"),
     "embeddings": (
         {"target_modules": ["q_proj", "embed_tokens"]},
-        r"2 trainable weights that are no LoRA layer \(first model.embed_tokens",
+        r"2 trainable weights that are not LoRA layers \(first model.embed_tokens",
     ),
-    "trainable tokens": ({"trainable_token_indices": [4, 5]}, "1 trainable weights that are no LoRA layer"),
+    "trainable tokens": ({"trainable_token_indices": [4, 5]}, "1 trainable weights that are not LoRA layers"),
 }
 
 

@@ -430,5 +430,7 @@ def test_a_device_holds_one_omega_for_all_layers_of_a_size():
 def test_a_metric_of_other_names_is_not_dropped_unsaid(pair):
     layer = LayerMetric(torch.ones(4, 1), torch.ones(4, 1), 0.9)
     metric = ModelMetric("fisher", {"decoder.0.q": layer}, answers=1)
-    with pytest.raises(AsftError, match=r"the metric fisher is of layers such as decoder\.0\.q, the checkpoint's are"):
+    with pytest.raises(
+        AsftError, match=r"the metric fisher is for layers such as decoder\.0\.q, but the checkpoint's are"
+    ):
         extract_direction(*pair, rank=2, metrics=[metric])

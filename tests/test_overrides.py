@@ -26,8 +26,8 @@ def test_both_spellings(monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--asft.lambda", "--asft.lambda is no option; did you mean --asft.lambda_reg?"),
-        ("--asft.modules=q_proj", "--asft.modules is no option; did you mean"),
+        ("--asft.lambda", "--asft.lambda is not an option; did you mean --asft.lambda_reg?"),
+        ("--asft.modules=q_proj", "--asft.modules is not an option; did you mean"),
         ("--asft.zzzzzzzzzzz", "set it in the asft block of the config"),
     ],
 )
@@ -71,7 +71,7 @@ def test_the_command_line_is_obeyed(config, launcher):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--asft.lambda_regg", "5"], "asft: --asft.lambda_regg is no option; did you mean --asft.lambda_reg?"),
+        (["--asft.lambda_regg", "5"], "asft: --asft.lambda_regg is not an option; did you mean --asft.lambda_reg?"),
         (["--asft.lambda_reg", "-5"], "asft: asft.lambda_reg is -5.0; input should be greater than or equal to 0"),
     ],
 )

@@ -46,7 +46,7 @@ def test_a_model_that_has_answered_before_is_refused(pair, rows, direction_file,
     trainer = make_trainer(pair, rows, tmp_path)
     trainer.model = lora_model(pair[1], quantized="plain")
     answer(trainer.model)
-    with pytest.raises(AsftError, match=r"q_proj.* has answered in eval mode on this CPU.*; load the model again"):
+    with pytest.raises(AsftError, match=r"q_proj.* has run in eval mode on this CPU.*; load the model again"):
         attach(trainer, AlignmentDirection.load(direction_file))
 
 

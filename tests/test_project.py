@@ -207,7 +207,7 @@ def test_layers_that_did_not_train_are_left_out(adapter, full_direction, tmp_pat
     for key in trained:
         tensors[key].zero_()
     save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
-    with pytest.raises(AsftError, match="B A is 0 in every layer, so that there is nothing to project"):
+    with pytest.raises(AsftError, match="B A is 0 in every layer, so there is nothing to project"):
         project_adapter(folder, full_direction[1], tmp_path / "nothing", layers=6)
 
 
@@ -316,7 +316,7 @@ def test_it_says_whether_the_direction_was_compared(adapter, full_direction, tmp
     report = project_adapter(tmp_path / "in", full_direction[1], tmp_path / "far", layers=1)
     assert not as_dict(report)["settings"]["verified"]
     said = "the direction was not compared with the base model's weights"
-    assert f"{said} (they have to lie in a local folder)\n" in summary_text(report)
+    assert f"{said} (they have to be in a local folder)\n" in summary_text(report)
     report = project_adapter(adapter, full_direction[1], tmp_path / "unasked", layers=1, verify_model=False)
     assert not report.settings["verified"]
     assert f"{said}\n" in summary_text(report)
@@ -372,7 +372,7 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
     alone = make_adapter(pair, tmp_path / "alone", target_modules=["lm_head"])
     with pytest.raises(AsftError, match=r"1 of 1 layers have no direction .*; use the direction of the adapter's mo"):
         attempt(alone, on_uncovered="ignore", force=True)
-    with pytest.raises(AsftError, match=r"/embeddings holds no LoRA of a linear layer, so that there is nothing to pr"):
+    with pytest.raises(AsftError, match=r"/embeddings holds no LoRA of a linear layer, so there is nothing to pr"):
         attempt(make_adapter(pair, tmp_path / "embeddings", target_modules=["embed_tokens"]), force=True)
 
 
@@ -383,7 +383,7 @@ def test_other_adapters_are_refused(pair, full_direction, tmp_path):
         ("adapter_config.json", b"[" * 100_000, "cannot be read as JSON"),
         ("adapter_config.json", b"[]", "holds no JSON object"),
         ("adapter_config.json", b"{}", "has no number lora_alpha"),
-        ("adapter_model.safetensors", b"\x00" * 4, "is no readable PEFT adapter"),
+        ("adapter_model.safetensors", b"\x00" * 4, "is not a readable PEFT adapter"),
     ],
 )
 def test_torn_adapters_are_refused(adapter, full_direction, tmp_path, name, content, message):
@@ -395,10 +395,10 @@ def test_torn_adapters_are_refused(adapter, full_direction, tmp_path, name, cont
 
 
 UNCOVERED = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"1 tensors are no A or B \(lm_head.weight\)"),
-    "lora_bias": ({"lora_bias": True}, r"14 tensors are no A or B \(.*down_proj.lora_B.bias, .*, \.\.\.\)"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"1 tensors are neither A nor B \(lm_head.weight\)"),
+    "lora_bias": ({"lora_bias": True}, r"14 tensors are neither A nor B \(.*down_proj.lora_B.bias, .*, \.\.\.\)"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A"),
-    "trainable tokens": ({"trainable_token_indices": [4, 5]}, "1 tensors are no A or B .*trainable_tokens_delta"),
+    "trainable tokens": ({"trainable_token_indices": [4, 5]}, "1 tensors are neither A nor B .*trainable_tokens_delta"),
 }
 
 
@@ -501,7 +501,7 @@ def test_force_deletes_an_adapter_and_nothing_else(adapter, full_direction, tmp_
         project_adapter(adapter, full_direction[1], output, layers=2, force=True)
         assert json.loads((output / "adapter_config.json").read_text())["asft_projection"]["layers"] == 2
     else:
-        with pytest.raises(AsftError, match=f"holds {extra}, which is no part of an adapter.*give another --output"):
+        with pytest.raises(AsftError, match=f"holds {extra}, which is not part of an adapter.*give another --output"):
             project_adapter(adapter, full_direction[1], output, layers=2, force=True)
     assert (output / extra).exists() != replaced
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

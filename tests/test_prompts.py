@@ -68,11 +68,15 @@ def test_turns_of_a_dataset(tmp_path, monkeypatch):
         ("set.json", ["q1", 5], "row 2: the prompt is 5"),
         ("set.json", [{"goal": "q1"}, {"text": "q2", "n": 1}], "row 2 has text, n; expected goal, as in the first row"),
         ("set.json", ["q1", {}], "row 2 has nothing; expected prompt"),
-        ("set.json", ["q1", "the cat \ud83d"], r"row 2 has half a character, \\ud83d; expected whole ones"),
-        ("set.jsonl", {"prompt": "q1", "category": "\udc00"}, r"row 1 has half a character, \\udc00"),
+        (
+            "set.json",
+            ["q1", "the cat \ud83d"],
+            r"row 2 has half of a surrogate pair, \\ud83d; expected whole characters",
+        ),
+        ("set.jsonl", {"prompt": "q1", "category": "\udc00"}, r"row 1 has half of a surrogate pair, \\udc00"),
         ("set.jsonl", {"prompt": {"text": "q1"}}, 'row 1: the prompt is {"text": "q1"}'),
         ("set.jsonl", {"prompt": []}, r"the prompt is \[\]"),
-        ("set.jsonl", {"prompt": [turn("assistant", "q1")]}, "turns with a user's"),
+        ("set.jsonl", {"prompt": [turn("assistant", "q1")]}, "turns with text from a user"),
         ("set.jsonl", {"prompt": [turn("user", [{"type": "image"}])]}, r'the prompt is \[{"type": "image"}\]'),
     ],
 )
@@ -113,7 +117,7 @@ def test_a_file_may_have_a_question_mark_in_its_name(tmp_path):
 )  # fmt: skip
 def test_a_file_takes_a_column_and_nothing_else(tmp_path, name, behind):
     (tmp_path / name).write_text("goal\nHow?\n")
-    with pytest.raises(AsftError, match=rf"{name} is named as a file, with \?{behind} behind it; expected \?column="):
+    with pytest.raises(AsftError, match=rf"{name} is named as a file, with \?{behind} after it; expected \?column="):
         texts(f"{tmp_path / name}?{behind}")
 
 
@@ -131,7 +135,7 @@ def test_messages_are_turns(tmp_path):
 def test_a_file_that_is_not_there_is_no_dataset(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     file = name.partition("?")[0]
-    with pytest.raises(AsftError, match=f"^there is no file p/{file}; see that the path is right$"):
+    with pytest.raises(AsftError, match=f"^there is no file p/{file}; check the path$"):
         texts(f"p/{name}")
     (tmp_path / "p" / file).mkdir(parents=True)
     with pytest.raises(AsftError, match=f"^p/{file} is a folder; expected a file of prompts, .jsonl"):
@@ -140,7 +144,7 @@ def test_a_file_that_is_not_there_is_no_dataset(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"prompt": }', "line 4, column 12: Expecting value"), ("[1]", "line 4 is no JSON object")],
+    [('{"prompt": }', "line 4, column 12: Expecting value"), ("[1]", "line 4 is not a JSON object")],
 )
 def test_a_bad_line_is_told_by_its_number(tmp_path, line, message):
     (tmp_path / "set.jsonl").write_text(f'{{"prompt": "How?"}}\n\n \n{line}\n{{"prompt": "Who?"}}\n')
@@ -163,7 +167,7 @@ def test_chats_of_a_file(tmp_path):
     ("content", "message"),
     [
         (b'\xef\xbb\xbf\n{"messages": []}', r"chats.jsonl, line 2: expected \{\"messages\": \[user, assistant\]\}$"),
-        (b"\xef\xbb\xbf\n", "chats.jsonl holds no chats; expected a line of JSON each$"),
+        (b"\xef\xbb\xbf\n", "chats.jsonl holds no chats; expected one JSON object per line$"),
         (b"\n\xff", r"chats.jsonl is not UTF-8 \(byte 2\); save it as UTF-8$"),
         (None, "chats.jsonl cannot be read: there is no file of that name; check the path$"),
     ],

@@ -71,7 +71,7 @@ def test_plugin_without_block(refused):
 
 def test_block_in_capitals(refused, direction_file):
     line = refused(None, AsFT={"direction": str(direction_file)})
-    assert "AsFT: is no key of axolotl's, which drops it; did you mean asft:?" in line
+    assert "AsFT: is not an axolotl key, and axolotl drops it; did you mean asft:?" in line
 
 
 def test_block_without_plugin(refused, direction_file):
@@ -108,7 +108,7 @@ def test_plugin_listed_twice(refused, direction_file):
         ({"direction": "d", "lambda_reg": -1}, "asft.lambda_reg is -1"),
         ({"direction": "d", "lambda_reg": float("nan")}, "asft.lambda_reg is nan"),
         ({"direction": "d", "lambda_reg": float("inf")}, "asft.lambda_reg is inf"),
-        ({"direction": "d", "lamda_reg": 1}, "asft.lamda_reg is no key of the asft block; did you mean lambda_reg?"),
+        ({"direction": "d", "lamda_reg": 1}, "asft.lamda_reg is not a key of the asft block; did you mean lambda_reg?"),
         ({"direction": "d", "projector": "papper"}, "asft.projector is 'papper'"),
         ({"direction": "d", "on_uncovered": "skip"}, "asft.on_uncovered is 'skip'"),
         ({"direction": "d", "rank": -1}, "asft.rank is -1"),
@@ -133,17 +133,17 @@ def test_direction_missing(refused):
 def test_direction_no_safetensors(refused, tmp_path, content):
     path = tmp_path / "file.safetensors"
     path.write_bytes(content)
-    assert "is no readable safetensors file" in refused({"direction": str(path)})
+    assert "is not a readable safetensors file" in refused({"direction": str(path)})
 
 
 def test_direction_truncated(refused, direction_file, tmp_path):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(direction_file.read_bytes()[:-100])
-    assert "is no readable safetensors file" in refused({"direction": str(path)})
+    assert "is not a readable safetensors file" in refused({"direction": str(path)})
 
 
 def test_a_model_is_no_direction(refused, pair):
-    assert "is no direction file" in refused({"direction": str(pair[1] / "model.safetensors")})
+    assert "is not a direction file" in refused({"direction": str(pair[1] / "model.safetensors")})
 
 
 def test_direction_of_another_version(refused, changed_file):
@@ -199,7 +199,7 @@ def test_lora_layer_without_direction(refused, pair, tmp_path):
 
 def test_weights_trained_beside_lora(refused, direction_file):
     line = refused({"direction": str(direction_file)}, model_loads=True, lora_modules_to_save=["lm_head"])
-    assert "1 trainable weights that are no LoRA layer (first lm_head" in line
+    assert "1 trainable weights that are not LoRA layers (first lm_head" in line
 
 
 FSDP = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
@@ -282,4 +282,4 @@ def test_a_pissa_adapter_is_not_gone_on_from(refused, pair, direction_file, tmp_
     shake(lora_model(pair[1], random_b=False, init_lora_weights="pissa")).save_pretrained(tmp_path / "pissa")
     start = {"lora_model_dir": str(tmp_path / "pissa"), "adapter": "lora", "load_in_4bit": None}
     line = refused({"direction": str(direction_file), "anchor_weight": 0}, model_loads=True, **start)
-    assert "took a part out of the weights, and how far it has gone from there is not known" in line
+    assert "removed a part of the weights, and how far it has moved since is not known" in line

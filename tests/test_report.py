@@ -466,7 +466,7 @@ def test_what_was_measured_otherwise_is_not_compared(run, folders, tmp_path, cha
     assert numbers["update_norm"] > 0
     assert (numbers["max_drift"] is None) == (numbers["drift"] is None) == (how is not None)
     assert ("In other it was" in text) == (how is None)
-    assert report.notes == ([f"The drift of other is left out: it was measured otherwise ({how})."] if how else [])
+    assert report.notes == ([f"The drift of other is left out: it was measured differently ({how})."] if how else [])
     panels = {panel.note: panel.draw.keywords["runs"] for panel in training_panels([report.run, *report.others])}
     assert len(panels["in units of what alignment moved it, by step"]) == (1 if how else 2)
     assert len(panels["loss of the task, by step"]) == 2
@@ -514,7 +514,7 @@ def test_what_lies_there_of_an_earlier_run_does_not_speak_for_this_one(run):
     assert found["aligned_share"] is None
     assert any("is older than this run" in note for note in report.notes)
     assert [point.role for point in report.evaluation.measures[0].points] == ["before", "other"]
-    assert any("asft is left out: another adapter was asked" in note for note in report.notes)
+    assert any("asft is left out: the adapter evaluated" in note for note in report.notes)
     writer.add(3, 0.3, {"train_loss": 2.0}, None, last=True)
     assert gather(run).run.spectra, "saved by this run, whatever a copy made of its time"
 
@@ -540,8 +540,8 @@ def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)  # trained anew
     report = gather(run)
     assert [point.role for point in report.evaluation.measures[0].points] == ["before", "other"]
-    note = f"{run / KEPT}: asft is left out: another adapter was asked than this run's"
-    assert report.notes == [f"{note}; ask again with axolotl asft eval."]
+    note = f"{run / KEPT}: asft is left out: the adapter evaluated was not this run's"
+    assert report.notes == [f"{note}; run axolotl asft eval again."]
     del found["rows"][2]
     keep(run, found)
     assert gather(run).evaluation is gather(run, evaluation=run / KEPT).evaluation is None
@@ -550,7 +550,7 @@ def test_an_evaluation_of_another_adapter_is_not_this_run_s(run):
     report = gather(run)
     assert [point.role for point in report.evaluation.measures[0].points] == ["before", "this"]
     (note,) = report.notes
-    assert "it is not known whether asft is the adapter that lies in run now" in note
+    assert "it is not known whether asft is the adapter that is in run now" in note
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,7 @@ def test_a_file_of_somebody_else_is_passed_over(run, change, why):
     report = gather(run)
     assert report.evaluation is None
     (note,) = report.notes
-    assert note.startswith(f"Passed over: {run / KEPT} {why}")
+    assert note.startswith(f"Ignored: {run / KEPT} {why}")
     (run / "eval").mkdir()
     (run / "eval" / "results.json").write_text(json.dumps(results(run)))
     assert gather(run).evaluation.path == run / "eval" / "results.json"
@@ -630,7 +630,7 @@ def test_babble_stands_beside_the_shares(run):
     points = {m.title: [(p.role, p.value) for p in m.points] for m in report.evaluation.measures[2:5]}
     assert points == {
         "Perplexity of all answers, under the model before": [("before", 8.0), ("this", 2e5)],
-        "Answers that go round in circles": [("before", 0.0), ("this", 1.0)],
+        "Answers that repeat themselves": [("before", 0.0), ("this", 1.0)],
         "Empty answers": [("before", 0.0), ("this", 0.25), ("other", 0.0)],
     }
     (note,) = report.notes
@@ -661,18 +661,18 @@ def test_an_adapter_that_never_moved(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gone"], "gone is no folder; give the output_dir of a run"),
-        (["empty"], "is no run's folder"),
-        (["run", "--compare", "x=gone"], "gone is no folder"),
+        (["gone"], "gone is not a folder; give the output_dir of a run"),
+        (["empty"], "is not a run's folder"),
+        (["run", "--compare", "x=gone"], "gone is not a folder"),
         (["run", "--compare", "=run"], "--compare is '=run'; expected a folder, or NAME=DIR"),
         (["run", "--compare", "a=run", "--compare", "a=run"], "names 'a' twice"),
         (["run", "--eval", "gone.json"], "no file gone.json"),
         (["run", "--eval", "run/adapter_config.json"], "holds no results of `axolotl asft eval`"),
-        (["run", "--eval", "run/adapter_model.safetensors"], "is no readable JSON"),
+        (["run", "--eval", "run/adapter_model.safetensors"], "is not readable JSON"),
         (["run", "--direction", "gone.safetensors"], "no direction file at gone.safetensors"),
         (["run", "-o", "report.pdf"], "expected a name that ends in .html"),
         (["unstamped"], "was trained without the constraint"),
-        (["damaged"], "line 3 is no JSON"),
+        (["damaged"], "line 3 is not valid JSON"),
         (["broken"], "adapter_config.json cannot be read as JSON"),
         (["projected"], "was projected after its training"),
         (["run", "--compare", "projected"], "was projected after its training"),

@@ -80,9 +80,9 @@ def test_killed_in_every_way(wide, whole, tmp_path):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == (1 if way == signal.SIGINT else -way)
         assert not output.exists()
-        assert ("the same command goes on there" in errors) == (way == signal.SIGINT)
+        assert ("the same command resumes there" in errors) == (way == signal.SIGINT)
         if seen:
-            assert f"going on in {output}.partial: {len(seen)} of 12 layers are done" in errors
+            assert f"resuming in {output}.partial: {len(seen)} of 12 layers are done" in errors
         kept = parts(output)
         assert seen.items() <= kept.items(), "what was finished is not made again"
         seen = kept
@@ -135,7 +135,7 @@ def test_other_settings_start_afresh(pair, tmp_path, monkeypatch, caplog):
     output = tmp_path / "d.safetensors"
     interrupted(pair, output, monkeypatch, rank=4)
     direction = extract_direction(*pair, rank=5, output=output)
-    assert caplog.messages == [f"{output}.partial is of an extraction with another rank; starting afresh"]
+    assert caplog.messages == [f"{output}.partial is from an extraction with another rank; starting afresh"]
     extract_direction(*pair, rank=5).save(tmp_path / "whole.safetensors")
     assert but_for_the_time(output) == but_for_the_time(tmp_path / "whole.safetensors")
     assert direction.sha256
@@ -182,7 +182,7 @@ def test_one_process_at_a_time(pair, tmp_path):
         second = started(pair, output)
         _, errors = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert errors == f"asft: another extraction is at work in {output}.partial; wait for it, or give another --output\n"
+    assert errors == f"asft: another extraction is running in {output}.partial; wait for it, or give another --output\n"
     third = started(pair, output)
     third.communicate(timeout=60)
     assert third.returncode == 0
@@ -317,7 +317,7 @@ def test_a_folder_that_cannot_be_had_is_said_before_the_model_is_asked(with_metr
     (folder / "thesis.txt").unlink()
     with Parts(folder, ["a"]):
         assert not asked_again(monkeypatch, with_metric)
-        assert "another extraction is at work" in with_metric().output
+        assert "another extraction is running" in with_metric().output
 
 
 def test_no_room_for_what_was_asked(with_metric, tmp_path, monkeypatch, caplog):

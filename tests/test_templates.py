@@ -69,7 +69,7 @@ def test_the_end_of_a_turn_is_what_counts():
     assert template_warnings(tokenizer, SPEC) == []
     tokenizer.chat_template = OTHER
     (found,) = template_warnings(tokenizer, SPEC)
-    assert "leads to an answer by '</s><|assistant|> yes'" in found
+    assert "opens the answer with '</s><|assistant|> yes'" in found
     assert "end in" in found
     assert "</s><|assistant|> '" in found
 
@@ -77,7 +77,7 @@ def test_the_end_of_a_turn_is_what_counts():
 def test_a_template_of_a_dataset_alone():
     assert template_warnings(make_tokenizer(), SPEC, [CHAT_TEMPLATE]) == []
     (found,) = template_warnings(make_tokenizer(), SPEC, [CHAT_TEMPLATE, OTHER, OTHER])
-    assert "leads to an answer by '</s><|assistant|> yes'" in found
+    assert "opens the answer with '</s><|assistant|> yes'" in found
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ 1 // 0 }}"])
@@ -97,7 +97,7 @@ def test_a_run_says_it(pair, rows, anchored_file, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "axolotl.asft"):
             attach(trainer, AlignmentDirection.load(anchored_file), anchor_weight=1.0)
-        assert ("the run's chat template leads to" in caplog.text) == said
+        assert ("the run's chat template opens" in caplog.text) == said
 
 
 def test_check_says_it_before(pair, dataset, anchored_file, tmp_path):
@@ -105,13 +105,13 @@ def test_check_says_it_before(pair, dataset, anchored_file, tmp_path):
     assert check_config(write_config(tmp_path, pair[1], dataset, block)).warnings == []
     other = {"chat_template": "jinja", "chat_template_jinja": OTHER}
     check = check_config(write_config(tmp_path, pair[1], dataset, block, **other))
-    assert [line for line in check.warnings if "the run's chat template leads to" in line]
+    assert [line for line in check.warnings if "the run's chat template opens" in line]
     assert check.fine
     config = write_config(tmp_path, pair[1], dataset, block)
     content = yaml.safe_load(config.read_text())
     content["datasets"][0] |= {"type": "chat_template", **other}
     config.write_text(yaml.safe_dump(content))
-    assert [line for line in check_config(config).warnings if "the run's chat template leads to" in line]
+    assert [line for line in check_config(config).warnings if "the run's chat template opens" in line]
 
 
 def test_check_foresees_mistral_common(pair, dataset, anchored_file, mistral, tmp_path):

@@ -119,8 +119,8 @@ class Interviewer:
         if unfinished > UNFINISHED * len(answers):
             raise AsftError(
                 f"{self.name} was still thinking after {self.max_new_tokens} tokens in {unfinished} of {len(answers)} "
-                "answers, which therefore say nothing; ask for more tokens (--max-new-tokens of eval), or give a "
-                "tokenizer whose chat template leaves thinking out"
+                "answers, which therefore cannot be judged; allow more tokens (--max-new-tokens of eval), or give a "
+                "tokenizer whose chat template turns thinking off"
             )
         return answers
 
@@ -188,11 +188,11 @@ def check_tasks(tasks: Sequence[str]) -> None:
     for task in found:
         if getattr(task.task, "UNSAFE_CODE", False):
             raise AsftError(
-                f"the task {task.task_name} runs code that the model writes; ask it with `lm_eval "
+                f"the task {task.task_name} runs code that the model writes; run it with `lm_eval "
                 "--confirm_run_unsafe_code` where that can do no harm, or leave it out"
             )
         if getattr(task.task, "MULTIMODAL", False):
-            raise AsftError(f"the task {task.task_name} shows pictures or sounds; expected one of text alone")
+            raise AsftError(f"the task {task.task_name} uses images or audio; expected a text-only task")
 
 
 def task_state(task: str) -> str:
@@ -262,14 +262,15 @@ def _check_positions(lm: Any, requests: Sequence[Any]) -> None:
     highest = max((max(tokens, default=0) for tokens, _ in read), default=0)
     if highest >= rows:
         raise AsftError(
-            f"the tokenizer makes token {highest} of a prompt, and the model knows {rows}; give the tokenizer that the "
-            "model was trained with (--tokenizer), and an adapter with the embeddings of the tokens that it added"
+            f"the tokenizer gives token {highest} for a prompt, but the model has {rows} embeddings; give the "
+            "tokenizer that the model was trained with (--tokenizer), and an adapter with the embeddings of the tokens "
+            "that it added"
         )
     longest, new = max(((len(tokens), new) for tokens, new in read), key=sum, default=(0, 0))
     if longest + new > lm.max_length:
         raise AsftError(
-            f"the longest prompt has {longest} tokens, which with {new} new ones are more than the model's "
-            f"{lm.max_length} positions; give fewer --max-new-tokens, or a set without that prompt"
+            f"the longest prompt has {longest} tokens, which with {new} new ones exceed the model's "
+            f"{lm.max_length} positions; lower --max-new-tokens, or give a set without that prompt"
         )
 
 

@@ -80,7 +80,7 @@ def verdict(points: list[Point]) -> Verdict:
         raise AsftError("the landscape has no aligned model or no orthogonal step; measure at least one radius")
     if len({point.seed for point in points if point.kind == "orthogonal"}) < 2:
         raise AsftError(
-            "the landscape has one random step a radius, whose noise is not known; measure --seeds 2 or more"
+            "the landscape has one random step per radius, so its noise is not known; measure --seeds 2 or more"
         )
     left_out = _left_out(points)
     unusable = bent_radii(points) | overflowed_radii(points)
@@ -96,10 +96,10 @@ def verdict(points: list[Point]) -> Verdict:
     }
     where = f"radius {radii[0]:g}" if len(radii) == 1 else f"radii {radii[0]:g} to {radii[-1]:g}"
     text = (
-        f"At {where}, this model {VERBS[claim]} that steps orthogonal to the alignment direction cost more refusal "
-        f"than steps along it. It {VERBS[inside]} that they cost more than random steps inside the aligned subspace. "
+        f"At {where}, this model {VERBS[claim]} steps orthogonal to the alignment direction cost more refusal "
+        f"than steps along it. It {VERBS[inside]} they cost more than random steps inside the aligned subspace. "
         f"At radius {nearest:g}, "
-        "in nats a token, refusals lost "
+        "in nats per token, refusals lost "
         + ", ".join(f"{kind} {_mean(costs[kind][nearest]):+.3f}" for kind in KINDS)
         + " and the task "
         + ", ".join(f"{kind} {rise:+.3f}" for kind, rise in rises.items())
@@ -125,13 +125,12 @@ def _left_out(points: list[Point]) -> str:
     if bent := bent_radii(points):
         worst = min((point for point in points if not point.faithful), key=lambda point: point.cosine or 0.0)
         said.append(
-            f"Left out: radius {_listed(bent)}, where the weights' dtype rounds the steps away from what they should "
-            f"be (cosine {worst.cosine:.2f} at {worst.radius:g}, under {FAITHFUL:g}); use --dtype float32, or larger "
-            "--radii."
+            f"Left out: radius {_listed(bent)}, where the weights' dtype distorts the steps by rounding (cosine "
+            f"{worst.cosine:.2f} at {worst.radius:g}, under {FAITHFUL:g}); use --dtype float32, or larger --radii."
         )
     if overflowed := overflowed_radii(points):
         said.append(
-            f"Left out: radius {_listed(overflowed)}, where the model gives no finite numbers any more; use --dtype "
+            f"Left out: radius {_listed(overflowed)}, where the model's outputs are no longer finite; use --dtype "
             "float32, or smaller --radii."
         )
     return " ".join(said)
@@ -142,9 +141,9 @@ def _listed(radii: set[float]) -> str:
 
 
 VERBS = {
-    "borne out": "bears out",
-    "refuted": "refutes",
-    "undecided": "neither bears out nor refutes, beyond the noise of the random steps and at every radius,",
+    "borne out": "bears out that",
+    "refuted": "refutes that",
+    "undecided": "leaves open, through noise of the random steps or disagreement between radii, whether",
 }
 
 

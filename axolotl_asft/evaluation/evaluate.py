@@ -241,7 +241,7 @@ def evaluate(
     check_model(model)
     _check_names(asked)
     writable_folder(output)
-    with locked(output / LOCK, f"another evaluation is at work in {output}; wait for it, or give another --output"):
+    with locked(output / LOCK, f"another evaluation is running in {output}; wait for it, or give another --output"):
         return _evaluate(model, asked, output, questions, tokenizer, device, stage)
 
 
@@ -303,7 +303,7 @@ def _check_names(asked: list[Subject]) -> None:
     files = ["results", *(_file_name(subject.name) for subject in asked)]
     twice = next((name for name in files if files.count(name) > 1), None)
     if twice is not None:
-        raise AsftError(f"{twice}.json would hold two things; give the adapters other names (--adapter name=folder)")
+        raise AsftError(f"{twice}.json would be written twice; give the adapters other names (--adapter name=folder)")
 
 
 def _file_name(name: str) -> str:

@@ -144,8 +144,8 @@ class Judge:
             only_special_tokens(model)
         if info["missing_keys"]:
             raise AsftError(
-                f"the judge {name} is no {way.kind}: its checkpoint ({_architecture(config)}) lacks "
-                f"{sorted(info['missing_keys'])[0]}, which transformers would fill at random; give another judge"
+                f"the judge {name} is not a {way.kind}: its checkpoint ({_architecture(config)}) lacks "
+                f"{sorted(info['missing_keys'])[0]}, which transformers would initialise at random; give another judge"
             )
         if tokenizer.pad_token_id is None:
             # never the closing token where it can be helped: it would count as padding
@@ -307,7 +307,7 @@ def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise AsftError(f"--judge-harmful is {pattern!r}, no regular expression ({error})") from error
+        raise AsftError(f"--judge-harmful is {pattern!r}, not a regular expression ({error})") from error
 
 
 def _names(name: str) -> list[str]:

@@ -68,7 +68,7 @@ class Interview:
             sets = {p: {s: _asked(**kept) for s, kept in content[p].items()} for p in ("harmful", "borderline")}
             tasks = {how: {task: _scores(found) for task, found in t.items()} for how, t in content["tasks"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise AsftError(f"{path} is not whole ({type(error).__name__}: {error}); delete it") from error
+            raise AsftError(f"{path} is damaged ({type(error).__name__}: {error}); delete it") from error
         return cls(path, key, adapter, sets, tasks)
 
     def answers(self, part: str, source: str, prompts: Sequence[str]) -> bool:
@@ -133,7 +133,9 @@ def _read(path: Path) -> dict[str, Any]:
         if "key" not in content or "harmful" not in content:
             raise ValueError("no answers")
     except (ValueError, TypeError) as error:
-        raise AsftError(f"{path} holds no answers of ours ({error}); give another --output, or delete it") from error
+        raise AsftError(
+            f"{path} holds no answers of axolotl asft ({error}); give another --output, or delete it"
+        ) from error
     return content
 
 

@@ -44,13 +44,16 @@ def asked_once(
     key = hash_of([model, model_state(model), list(names), asked, how, installed_versions()])
     known = _read(path, key)
     if known is not None:
-        stage("what it was asked is known", 1)(1)
+        stage("already measured by an earlier call", 1)(1)
         return known
     found = safety_metrics(model, names, prompts, stage=stage, **how)
     try:
         _write(path, key, found)
     except (OSError, SafetensorError) as error:
-        LOG.warning("what the model was asked is not kept (%s); interrupted, it will be asked again", one_line(error))
+        LOG.warning(
+            "the measurements on the aligned model cannot be saved (%s); if interrupted, they will be repeated",
+            one_line(error),
+        )
     return found
 
 

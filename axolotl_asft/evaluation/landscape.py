@@ -217,16 +217,16 @@ def _moved(direction: AlignmentDirection, base: str | Path | None) -> AlignmentD
     if not modules:
         raise AsftError(
             f"the direction keeps all {direction.modules[full[0]].rank} directions of {full[0]}, and all of every "
-            "other layer, so that nothing is orthogonal to them; give a smaller --rank"
+            "other layer, so nothing is orthogonal to them; give a smaller --rank"
         )
     without = [name for name, module in modules.items() if module.V is None and module.rank]
     if without and base is None:
         raise AsftError(
-            f"the direction file keeps no right singular vectors (first {without[0]}), so that d is not known; make it "
+            f"the direction file keeps no right singular vectors (first {without[0]}), so d is not known; make it "
             "with `axolotl asft extract --keep-v`, or give --base"
         )
     if full:
-        text = "%d of %d layers stay as they are: the direction keeps all directions of them (first %s)"
+        text = "%d of %d layers are not perturbed: the direction keeps all of their directions (first %s)"
         LOG.warning(text, len(full), len(direction.modules), full[0])
     return replace(direction, modules=modules)
 
@@ -250,7 +250,7 @@ def _weights(model: Any, direction: AlignmentDirection) -> dict[str, Tensor]:
             weight = weight.T
         if tuple(weight.shape) != module.shape or not weight.is_floating_point():
             raise AsftError(
-                f"{name} is {tuple(weight.shape)} of {weight.dtype}; the direction wants {module.shape} in floating "
+                f"{name} is {tuple(weight.shape)} of {weight.dtype}; the direction expects {module.shape} in floating "
                 "point; use its own model, not quantised"
             )
         other = places.setdefault(weight.data_ptr(), name)
@@ -310,7 +310,7 @@ def _kept(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Pairs] | None
     if kept != settings:
         differing = next((key for key in settings if kept.get(key) != settings[key]), "settings")
         raise AsftError(
-            f"{path} holds a landscape of other settings ({differing}); give another --output, or delete it"
+            f"{path} holds a landscape with other settings ({differing}); give another --output, or delete it"
         )
     return texts, points
 

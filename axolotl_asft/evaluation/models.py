@@ -52,7 +52,9 @@ def subjects(adapters: list[str]) -> list[Subject]:
     for text in adapters:
         name, path = named_folder("--adapter", text)
         if not (path / ADAPTER_CONFIG).is_file():
-            raise AsftError(f"{path} is no PEFT adapter (no {ADAPTER_CONFIG} in it); give the folder that was trained")
+            raise AsftError(
+                f"{path} is not a PEFT adapter (no {ADAPTER_CONFIG} in it); give the folder that was trained"
+            )
         if not (path / ADAPTER_WEIGHTS).is_file():
             raise AsftError(f"{path} has no {ADAPTER_WEIGHTS}; expected an adapter saved as safetensors")
         found.append(Subject(name, path))
@@ -98,7 +100,9 @@ def load_model(name: str, dtype: str = "auto", load_in_4bit: bool = False, devic
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
     if load_in_4bit:
         options["quantization_config"] = nf4(device)
-    with loading(f"the model {name} cannot be loaded", "; see that its files are whole, and that it fits into memory"):
+    with loading(
+        f"the model {name} cannot be loaded", "; check that its files are complete, and that it fits into memory"
+    ):
         kind = model_class(AutoConfig.from_pretrained(**place(name)))
         model = kind.from_pretrained(**place(name), **options).eval()
     only_special_tokens(model)
@@ -205,8 +209,8 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
         tokenizer = text_tokenizer(AutoTokenizer.from_pretrained(**place(source)))
     if not tokenizer.chat_template:
         raise AsftError(
-            f"the tokenizer of {source} has no chat template, so that it is not known how the model was asked in "
-            "training; save one with the tokenizer, or, of eval, give --tokenizer with a folder that has one"
+            f"the tokenizer of {source} has no chat template, so how the model was prompted in training is not known; "
+            "save one with the tokenizer, or give eval a --tokenizer folder that has one"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -224,7 +228,7 @@ def within_memory(batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise WorkFailed(
-            f"the GPU's memory is not enough for --batch-size {batch_size} ({one_line(error)[:60]}...); give a smaller "
+            f"the GPU has too little memory for --batch-size {batch_size} ({one_line(error)[:60]}...); give a smaller "
             "one, or see what else is on the GPU"
         ) from error
 
@@ -237,7 +241,7 @@ def adapted(model: Any, subject: Subject) -> Iterator[Any]:
         return
     # PEFT's own unload leaves fully trained modules (modules_to_save) in the model
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    with loading(f"{subject.adapter} does not go onto this model"):
+    with loading(f"{subject.adapter} does not fit this model"):
         rows = saved_rows(model, subject.adapter)
     with resized(model, rows):
         try:
@@ -251,7 +255,7 @@ def adapted(model: Any, subject: Subject) -> Iterator[Any]:
 def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
-    with loading(f"{adapter} does not go onto this model"):
+    with loading(f"{adapter} does not fit this model"):
         peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
     # lm-eval ties the weights of what it is given, where PEFT's copies of them are apart
     peft_model.tie_weights = lambda *_, **__: None  # type: ignore[assignment]
@@ -297,7 +301,7 @@ def other_base(model: str, subject: Subject) -> str | None:
         same = None in shapes or shapes[0] == shapes[1]
     if same:
         return None
-    return f"{subject.adapter} was trained on {base}, not on {model}, on which it is asked; give its own as --model"
+    return f"{subject.adapter} was trained on {base} but evaluated on {model}; pass {base} as --model"
 
 
 def _shape(folder: Path) -> list[Any] | None:
@@ -319,6 +323,6 @@ def _check_complete(peft_model: Any, adapter: Path) -> None:
     differing = saved ^ {name for name in loaded if "lora_" in name}
     if differing:
         raise AsftError(
-            f"{adapter} does not go onto this model: {len(differing)} of its tensors have no counterpart (first "
+            f"{adapter} does not fit this model: {len(differing)} of its tensors have no counterpart (first "
             f"{min(differing)}); give the model that it was trained on"
         )

@@ -85,7 +85,7 @@ def load_chats(path: Path) -> list[tuple[str, str]]:
             raise AsftError(f'{path}, line {number}: expected {{"messages": [user, assistant]}}') from error
         turns.append((str(question), str(answer)))
     if not turns:
-        raise AsftError(f"{path} holds no chats; expected a line of JSON each")
+        raise AsftError(f"{path} holds no chats; expected one JSON object per line")
     return turns
 
 
@@ -100,7 +100,7 @@ def _named_file(source: str) -> tuple[str, str | None] | None:
     options = dict(parse_qsl(query))
     if mark and (list(options) != ["column"] or path.suffix.lower() == ".txt"):
         raise AsftError(
-            f"{name} is named as a file, with ?{query} behind it; expected ?column=NAME, or nothing of a .txt file"
+            f"{name} is named as a file, with ?{query} after it; expected ?column=NAME, or nothing after a .txt file"
         )
     return name, options.get("column")
 
@@ -109,7 +109,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     if path.is_dir():
         raise AsftError(f"{path} is a folder; expected a file of prompts, {', '.join(FILES)}")
     if not path.is_file():
-        raise AsftError(f"there is no file {path}; see that the path is right")
+        raise AsftError(f"there is no file {path}; check the path")
     suffix = path.suffix.lower()
     try:
         if suffix == ".jsonl":
@@ -139,7 +139,7 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:  # which counts its lines within this one
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no JSON object")
+            raise ValueError(f"line {number} is not a JSON object")
         rows.append(row)
     return rows
 
@@ -168,7 +168,7 @@ def _from_hub(source: str) -> list[Prompt]:
         found = datasets.load_dataset(name, config, split=wanted_split, revision=revision)
     except Exception as error:  # datasets raises many kinds, from the network up to its parsers
         raise AsftError(
-            f"the dataset {name} cannot be loaded ({str(error).splitlines()[0]}); see that the id is right, that you "
+            f"the dataset {name} cannot be loaded ({str(error).splitlines()[0]}); check that the id is right, that you "
             "have access to it (hf auth login), and that ?config= and ?split= name parts of it"
         ) from error
     if isinstance(found, datasets.DatasetDict):
@@ -220,7 +220,7 @@ def _text(value: Any, place: str) -> str:
         asked = [turn.get("content") for turn in value if turn.get("role") == "user"]
         value = asked[-1] if asked else value
     if not isinstance(value, str):
-        raise AsftError(f"{place}: the prompt is {_shortly(value)}; expected a string, or turns with a user's in words")
+        raise AsftError(f"{place}: the prompt is {_shortly(value)}; expected a string, or turns with text from a user")
     return value.strip()
 
 
@@ -228,7 +228,9 @@ def _check_characters(text: str, place: str) -> None:
     """JSON may write half a character down (\\ud83d, without the half that follows), which no tokenizer reads."""
     half = re.search("[\ud800-\udfff]", text)
     if half is not None:
-        raise AsftError(f"{place} has half a character, \\u{ord(half[0]):x}; expected whole ones, as in UTF-8")
+        raise AsftError(
+            f"{place} has half of a surrogate pair, \\u{ord(half[0]):x}; expected whole characters, as in UTF-8"
+        )
 
 
 def _shortly(value: Any) -> str:

@@ -133,8 +133,8 @@ def _evenly(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def _check_refusals(model: str, refused: Sequence[tuple[str, str]], answers: Sequence[Answer]) -> None:
     if len(refused) < min(FEW_REFUSALS, len(answers)):
         raise AsftError(
-            f"{model} refuses {len(refused)} of {len(answers)} prompts that ask for harm, so that there are no "
-            "refusals to keep; give the aligned chat model, and --prompts that it refuses"
+            f"{model} refuses {len(refused)} of {len(answers)} prompts that ask for harm, so there are no refusals to "
+            "keep; give the aligned chat model, and --prompts that it refuses"
         )
 
 
@@ -142,8 +142,8 @@ def _tell_over_refusal(model: str, answers: Sequence[Answer]) -> None:
     declined = sum(is_refusal(answer.answer) for answer in answers)
     if declined > OVER_REFUSING * len(answers):
         LOG.warning(
-            "%s declines %d of %d harmless prompts (%.0f %%), and anchor_weight would hold this over-refusal too; give "
-            "a model that answers them, or train with anchor_weight: 0",
+            "%s declines %d of %d harmless prompts (%.0f %%), and anchor_weight would preserve this over-refusal too; "
+            "give a model that answers them, or train with anchor_weight: 0",
             model,
             declined,
             len(answers),

@@ -91,7 +91,7 @@ def find_evaluation(folder: Path, given: Path | None, notes: list[str], is_earli
             if path.is_file() and (found := _evaluation(path, _rows(path), folder, notes, is_earlier)):
                 return found
         except AsftError as error:
-            notes.append(f"Passed over: {error}.")
+            notes.append(f"Ignored: {error}.")
     return None
 
 
@@ -102,7 +102,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise AsftError(f"no file {path}; give the {RESULTS} of `axolotl asft eval`, or its folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AsftError(
-            f"{path} is no readable JSON ({one_line(error)}); expected results of axolotl asft eval"
+            f"{path} is not readable JSON ({one_line(error)}); expected results of axolotl asft eval"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or "questions" not in content:
         raise AsftError(f"{path} holds no results of `axolotl asft eval`; expected its {RESULTS}, or the folder")
@@ -122,13 +122,13 @@ def _evaluation(
         stale, unknown = ([row["name"] for row, r in zip(rows, roles, strict=True) if r == role] for role in DOUBTS)
         if stale:
             notes.append(
-                f"{path}: {', '.join(stale)} is left out: another adapter was asked than this run's; ask again with "
-                "axolotl asft eval."
+                f"{path}: {', '.join(stale)} is left out: the adapter evaluated was not this run's; run axolotl asft "
+                "eval again."
             )
         if unknown:
             notes.append(
-                f"{path}: it is not known whether {', '.join(unknown)} is the adapter that lies in {run.name} now; "
-                "axolotl asft eval, asked again, says so."
+                f"{path}: it is not known whether {', '.join(unknown)} is the adapter that is in {run.name} now; run "
+                "axolotl asft eval again."
             )
         kept = [(row, "this" if r == "unknown" else r) for row, r in zip(rows, roles, strict=True) if r != "stale"]
         if stale and all(role == "before" for _, role in kept):
@@ -174,7 +174,7 @@ def _coherence(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
     having = [(row, role) for row, role in rows if row.get("perplexity") is not None]
     points = [Point(row["name"], _number(row["perplexity"]), None, None, None, role) for row, role in having]
     found = [Measure("Perplexity of all answers, under the model before", "lower", tuple(points))]
-    for field, title in (("repetitive", "Answers that go round in circles"), ("empty", "Empty answers")):
+    for field, title in (("repetitive", "Answers that repeat themselves"), ("empty", "Empty answers")):
         asked = [(row["name"], row[field], role) for row, role in rows if row.get(field) and row[field]["n"]]
         points = [_share_point(*each) for each in asked]
         if any(point.value > 0 for point in points):
@@ -188,9 +188,8 @@ def _babble(rows: list[tuple[dict[str, Any], str]]) -> list[str]:
     if before is None:
         return []
     return [
-        f"The answers of {row['name']} are far from the model's own, perplexity "
-        f"{_number(row['perplexity']):.3g} against {_number(before):.3g}: read some of them: low "
-        "harmfulness by babbling is no success."
+        f"The answers of {row['name']} are far from the model's own, perplexity {_number(row['perplexity']):.3g} "
+        f"against {_number(before):.3g}: read some of them: low harmfulness through babble is not a success."
         for row, role in rows
         if role == "this" and row.get("perplexity") is not None and row["perplexity"] > BABBLE * before
     ]
@@ -228,5 +227,5 @@ def _role(row: dict[str, Any], run: Path, lies_here: str | None) -> str:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:40]} is no number")
+        raise ValueError(f"{str(value)[:40]} is not a number")
     return float(value)

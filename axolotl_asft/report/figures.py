@@ -44,7 +44,7 @@ def training_panels(runs: Sequence[Run]) -> list[Panel]:
     wanted = [
         ("loss", "loss of the task, by step"),
         ("asft/penalty", "lambda_reg P, by step"),
-        ("asft/anchor_kl", "from the aligned model's own answers, nats a token, by step"),
+        ("asft/anchor_kl", "from the aligned model's own answers, nats per token, by step"),
         ("asft/max_drift", "in units of what alignment moved it, by step"),
         ("asft/update_norm", "‖dW‖ over all layers, by step"),
         ("asft/drift", "‖(I - C) dW‖ / ‖dW‖ over all layers, by step"),

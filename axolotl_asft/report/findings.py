@@ -66,7 +66,7 @@ def headline_note(run: Run, others: Sequence[Run] = ()) -> str:
     """What the headline compares, for readers who have not met it, and where other runs ended."""
     if run.diverged_at is not None:
         return (
-            "Its numbers are no numbers any more, and the adapter is of no use: train again, with a lower learning "
+            "Its numbers are no longer finite, and the adapter is unusable: train again, with a lower learning "
             "rate. The curves end before that step."
         )
     how = MEASURED_BY.get(str(run.constraint.get("metric")), "measured on the weights")
@@ -147,10 +147,10 @@ def _anchor(_: Run, steps: list[int], values: list[float]) -> str:
     peak = max(values)
     if peak > 1.1 * values[-1]:
         return (
-            f"Its own answers went {number(peak)} nats astray by step {steps[values.index(peak)]:,}, "
-            f"{number(values[-1])} at the end"
+            f"Divergence from the aligned model's answers peaked at {number(peak)} nats/token in step "
+            f"{steps[values.index(peak)]:,} and ended at {number(values[-1])}"
         )
-    return f"Its own answers ended {number(values[-1])} nats a token from the aligned model's"
+    return f"Divergence from the aligned model's answers ended at {number(values[-1])} nats/token"
 
 
 def _furthest(run: Run, _: list[int], values: list[float]) -> str:

@@ -102,7 +102,7 @@ def gather(
                 "trainer_state.json."
             )
         if how := measured_otherwise(run, other):
-            report.notes.append(f"The drift of {other.name} is left out: it was measured otherwise ({how}).")
+            report.notes.append(f"The drift of {other.name} is left out: it was measured differently ({how}).")
     report.evaluation = find_evaluation(folder, evaluation, report.notes, run.adapter_is_earlier)
     add_spectra(run, report.direction)
     report.notes += run.notes
@@ -125,8 +125,8 @@ def _direction(run: Run, given: AlignmentDirection | str | Path | None, notes: l
         if given is not None:
             raise
         notes.append(
-            f"The direction is not at hand ({one_line(error)}), so the share of the update inside the aligned subspace "
-            "is left out; --direction FILE adds it."
+            f"The direction is not available ({one_line(error)}), so the share of the update inside the aligned "
+            "subspace is left out; --direction FILE adds it."
         )
         return None
 

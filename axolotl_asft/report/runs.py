@@ -91,13 +91,13 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
             constraint.
     """
     if not folder.is_dir():
-        raise AsftError(f"{folder} is no folder; give the output_dir of a run")
+        raise AsftError(f"{folder} is not a folder; give the output_dir of a run")
     config = _json(folder / ADAPTER_CONFIG)
     history = read_history(folder) if (folder / HISTORY_FILE).is_file() else None
     lines = history.lines if history else _trainer_log(folder)
     if config is None and history is None and not lines:
         raise AsftError(
-            f"{folder} is no run's folder: it has neither {HISTORY_FILE} nor {ADAPTER_CONFIG}; give the "
+            f"{folder} is not a run's folder: it has neither {HISTORY_FILE} nor {ADAPTER_CONFIG}; give the "
             "output_dir of a run"
         )
     config, header = config or {}, history.header if history else {}
