@@ -71,12 +71,8 @@ def deepspeed_config(given: Any) -> Mapping[str, Any]:
     """
     if isinstance(given, Mapping):
         return given
-    config = read_json(
-        Path(given), "deepspeed: expects the path of a DeepSpeed config in JSON, or its content as a block"
-    )
-    if not isinstance(config, Mapping):
-        raise AsftError(f"deepspeed: {given} holds no DeepSpeed config; expected a JSON object")
-    return config
+    expected = "deepspeed: expects the path of a DeepSpeed config in JSON, or its content as a block"
+    return read_json(Path(str(given)), expected)
 
 
 def refuse_deepspeed(config: Mapping[str, Any], half: bool, max_drift: float | None) -> None:

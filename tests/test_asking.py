@@ -327,7 +327,7 @@ def test_tasks_that_cannot_be_asked_are_refused_at_once(tmp_path):
         ([str(tmp_path / "broken.yaml")], "cannot set up .*broken.yaml"),
         ([str(tmp_path / "nothing.yaml")], "cannot set up .*nothing.yaml"),
         ([task_file(tmp_path, "code", unsafe_code=True)], "the task code runs code that the model writes"),
-        ([task_file(tmp_path, "picture", doc_to_image="q")], "the task picture shows pictures"),
+        ([task_file(tmp_path, "picture", doc_to_image="q")], "the task picture uses images or audio"),
         (["no_such_task"], "no task 'no_such_task'"),
     ]:
         with pytest.raises(AsftError, match=message) as error:

@@ -249,7 +249,7 @@ def test_a_layer_whose_metric_is_empty(checked, fisher_file, tmp_path):
 def test_an_anchor_in_plain_words(checked, anchored_file):
     _, found = checked({"direction": str(anchored_file), "anchor_weight": 3, "lambda_reg": 0})
     assert any(
-        "anchor_weight 3: at every step 8 of the aligned model's own answers" in line for line in found["settings"]
+        "anchor_weight 3: at every step 8 of the aligned model's stored answers" in line for line in found["settings"]
     )
     assert not warned(found, "nothing is constrained")
     assert found["fine"]
@@ -631,7 +631,7 @@ def test_a_block_that_is_left_empty(pair, dataset, tmp_path):
     config = write_config(tmp_path, pair[1], dataset, plugins=["asft"])
     config.write_text(f"{config.read_text()}asft:\n")
     result = CliRunner().invoke(asft, ["check", str(config)])
-    assert (result.exit_code, "the asft: block is empty, so that nothing" in result.stdout) == (2, True)
+    assert (result.exit_code, "the asft: block is empty, so nothing" in result.stdout) == (2, True)
 
 
 def test_files_that_are_no_text(tmp_path, monkeypatch):

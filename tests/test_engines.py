@@ -142,7 +142,7 @@ def test_the_anchor_under_ddp_equals_one_process(forked_train, start, pair, data
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2], ids=["ZeRO-1", "ZeRO-2"])
 def test_deepspeed_equals_one_process(
     one_process, unconstrained, start, pair, dataset, direction_file, tmp_path, stage
 ):

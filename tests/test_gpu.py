@@ -64,7 +64,7 @@ def test_fsdp2_through_axolotl_equals_one_process(pair, dataset, anchored_file, 
     assert_equals_one_process(pair, dataset, anchored_file, tmp_path, weight, changes, FSDP2, "training on FSDP")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2], ids=["ZeRO-1", "ZeRO-2"])
 def test_deepspeed_through_axolotl_equals_one_process(pair, dataset, anchored_file, tmp_path, stage):
     """QLoRA and the anchor; as many processes as there are GPUs."""
     pytest.importorskip("deepspeed")

@@ -326,7 +326,7 @@ def test_no_room_for_what_was_asked(with_metric, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr("axolotl_asft.evaluation.kept_metrics.save_file", full)
     assert with_metric().exit_code == 0
-    assert "not kept (No space left on device)" in caplog.text
+    assert "cannot be saved (No space left on device)" in caplog.text
 
 
 def test_metrics_of_both_kinds_come_back_as_they_were(tmp_path):

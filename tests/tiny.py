@@ -168,7 +168,7 @@ def write_config(folder: Path, model: Path, dataset: Path, asft: dict | None = N
 def deepspeed_config(stage: int) -> dict:
     """A DeepSpeed config with ZeRO of this stage."""
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},  # as axolotl's own
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
