@@ -79,6 +79,20 @@ def two_processes(config, launcher, count, check=True, **environment):
     )
 
 
+def two_ranks(worker, *arguments, **environment):
+    """What rank 0 of a worker script says in its line of JSON."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).parent / worker), *map(str, arguments)],
+        env=child_environment(OMP_NUM_THREADS="1", **environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"')))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "count", "changes"),
@@ -174,15 +188,7 @@ def test_deepspeed_equals_one_process(
 @pytest.mark.slow
 def test_deepspeed_in_python(pair, anchored_file, tmp_path):
     """Without ZeRO, with the anchor and accumulation: the weights of DDP; and no step past the constraint is taken."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = str(Path(__file__).parent / "deepspeed_worker.py")
-    environment = child_environment(OMP_NUM_THREADS="1")
-    arguments = [str(pair[0]), str(pair[1]), str(anchored_file), str(tmp_path)]
-    result = subprocess.run(
-        [*command, worker, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"constraint"')))
+    found = two_ranks("deepspeed_worker.py", *pair, anchored_file, tmp_path)
     assert found["deepspeed"] < 1e-5 < 0.01 < found["constraint"]
     assert "takes a step outside its training_step" in found["past"]
 
@@ -204,13 +210,7 @@ def test_a_checkpoint_of_another_constraint_ends_every_process(one_process, pair
 @pytest.mark.parametrize("rank", [4, 3])
 def test_fsdp2_shards(pair, direction_file, rank):
     """Raw fully_shard on two gloo processes; rank 3 does not divide by two."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [str(sys.modules[__name__].__file__).replace("test_engines", "fsdp2_worker")]
-    command += [str(pair[1]), str(direction_file), str(rank), "0.001"]
-    environment = child_environment(OMP_NUM_THREADS="1")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout[result.stdout.index("{") : result.stdout.index("}") + 1])
+    answer = two_ranks("fsdp2_worker.py", pair[1], direction_file, rank, "0.001")
     assert answer["sharded"]
     assert answer["uneven"] == (rank == 3)
     assert answer["gathered value"] == pytest.approx(answer["value"], rel=1e-6)
@@ -229,15 +229,7 @@ def test_fsdp2_shards(pair, direction_file, rank):
 @pytest.mark.slow
 def test_ddp_in_python(pair, anchored_file, tmp_path):
     """The main process may save alone, where nobody else comes to a collective; all ranks measure from one start."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = str(Path(__file__).parent / "ddp_worker.py")
-    environment = child_environment(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    arguments = [str(pair[0]), str(pair[1]), str(anchored_file), str(tmp_path)]
-    result = subprocess.run(
-        [*command, worker, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"anchored"')))
+    found = two_ranks("ddp_worker.py", *pair, anchored_file, tmp_path, ACCELERATE_USE_CPU="true")
     assert found["anchored"]["stamp"]["anchor_weight"] == 3
     assert found["niter"]["start"] < 1e-6
     assert found["anchored"]["apart"] == found["niter"]["apart"] == 0
