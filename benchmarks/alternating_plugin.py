@@ -23,7 +23,7 @@ class AlternatingPlugin(BasePlugin):
         gradient, penalty = constraint.gradient, constraint.penalty
         lambda_reg, anchor = gradient.lambda_reg, gradient.anchor
         add_gradient = penalty.add_gradient
-        spent = {"added": 0.0}
+        spent = {"penalty": 0.0, "anchor": 0.0}
         record, kept = [], stored_bytes(penalty)
 
         def no_waiting(*args, **kwargs):
@@ -34,25 +34,25 @@ class AlternatingPlugin(BasePlugin):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        def timed(function):
+        def timed(part, function):
             def called(*args, **kwargs):
                 started = clock()
                 result = function(*args, **kwargs)
-                spent["added"] += clock() - started
+                spent[part] += clock() - started
                 return result
 
             return called
 
-        penalty.add_gradient = timed(no_waiting if torch.cuda.is_available() else add_gradient)
+        penalty.add_gradient = timed("penalty", no_waiting if torch.cuda.is_available() else add_gradient)
         if anchor is not None:
-            anchor.add_gradient = timed(anchor.add_gradient)
+            anchor.add_gradient = timed("anchor", anchor.add_gradient)
 
         class Alternate(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 constrained = state.global_step % 2 == 0
                 gradient.lambda_reg = lambda_reg if constrained else 0.0
                 gradient.anchor = anchor if constrained else None
-                spent["added"] = 0.0
+                spent.update(penalty=0.0, anchor=0.0)
                 reset_peak()
                 self.started = clock()
 
@@ -62,6 +62,7 @@ class AlternatingPlugin(BasePlugin):
                     "constrained": gradient.lambda_reg > 0,
                     "seconds": seconds,
                     **spent,
+                    "added": sum(spent.values()),
                     "peak": peak(),
                     "kept": kept,
                 }

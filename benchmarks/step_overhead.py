@@ -113,8 +113,9 @@ def step(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for variant in variants:
             record = _train(Path(folder), model, asked.model, variant, on_gpu)[2:]  # the first two warm up
             on, off = ([line for line in record if line["constrained"] == which] for which in (True, False))
-            added, without = (
-                statistics.median(line[key] for line in kind) for kind, key in ((on, "added"), (off, "seconds"))
+            without = statistics.median(line["seconds"] for line in off)
+            added, penalty, anchor = (
+                statistics.median(line[key] for line in on) for key in ("added", "penalty", "anchor")
             )
             peaks = {}
             if on_gpu:
@@ -124,7 +125,7 @@ def step(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {
                 "what": f"{asked.model}, {variant}",
                 "step": without, "constrained step": statistics.median(line["seconds"] for line in on),
-                "added": added, "share": added / without,
+                "added": added, "penalty": penalty, "anchor": anchor, "share": added / without,
                 "steps": len(record),
                 **peaks,
             }  # fmt: skip

@@ -56,20 +56,33 @@ def _on_which(line: Line, lines: list[Line]) -> str:
 def _steps(lines: list[Line]) -> list[str]:
     measured = [key for key in ("peak without", "kept", "extra peak") if key in lines[0]]  # on a GPU
     rows = [
-        (line["what"], _ms(line["step"]), _ms(line["added"]), f"{line['share']:.2%}",
+        (line["what"], _ms(line["step"]), _ms(line["added"]), _penalty(line), f"{line['share']:.2%}",
          *(_mb(max(0, line[key])) for key in measured))
         for line in lines
     ]  # fmt: skip
     note = (
         "Constrained and unconstrained steps take turns in one run of axolotl; medians. Added: the time of the "
-        "penalty's gradient, and of the anchor's forward and backward passes over 8 answers; the share is of an "
-        "unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is slower, and the "
-        "share smaller). On a GPU: QLoRA in NF4, micro-batches of 2048 tokens, gradient checkpointing; the most memory "
-        "that torch had handed out in an unconstrained step, less what the constraint keeps there all the time, then "
-        "that, and how much higher a constrained step's peak is than an unconstrained one's beside it."
+        "penalty's gradient, and of the anchor's forward and backward passes over 8 answers; the share, of all that is "
+        "added, is of an unconstrained step. On a CPU: LoRA in fp32, 4 x 512 tokens a step (in 4 bit the step is "
+        "slower, and the share smaller). On a GPU: QLoRA in NF4, micro-batches of 2048 tokens, gradient checkpointing; "
+        "the most memory that torch had handed out in an unconstrained step, less what the constraint keeps there all "
+        "the time, then that, and how much higher a constrained step's peak is than an unconstrained one's beside it."
     )
-    head = ("model", "step without", "added", "share of the step", *(f"memory: {key}" for key in measured))
+    head = (
+        "model",
+        "step without",
+        "added",
+        "of it the penalty",
+        "share of the step",
+        *(f"memory: {key}" for key in measured),
+    )
     return [note, _table(head, rows)]
+
+
+def _penalty(line: Line) -> str:
+    """All that is added where nothing is asked; of a step with the anchor, where both were timed."""
+    anchored = line["what"].partition(", and the anchor")[1]
+    return _ms(line.get("penalty", line["added"])) if "penalty" in line or not anchored else ""
 
 
 def _alone(lines: list[Line]) -> list[str]:

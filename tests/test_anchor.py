@@ -13,7 +13,7 @@ from trainers import lora_weights, make_trainer, training_lines
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft import AlignmentDirection, attach
-from axolotl_asft.anchor import LIKELIEST, TEXTS, TILED, AnswerAnchor, Places, divergence, own_answers_of
+from axolotl_asft.anchor import LIKELIEST, MULTIPLE, TEXTS, TILED, AnswerAnchor, Places, divergence, own_answers_of
 from axolotl_asft.errors import AsftError
 from axolotl_asft.quiet import without_noise
 from axolotl_asft.stamp import read_stamp
@@ -117,6 +117,21 @@ def test_the_loss_of_a_step(model, step):
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     for found, true in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True):
         torch.testing.assert_close(found, true.float(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_has_few_lengths(model):
+    """A GPU takes its time over each new one; the tokenizer's own would be as many as there are answers."""
+    lengths = []
+    model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    many = [(request, answer + " no" * i) for i, (request, answer) in enumerate(ANSWERS * 3)]
+    anchor = AnswerAnchor(make_tokenizer(), many)
+    anchor.remember(model)
+    with without_noise(model):
+        for step in range(len(many)):
+            anchor.loss(model, step)
+    own = {len(make_tokenizer()(request + answer)["input_ids"]) for request, answer in many}
+    assert not [length for length in lengths if length % MULTIPLE]
+    assert len(set(lengths)) <= max(own) // MULTIPLE + 1 < len(own)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8, 11])

@@ -136,7 +136,8 @@ def test_an_evaluation_on_a_gpu_is_the_cpus(pair, tmp_path):
     for small, within in ((False, 1e-3), (True, 0.2)):
         for on_cpu, on_gpu in zip(rows["cpu", small], rows["cuda", small], strict=True):
             assert on_gpu.harmfulness["harmful"].n == on_cpu.harmfulness["harmful"].n == 24
-            assert on_gpu.perplexity == pytest.approx(on_cpu.perplexity, rel=within)
+            # a model of random weights may answer nothing, on both: then there is none
+            assert on_gpu.perplexity == pytest.approx(on_cpu.perplexity, rel=within, nan_ok=True)
 
 
 @pytest.mark.parametrize("metric", [activation_metric, fisher_metric])
