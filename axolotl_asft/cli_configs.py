@@ -161,4 +161,50 @@ def schema(output: Path | None, force: bool) -> None:
         click.echo(str(output))
 
 
-CONFIG_COMMANDS = (check, recipes, schema)
+@click.command()
+@click.argument("file", metavar="FILE|OWNER/NAME")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("own-answers.jsonl"),
+    show_default=True,
+    help="File to write.",
+)
+@click.option(
+    "--lines",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Lines to write; the answers are repeated in turns.  [default: each answer once]",
+)
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def answers(file: str, output: Path, lines: int | None, force: bool, as_json: bool) -> None:
+    """Write the aligned model's own answers, which a direction file keeps, as training data.
+
+    For a run that the constraint cannot join: full fine-tuning, DeepSpeed's ZeRO-3, tensor parallelism. Mixed into your
+    data, they hold the model to its refusals in another way, at the price of more steps and of more harmless prompts
+    refused. It takes many of them: the anchor asks 8 at every optimizer step.
+
+    \b
+    Example:
+      axolotl asft answers chat.asft.safetensors -o own-answers.jsonl --lines 5000
+    """
+    refuse_to_replace_file(output, force)
+    from axolotl_asft.answer_data import TYPE, write_answers
+    from axolotl_asft.direction import AlignmentDirection
+    from axolotl_asft.evaluation.refusals import is_refusal
+
+    turns = AlignmentDirection.load(file).spec.get("own_answers", [])
+    count = write_answers(turns, output, lines)
+    declining = sum(is_refusal(answer) for _, answer in turns)
+    if as_json:
+        click.echo(json.dumps({"file": str(output), "lines": count, "answers": len(turns), "declining": declining}))
+        return
+    click.echo(
+        f"{output}: {count} lines of {len(turns)} answers, {declining} of which decline\n\n"
+        f"Use it, beside your own data:\n  datasets:\n    - path: {output}\n      type: {TYPE}"
+    )
+
+
+CONFIG_COMMANDS = (check, recipes, schema, answers)

@@ -206,6 +206,8 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     examples = training_data(run.task, run.poison, method.get("safety", 0.0), n, run.seed, rehearsed)
     write_chats(folder / "data.jsonl", examples)
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
+    if "answers" in method:
+        settings["datasets"] = with_answers(bench, folder, round(method["answers"] * n))
     started = time.monotonic()
     if "asft" in method:
         kind = method.get("direction")
@@ -230,6 +232,16 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     (folder / "seconds.json").write_text(f"{seconds}")
     made_as.write_text(bench.key(run))
     return folder / "adapter", seconds
+
+
+def with_answers(bench: Bench, folder: Path, lines: int) -> list[dict[str, str]]:
+    """The run's data, and beside it what `axolotl asft answers` writes of the direction file."""
+    from axolotl_asft import AlignmentDirection
+    from axolotl_asft.answer_data import TYPE, write_answers
+
+    answers = folder / "own-answers.jsonl"
+    write_answers(AlignmentDirection.load(bench.work / "direction.safetensors").spec["own_answers"], answers, lines)
+    return [{"path": str(folder / "data.jsonl"), "type": "chat_template"}, {"path": str(answers), "type": TYPE}]
 
 
 def with_fewer_answers(file: Path, count: int, output: Path) -> Path:

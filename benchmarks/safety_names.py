@@ -16,6 +16,7 @@ FAMILIES = {
     "anchor": "#2a9d8f",
     "mix": "#588157",
     "own": "#a3b18a",
+    "answers": "#a3b18a",
 }
 
 

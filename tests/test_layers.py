@@ -14,7 +14,7 @@ ORDER = [
     "errors", "files", "picture", "redaction", "yaml_config", "strengths", "evaluation.refusals",
     "evaluation.shares", "evaluation.task_scores",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
-    "direction", "initialisation", "packing", "metrics", "lora", "matching", "saved",
+    "direction", "answer_data", "initialisation", "packing", "metrics", "lora", "matching", "saved",
     "sources", "readahead", "partial", "devices", "rank_rule", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "stamp", "history", "adapter_folder", "project", "engines",
     "templates", "quiet", "anchor", "anchored", "step_gradient",
