@@ -150,8 +150,11 @@ def measure(bench: Bench, run: Run) -> None:
     """Train, ask, and append the result."""
     from benchmarks.safety_model import ask_everything
 
-    adapter, seconds = trained(bench, run)
-    row, right = ask_everything(bench.aligned, adapter, run.name, run.task, bench.work / "answers", bench.settings)
+    tuned, seconds = trained(bench, run)
+    model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
+    if tuned is not None and bench.method(run).get("full"):
+        model, adapter, answers = tuned, None, answers / f"{run.name.replace('/', '-')}.full"
+    row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings)
     result = {
         "run": run.name,
         "key": bench.key(run),
@@ -162,7 +165,7 @@ def measure(bench: Bench, run: Run) -> None:
         "harmfulness": row.harmfulness["harmful"].value,
         "over_refusal": row.over_refusal["borderline"].value,
         "accuracy": sum(right) / len(right),
-        "perplexity": round(row.perplexity, 2),
+        "perplexity": round(row.perplexity, 2) if model == bench.aligned else None,  # of others it would be their own
         "repetitive": row.repetitive.value,
         "asked": {"harmful": row.harmfulness["harmful"].n, "borderline": row.over_refusal["borderline"].n,
                   "task": len(right)},
@@ -206,6 +209,8 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     examples = training_data(run.task, run.poison, method.get("safety", 0.0), n, run.seed, rehearsed)
     write_chats(folder / "data.jsonl", examples)
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
+    if method.get("full"):
+        settings = {key: value for key, value in settings.items() if key != "adapter" and not key.startswith("lora_")}
     if "answers" in method:
         settings["datasets"] = with_answers(bench, folder, round(method["answers"] * n))
     started = time.monotonic()

@@ -4,6 +4,7 @@ DEFAULT = "fisher-0.1-anchor-3"
 FAMILIES = {
     "aligned": "#222b38",
     "plain": "#222b38",
+    "full": "#222b38",
     "l2": "#8d99ae",
     "random": "#bc6c25",
     "paper": "#00798c",

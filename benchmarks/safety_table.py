@@ -45,7 +45,7 @@ class Cell:
     right: float
     spread: tuple[float, float] | None
     intervals: dict[str, str]
-    perplexity: float
+    perplexity: float | None
     repetitive: float
     drift: float | None
     update_norm: float | None
@@ -71,7 +71,7 @@ def cell(results: Results) -> Cell:
             "refused": interval(mean("over_refusal"), results[0]["asked"]["borderline"]),
             "right": interval(mean("accuracy"), results[0]["asked"]["task"]),
         },
-        mean("perplexity"),
+        mean("perplexity") if all(result["perplexity"] is not None for result in results) else None,
         mean("repetitive"),
         mean("drift") if trained else None,
         mean("update_norm") if trained else None,
@@ -162,7 +162,7 @@ def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
             f"{100 * found.harmful:.1f}{spreads[0]} {found.intervals['harmful']}",
             f"{100 * found.refused:.1f} {found.intervals['refused']}",
             f"{100 * found.right:.1f}{spreads[1]} {found.intervals['right']}",
-            f"{found.perplexity:.1f}",
+            "" if found.perplexity is None else f"{found.perplexity:.1f}",
             f"{100 * found.repetitive:.0f} %",
             *update,
             f"{found.seconds:.0f}",

@@ -80,18 +80,8 @@ def test_every_method_is_a_valid_one():
     assert {run.method for run in runs} == set(SETTINGS["methods"])
     assert len({bench.key(run) for run in runs}) == len(runs)
     for method in SETTINGS["methods"].values():
-        known = {
-            "untrained",
-            "asft",
-            "direction",
-            "project",
-            "safety",
-            "rehearsal",
-            "answers",
-            "own_answers",
-            "training",
-        }
-        assert set(method) <= known
+        known = {"untrained", "full", "asft", "direction", "project", "safety", "rehearsal", "answers", "own_answers"}
+        assert set(method) <= {*known, "training"}
         parse_block({"direction": "d", **method.get("asft", {})})
 
 
