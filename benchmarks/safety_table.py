@@ -132,18 +132,21 @@ micro-batches of {batch}.
 - (a to b): Wilson's 95 % interval over the prompts, which are the same for every seed and count once
 - ±: the standard deviation over seeds of the fine-tuning; without it a row is one seed, and a difference of a few
   points is noise. The aligned model, the direction and the random subspace are the same for all
-- perplexity: of all answers under the aligned model, median; repetitive: answers that go round in circles
+- perplexity: of all answers under the aligned model, median, not taken where every weight was trained; repetitive:
+  answers that go round in circles
 - drift: share of the update outside the 64 aligned directions
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's;
   -mixed: from the shipped ones and HarmBench's; -mixed-half: from the shipped ones and every second of HarmBench's
 - {DEFAULT} is the default, and "the default" in the pictures
-- own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; mix-N: N % of refusals
+- own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; answers-N: as many of those in
+  the direction file, by `axolotl asft answers`; mix-N: N % of refusals
+- full: every weight is trained, without LoRA
 - budget-B: `max_drift` B on the weights; safelora-N: Safe LoRA's projection of the N % of layers that are least alike;
   safelora-half: half of what it takes out, of all layers
-- a method whose name ends in -long trains three epochs instead of one; one with -lr-R, at a learning rate of R instead
-  of {settings["training"]["learning_rate"]:g}
+- a method whose name ends in -long trains three epochs instead of one, -twice two; one with -lr-R, at a learning rate
+  of R instead of {settings["training"]["learning_rate"]:g}
 """
 
 
