@@ -80,9 +80,10 @@ def _steps(lines: list[Line]) -> list[str]:
 
 
 def _penalty(line: Line) -> str:
-    """All that is added where nothing is asked; of a step with the anchor, where both were timed."""
-    anchored = line["what"].partition(", and the anchor")[1]
-    return _ms(line.get("penalty", line["added"])) if "penalty" in line or not anchored else ""
+    """All that is added where nothing is asked; of an anchored step it is known where both were timed."""
+    if "penalty" not in line and ", and the anchor" in line["what"]:
+        return ""
+    return _ms(line.get("penalty", line["added"]))
 
 
 def _alone(lines: list[Line]) -> list[str]:
