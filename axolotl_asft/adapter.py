@@ -1,6 +1,7 @@
 """The penalty over the LoRA layers of a PEFT model, matched to directions by whole name."""
 
 import os
+from dataclasses import replace
 
 import torch
 from accelerate.utils import broadcast
@@ -111,19 +112,27 @@ class AlignmentPenalty:
     def refuse_changed(self, model: nn.Module) -> None:
         """Refuse a model whose trainable weights are not those that were matched when this was made.
 
+        Frozen LoRA layers too: a checkpoint that was loaded since may have brought what an earlier run taught them.
+        Under on_uncovered="warn" or "ignore" those are counted among the uncovered.
+
         Raises:
-            AsftError: it names one; they would train without the constraint.
+            AsftError: it names one; it would change the model without the constraint.
         """
-        found = trainable_lora_layers(model)
-        others = {_steady(name) for name in other_trainable_parameters(model, found)}
-        new = [layer.name for layer in found if (id(layer.layer), layer.adapter) not in self._matched]
+        trained = trainable_lora_layers(model)
+        others = {_steady(name) for name in other_trainable_parameters(model, trained)}
+        new = [layer.name for layer in trained if (id(layer.layer), layer.adapter) not in self._matched]
         new += sorted(others - self._others)
-        if new or len(found) != len(self._matched):
+        if new or len(trained) != len(self._matched):
             what = f"{len(new)} other weights train (first {new[0]})" if new else "LoRA layers no longer train"
             raise AsftError(
                 f"{what} than when the constraint was attached, which would go unconstrained; attach it to the "
                 "complete model, right before train()"
             )
+        now = match(model, self.direction, self.metric, self.modules)
+        late = [name for name in now.frozen if name not in self.match.frozen]
+        report_gaps(replace(now, uncovered={}, others=[], frozen=late), self.metric, self.on_uncovered)
+        self.match = replace(self.match, frozen=[*self.match.frozen, *late])
+        self.uncovered += len(late)
 
     def start_alike(self, device: torch.device) -> None:
         """Several processes: where an initialisation took a part out, all measure from that of the first."""

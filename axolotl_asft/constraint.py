@@ -114,23 +114,7 @@ class Constraint:
 
     def settings(self) -> dict[str, Any]:
         """The constraint in plain values."""
-        direction = self.penalty.direction
-        return {
-            "direction": direction.spec["aligned"]["id"],
-            "direction_sha256": direction.sha256,
-            "lambda_reg": self.lambda_reg,
-            "projector": self.penalty.projector,
-            "rank": self.penalty.rank,
-            "metric": self.penalty.metric,
-            "max_drift": self.max_drift,
-            "anchor_weight": self.anchor_weight,
-            "lora_scaling": self.penalty.lora_scaling,
-            "modules": self.penalty.modules,
-            "on_uncovered": self.penalty.on_uncovered,
-            "layers": len(self.penalty.layers),
-            "uncovered": self.penalty.uncovered,
-            "version": __version__,
-        }
+        return settings_of(self.penalty, self.lambda_reg, self.max_drift, self.anchor_weight)
 
     def stamp(self, report: DriftReport | None = None) -> dict[str, Any]:
         """What a saved adapter says of the constraint that it was trained under.
@@ -207,6 +191,7 @@ class Constraint:
         self._is_trained = True
         assert self.trainer.model is not None
         self.penalty.refuse_changed(self.trainer.model)
+        self._refuse_masked_gradients()
         state, arguments = self.trainer.state, self.trainer.args
         if self.max_drift is not None:
             refuse_switching(self.trainer.optimizer)
@@ -222,8 +207,9 @@ class Constraint:
         if self._anchor is not None:
             self._anchor.begin()
         if self.trainer.is_world_process_zero():
-            header = {"trainer": type(self.trainer).__name__, "engine": engine(self.trainer), "device": _device()}
-            self.history.header |= header | {"processes": arguments.world_size}
+            header: dict[str, Any] = {"trainer": type(self.trainer).__name__, "engine": engine(self.trainer)}
+            header |= {"device": _device(), "processes": arguments.world_size, "constraint": self.settings()}
+            self.history.header |= header
             self.history.begin(arguments.output_dir or ".", state.global_step, state.max_steps, state.log_history)
 
     def check_step(self) -> None:
@@ -259,6 +245,18 @@ class Constraint:
             self._anchor.measure()
         self._final_stamp = self.stamp(report)
 
+    def _refuse_masked_gradients(self) -> None:
+        """What is added after the backward pass, or shortened after the step, would pass a hook on the gradient by."""
+        if self.lambda_reg == 0 and self.max_drift is None:
+            return
+        for layer in self.penalty.layers:
+            if layer.A._backward_hooks or layer.B._backward_hooks:
+                raise AsftError(
+                    f"{layer.name}: a hook changes the gradient of its LoRA factors, as a slice such as [0:8] in "
+                    "unfrozen_parameters does, and the constraint would move what that keeps frozen; leave the slice "
+                    "out, or set lambda_reg: 0 and no max_drift"
+                )
+
     def _say_where_it_starts(self) -> None:
         """An adapter that was trained before brings what it learned then, under whatever."""
         # measured by every process, and not where a run goes on
@@ -268,6 +266,28 @@ class Constraint:
                 "not cover how it was made, but the constraint applies to all of it",
                 norm,
             )
+
+
+def settings_of(
+    penalty: AlignmentPenalty, lambda_reg: float, max_drift: float | None, anchor_weight: float
+) -> dict[str, Any]:
+    """A constraint of these in plain values."""
+    return {
+        "direction": penalty.direction.spec["aligned"]["id"],
+        "direction_sha256": penalty.direction.sha256,
+        "lambda_reg": lambda_reg,
+        "projector": penalty.projector,
+        "rank": penalty.rank,
+        "metric": penalty.metric,
+        "max_drift": max_drift,
+        "anchor_weight": anchor_weight,
+        "lora_scaling": penalty.lora_scaling,
+        "modules": penalty.modules,
+        "on_uncovered": penalty.on_uncovered,
+        "layers": len(penalty.layers),
+        "uncovered": penalty.uncovered,
+        "version": __version__,
+    }
 
 
 class _EveryStepConstrained(TrainerCallback):

@@ -1,6 +1,7 @@
 """LoRA layers of one shape as batched products: their directions stacked once, their penalty a few calls for all."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,19 @@ from axolotl_asft.sharding import add_to_gradients, overwrite, whole
 TEMPORARY_BYTES = 24 * 2**20
 # On a GPU launches take longer than the arithmetic, and what the backward pass took is free again by then.
 TEMPORARY_BYTES_ON_GPU = 128 * 2**20
+
+
+@contextmanager
+def in_full_precision() -> Iterator[None]:
+    """fp32 products in fp32, where a run allows TF32: (I - C) B is a difference, often of nearly equal numbers."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"  # torch 2.8 has the latter alone
+    before = getattr(matmul, name)
+    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ class LayerGroup:
             add_to_gradients(parameters, own * gradients)
         return value.sum()
 
+    @in_full_precision()
     def squared_norms(self) -> Tensor:
         """(g, 3): ||(I - C) dW||^2, ||dW||^2 and ||Y^T (I - C) dW X||^2 of every layer."""
         A, B = (factor.float() for factor in self.update())
@@ -124,6 +139,7 @@ class LayerGroup:
         squared = scaling[:, None] ** 2 if isinstance(scaling, Tensor) else scaling**2
         return squared * torch.stack([off, squared_norm(B, A), measured], dim=1)
 
+    @in_full_precision()
     def shorten(self, max_drift: float) -> Tensor:
         """Bring ||Y^T (I - C) dW X|| down to max_drift ||Y^T d X||; (g,) factors, 1 where it is below already.
 

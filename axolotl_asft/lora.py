@@ -7,6 +7,7 @@ from typing import cast
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.initialisation import ADDED_TO_THE_WEIGHT, takes_out
@@ -111,7 +112,10 @@ def frozen_lora_layers(model: nn.Module, trained: Collection[str]) -> list[str]:
 
 
 def _is_used(B: Tensor) -> bool:
-    return not B.is_meta and bool(B.detach().any())
+    if B.is_meta:
+        return False
+    B = B.full_tensor() if isinstance(B, DTensor) else B  # of which FSDP2 leaves each process a part
+    return bool(B.detach().any())
 
 
 def plain_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:

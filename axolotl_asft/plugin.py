@@ -21,6 +21,8 @@ from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_misspelt_block, refuse_strays
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.interruption import StampOnInterrupt
+from axolotl_asft.report.drawing import INSTALL
+from axolotl_asft.startup import is_installed
 from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import written_config
@@ -63,12 +65,19 @@ class AsftPlugin(BasePlugin):
         if cfg.get("asft") is None:
             raise AsftError("plugins: lists asft, but the config has no asft: block; add it, or take the plugin out")
         block = parse_block(cfg["asft"])
+        if not is_installed():
+            LOG.warning(
+                "AsFT: Python did not read axolotl_asft.pth, as under pip's --target or with the package on PYTHONPATH "
+                "alone: this run is constrained, but one whose plugins: line is missing or misspelt would not be "
+                "stopped; install axolotl-asft into the environment itself"
+            )
         refuse_strays(cfg, AxolotlInputConfig.model_fields)
         if sum(name in OUR_NAMES for name in cfg.get("plugins") or []) > 1:
             raise AsftError("plugins: lists asft more than once; list it once")
         if cfg.get("adapter") not in ADAPTERS:
             raise AsftError(
-                f"adapter is {cfg.get('adapter')!r}; the constraint needs LoRA: set adapter: qlora or adapter: lora"
+                f"adapter is {cfg.get('adapter') or 'not set'}; the constraint needs LoRA: set adapter: qlora or "
+                "adapter: lora (for full fine-tuning there is `axolotl asft answers`)"
             )
         for key, instead in REFUSED_KEYS.items():
             if cfg.get(key) not in (None, False):  # axolotl obeys an empty block
@@ -138,7 +147,7 @@ class AsftPlugin(BasePlugin):
             return
         by_hand = f"axolotl asft report {cfg.output_dir}"
         if importlib.util.find_spec("matplotlib") is None:
-            LOG.info("no report is drawn without matplotlib: pip install 'axolotl-asft[report]', then %s", by_hand)
+            LOG.info("no report is drawn without matplotlib: %s, then %s", INSTALL, by_hand)
             return
         try:
             from axolotl_asft.report import write

@@ -53,8 +53,13 @@ class _Finder:
         return spec
 
 
+def is_installed():
+    """Whether the finder is on the meta path."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
 def install():
     """Put the finder first on the meta path, once."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if is_installed():
         return
     sys.meta_path.insert(0, _Finder())

@@ -512,3 +512,50 @@ def test_early_stopping_and_the_best_model(pair, rows, direction, tmp_path):
     assert stamp["update_norm"] == pytest.approx(constraint.report().update_norm, rel=1e-5)
     best = json.loads((Path(trainer.state.best_model_checkpoint) / "adapter_config.json").read_text())["asft"]
     assert stamp["update_norm"] == pytest.approx(best["update_norm"], rel=1e-5)
+
+
+def _train_only(trainer, part):
+    """As `unfrozen_parameters` leaves an adapter that begins at B = 0."""
+    for name, weight in trainer.model.named_parameters():
+        if "lora_" in name:
+            weight.requires_grad_(part in name)
+        if "lora_B" in name:
+            weight.data.zero_()
+
+
+@pytest.mark.parametrize("on_uncovered", ["error", "warn"])
+def test_a_checkpoint_brings_what_another_part_learned(pair, rows, direction, tmp_path, caplog, on_uncovered):
+    """The layers that train now are not those that trained before, and are frozen at what they learned."""
+    first = make_trainer(pair, rows, tmp_path, save_strategy="steps", save_steps=3, save_only_model=True)
+    _train_only(first, "layers.0")
+    attach(first, direction, LAMBDA)
+    first.train()
+    second = make_trainer(pair, rows, tmp_path / "second", max_steps=4)
+    _train_only(second, "layers.1")
+    constraint = attach(second, direction, LAMBDA, on_uncovered=on_uncovered)
+    assert constraint.settings()["uncovered"] == 0
+    checkpoint = str(tmp_path / "checkpoint-3")
+    text = "7 LoRA layers do not train but still change the model"
+    if on_uncovered == "error":
+        with pytest.raises(AsftError, match=text):
+            second.train(resume_from_checkpoint=checkpoint)
+        return
+    second.train(resume_from_checkpoint=checkpoint)
+    assert text in caplog.text
+    second.save_model()
+    assert read_stamp(tmp_path / "second")["uncovered"] == 7
+
+
+@pytest.mark.parametrize("strength", [{"lambda_reg": LAMBDA}, {"max_drift": 0.5}, {"lambda_reg": 0}])
+def test_a_hook_that_keeps_rows_frozen_is_refused(pair, rows, direction, tmp_path, strength):
+    """axolotl freezes a slice of `unfrozen_parameters` by a hook, which a gradient that is added later would pass."""
+    from axolotl.utils.freeze import freeze_layers_except
+
+    trainer = make_trainer(pair, rows, tmp_path)
+    freeze_layers_except(trainer.model, [r"[a-zA-Z_0-9.]+lora_A[a-z.]+$[0:2]", r"[a-zA-Z_0-9.]+lora_B"])
+    attach(trainer, direction, **strength)
+    if strength == {"lambda_reg": 0}:
+        trainer.train()
+        return
+    with pytest.raises(AsftError, match="a hook changes the gradient of its LoRA factors"):
+        trainer.train()

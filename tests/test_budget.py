@@ -4,12 +4,12 @@ import logging
 
 import pytest
 import torch
-from lora_models import lora_model, untouched
+from lora_models import lora_model, shake, untouched
 from schedulefree import AdamWScheduleFree
 from trainers import lora_weights, make_trainer, training_lines
 from transformers import TrainerCallback
 
-from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction
+from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction, layer_groups
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
 from axolotl_asft.penalty import projector_eigenvalues
@@ -242,3 +242,27 @@ def test_weights_in_half_precision_may_round_past_it(pair, rows, direction, tmp_
     trainer.train()
     assert constraint.report().max_drift > 1.01e-4
     assert constraint.trained().stamp["max_drift"] == 1e-4
+
+
+def test_it_is_measured_and_kept_without_tf32(pair, direction, monkeypatch):
+    """(I - C) B is a difference of nearly equal numbers where the update lies along the direction."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    allowed, before = ("tf32" if name == "fp32_precision" else True), getattr(matmul, name)
+    seen, orthogonal_part = [], layer_groups.orthogonal_part
+
+    def look(*factors):
+        seen.append(getattr(matmul, name))
+        return orthogonal_part(*factors)
+
+    monkeypatch.setattr(layer_groups, "orthogonal_part", look)
+    penalty = AlignmentPenalty(shake(lora_model(pair[1])), direction)
+    setattr(matmul, name, allowed)
+    try:
+        penalty.measure()
+        penalty.shorten(0.1)
+        assert len(seen) > 1
+        assert allowed not in seen
+        assert getattr(matmul, name) == allowed
+    finally:
+        setattr(matmul, name, before)

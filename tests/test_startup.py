@@ -148,3 +148,21 @@ def test_our_commands_leave_standard_output_to_programs(direction_file):
     command = [sys.executable, "-m", "axolotl.cli.main", "asft", "inspect", str(direction_file), "--json"]
     result = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
     assert len(json.loads(result.stdout)["modules"]) == 14
+
+
+def test_a_run_without_the_hook_hears_of_it(monkeypatch, caplog, pair, direction_file):
+    """Under --target and PYTHONPATH the .pth line is not read: the plugin works, what guards other runs does not."""
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_asft import AsftPlugin
+    from axolotl_asft.startup import _Finder
+
+    cfg = DictDefault({
+        "base_model": str(pair[1]), "adapter": "lora", "plugins": ["axolotl_asft.AsftPlugin"],
+        "asft": {"direction": str(direction_file)},
+    })  # fmt: skip
+    AsftPlugin().register(cfg)
+    assert "did not read axolotl_asft.pth" not in caplog.text
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, _Finder)])
+    AsftPlugin().register(cfg)
+    assert "did not read axolotl_asft.pth" in caplog.text
