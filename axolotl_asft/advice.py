@@ -13,6 +13,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.guard import OUR_NAMES
 from axolotl_asft.hub import hub_file, is_commit
 from axolotl_asft.penalty import projector_eigenvalues
+from axolotl_asft.spec import own_answers_in
 from axolotl_asft.strengths import WEIGHTS_ALONE, Strengths
 
 # The lambdas that benchmarks/ has results for, metric by metric; ten times beyond them is worth a word.
@@ -55,7 +56,7 @@ def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenal
         )
     if strength.anchor_weight > 0:
         unasked = ", since the direction file holds the answers" if block.anchor_weight is None else ""
-        asked = tokens_asked(penalty.direction.spec.get("own_answers", []))
+        asked = tokens_asked(own_answers_in(penalty.direction.spec))
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
             f"anchor_weight {strength.anchor_weight:g}{unasked}: at every step {TEXTS} of the aligned model's stored "

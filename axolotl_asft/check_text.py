@@ -44,6 +44,7 @@ def _direction_lines(check: Check) -> list[tuple[str, str]]:
     pinned = "pinned" if found["pinned"] else "not pinned (direction_sha256)"
     weights = {
         "agree": "agree with the base model's files",
+        "differ": "differ from the direction's, or cannot be compared with it: see the errors below",
         "not here": "not on this machine: the run compares them when it loads the model",
         "not asked": "not compared, here or in the run: verify_model is false",
     }

@@ -13,6 +13,7 @@ from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import frozen_by_budget, refused_of_continued, refused_of_taken_out
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
+from axolotl_asft.constraint import settings_of
 from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
@@ -21,16 +22,19 @@ from axolotl_asft.guard import refuse_misspelt_block
 from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, trainable_lora_layers
+from axolotl_asft.resuming import refuse_other_constraint
 from axolotl_asft.run_config import (
     dataset_templates,
     lora_model,
     missed_plugins,
     missed_targets,
     missing_templates,
+    resumed_from,
     run_processor,
     run_tokenizer,
     validated_config,
 )
+from axolotl_asft.spec import own_answers_in
 from axolotl_asft.strengths import strengths
 from axolotl_asft.templates import template_warnings, text_tokenizer
 from axolotl_asft.verify import verify_checkpoint
@@ -149,8 +153,11 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         budget=block.max_drift is not None,
         log_every=max(1, int(cfg.logging_steps or 500)),
         taken_out=takes_out(initialisation),
-        anchor_tokens=tokens_asked(direction.spec.get("own_answers", [])) if strength.anchor_weight > 0 else 0,
+        anchor_tokens=tokens_asked(own_answers_in(direction.spec)) if strength.anchor_weight > 0 else 0,
     )
+    if (checkpoint := resumed_from(cfg)) is not None:
+        asked = settings_of(penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight)
+        _try(check, lambda: _refuse_checkpoint(Path(checkpoint), asked))
     check.settings = advice.in_plain_words(block, strength, penalty, cfg)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
     check.warnings += frozen_by_budget(penalty, strength.max_drift)
@@ -197,6 +204,15 @@ def _cached(location: str, revision: str | None, files: tuple[str, ...]) -> bool
     return wanted is None or any(cached_folder(replace(wanted, revision=revision), [name]) for name in files)
 
 
+def _refuse_checkpoint(checkpoint: Path, asked: dict[str, Any]) -> None:
+    if not checkpoint.is_dir():
+        raise AsftError(
+            f"resume_from_checkpoint: there is no folder {checkpoint} (seen from {Path.cwd()}); give one that a run of "
+            "this config saved"
+        )
+    refuse_other_constraint(checkpoint, asked)
+
+
 def _direction(check: Check, block: AsftArgs) -> AlignmentDirection:
     wanted, file = hub_file(block.direction), direction_path(block.direction)
     direction = AlignmentDirection.load(file, block.direction_sha256)
@@ -223,8 +239,9 @@ def _compare_weights(check: Check, block: AsftArgs, direction: AlignmentDirectio
     if not block.verify_model:
         return
     folder = _folder(cfg)
-    if folder is not None and verify_checkpoint(direction, str(folder)):
-        check.direction["weights"] = "agree"
+    if folder is not None:
+        check.direction["weights"] = "differ"  # if this is the last that is heard of it
+        check.direction["weights"] = "agree" if verify_checkpoint(direction, str(folder)) else "not here"
 
 
 def _folder(cfg: Any) -> Path | None:

@@ -17,6 +17,7 @@ from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.config import normalize_config, prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.freeze import freeze_layers_except, freeze_mm_modules
+from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from torch import nn
@@ -142,6 +143,11 @@ def run_processor(cfg: DictDefault, tokenizer: Any) -> None:
     if cfg.is_multimodal:
         with _in_one_line(f"axolotl cannot load the processor of {cfg.processor_config}, a model that reads images"):
             load_processor(cfg, tokenizer)
+
+
+def resumed_from(cfg: DictDefault) -> str | None:
+    """The checkpoint that the run would go on from, of its own accord too; None: it begins anew."""
+    return determine_last_checkpoint(cfg)
 
 
 def missed_plugins(cfg: DictDefault) -> list[str]:

@@ -118,7 +118,7 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"adapter": None, "load_in_4bit": None}, "set adapter: qlora or adapter: lora"),
         ({}, {"peft_use_dora": True}, "peft_use_dora is not supported"),
         ({}, {"relora": True}, "relora is not supported"),
-        ({}, {"deepspeed": "ds.json"}, "ds.json cannot be read as JSON"),
+        ({}, {"deepspeed": "ds.json"}, "there is no file ds.json"),
         ({}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed's ZeRO-3 is not supported"),
         ({"max_drift": 0.1}, {"deepspeed": {"zero_optimization": {"stage": 1}}}, "max_drift is not supported under"),
         ({}, {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "FSDP1 is not supported"),
@@ -479,6 +479,30 @@ def test_weights_that_are_not_compared(checked, pair, tmp_path):
         shutil.copy(pair[1] / name, tmp_path / "bare" / name)
     status, found = checked(base_model=tmp_path / "bare")
     assert (status, found["direction"]["weights"]) == (0, "not here")
+
+
+def test_weights_that_differ(checked, pair):
+    status, found = checked(base_model=pair[0])
+    assert (status, found["direction"]["weights"]) == (2, "differ")
+    assert "this direction was extracted for another model" in found["errors"][0]
+
+
+def test_a_checkpoint_to_go_on_from(checked, direction_file, tmp_path):
+    """What ends the run after its model is loaded is said here: no such folder, no constraint, or another one."""
+    status, found = checked(resume_from_checkpoint=str(tmp_path / "nothing"))
+    assert (status, len(found["errors"])) == (2, 1)
+    assert found["errors"][0].startswith(f"resume_from_checkpoint: there is no folder {tmp_path / 'nothing'}")
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    named, by_itself = {"resume_from_checkpoint": str(checkpoint)}, {"auto_resume_from_checkpoints": True}
+    for changes in (named, by_itself):
+        errors = checked(**changes)[1]["errors"]
+        assert ["was trained without the constraint" in error for error in errors] == [True]
+    held = AlignmentDirection.load(direction_file).sha256
+    (checkpoint / "adapter_config.json").write_text(json.dumps({"asft": {"direction_sha256": held, "lambda_reg": 7}}))
+    assert "was trained under lambda_reg 7, and this run asks for" in checked(**named)[1]["errors"][0]
+    assert checked({"lambda_reg": 7}, **named)[:1] == (0,)
 
 
 def test_a_model_folder_without_a_tokenizer(checked, pair, tmp_path):
