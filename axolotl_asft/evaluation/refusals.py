@@ -44,7 +44,6 @@ _FENCE = "```"
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
 # but a digit of its own before the stop numbers what follows: "1. Open", "Step 1: open"
 _SENTENCE_END = re.compile(r"(?<!\b\d)[.!?:;]+(?=\s|$|[\"'*_)\]])|\n\s*\n|[。:;!?](?=[^\x00-\x7f])|。")
-_THIS_SENTENCE_AND_THE_NEXT = re.compile(r"[^.]*\.?[^.]*\.?")  # of an opening
 _SPEAKER = re.compile(r"(?<=\n)\w+:[ \t]+\S[^\n]*")  # "ANNA: ...", not on the first line
 
 
@@ -106,10 +105,10 @@ class RefusalPhrases:
         return declined
 
     def _goes_on_anyway(self, opening: str, end: int) -> bool:
-        """Whether the sentence of a statement that ends here, or the next one, takes the statement back."""
-        reach = _THIS_SENTENCE_AND_THE_NEXT.match(opening, end)
-        turns = self.goes_on.finditer(opening, end, reach.end() if reach else end)
-        return any(not self._points_elsewhere(opening, end, turn.start()) for turn in turns)
+        """Whether what follows a statement that ends here takes it back."""
+        return any(
+            not self._points_elsewhere(opening, end, turn.start()) for turn in self.goes_on.finditer(opening, end)
+        )
 
     def _only_disclaims(self, opening: str, start: int) -> bool:
         """Whether the statement that starts here disclaims something ("I don't condone it"), and an answer follows."""
