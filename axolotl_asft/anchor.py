@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.quiet import without_adapter, without_noise
+from axolotl_asft.spec import own_answers_in
 from axolotl_asft.templates import text_tokenizer
 
 TEXTS = 8  # answers a step
@@ -203,13 +204,13 @@ def own_answers_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     Raises:
         AsftError: it keeps none.
     """
-    kept = spec.get("own_answers")
+    kept = own_answers_in(spec)
     if not kept:
         raise AsftError(
             "anchor_weight needs the aligned model's own answers, which the direction file does not hold; make it "
             "again with `axolotl asft extract --metric fisher`, or set anchor_weight: 0"
         )
-    return [(request, answer) for request, answer in kept]
+    return kept
 
 
 def _encoded(tokenizer: Any, request: str, answer: str) -> tuple[list[int], int]:

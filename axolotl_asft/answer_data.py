@@ -17,8 +17,9 @@ def write_answers(turns: Sequence[tuple[str, str]], output: Path, lines: int | N
     The loss is the cross-entropy of the answer's tokens alone; the request is read as the aligned model read it.
 
     Args:
-        turns: (request with the chat template, answer), of a direction file: refusals and harmless ones in turns.
-        lines: the answers take turns until there are as many; None: each comes once.
+        turns: (request with the chat template, answer), of a direction file: refusals and harmless ones in turns, of
+            which the rarer kind comes several times.
+        lines: the turns are repeated until there are as many; None: all of them, each once.
 
     Raises:
         AsftError: there are no turns.

@@ -1,4 +1,4 @@
-"""`axolotl asft check`, `recipes` and `schema`: the commands about configs. Heavy modules are imported inside them."""
+"""`axolotl asft check`, `recipes`, `schema`, `answers`: about configs and data. Heavy modules are imported inside."""
 
 import builtins
 import json
@@ -175,7 +175,7 @@ def schema(output: Path | None, force: bool) -> None:
     "--lines",
     type=click.IntRange(1),
     metavar="N",
-    help="Lines to write; the answers are repeated in turns.  [default: each answer once]",
+    help="Lines to write; the file's answers are repeated.  [default: as many as the file holds]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
@@ -193,17 +193,18 @@ def answers(file: str, output: Path, lines: int | None, force: bool, as_json: bo
     refuse_to_replace_file(output, force)
     from axolotl_asft.answer_data import TYPE, write_answers
     from axolotl_asft.direction import AlignmentDirection
-    from axolotl_asft.evaluation.refusals import is_refusal
+    from axolotl_asft.spec import own_answers_in
+    from axolotl_asft.summary import declining
+    from axolotl_asft.yaml_config import scalar
 
-    turns = AlignmentDirection.load(file).spec.get("own_answers", [])
-    count = write_answers(turns, output, lines)
-    declining = sum(is_refusal(answer) for _, answer in turns)
+    turns = own_answers_in(AlignmentDirection.load(file).spec)
+    count, no = write_answers(turns, output, lines), declining(turns)
     if as_json:
-        click.echo(json.dumps({"file": str(output), "lines": count, "answers": len(turns), "declining": declining}))
+        click.echo(json.dumps({"file": str(output), "lines": count, "answers": len(turns), "declining": no}))
         return
     click.echo(
-        f"{output}: {count} lines of {len(turns)} answers, {declining} of which decline\n\n"
-        f"Use it, beside your own data:\n  datasets:\n    - path: {output}\n      type: {TYPE}"
+        f"{output}: {count} lines of {len(turns)} answers, {no} of which decline\n\n"
+        f"Use it, beside your own data:\n  datasets:\n    - path: {scalar(output)}\n      type: {TYPE}"
     )
 
 

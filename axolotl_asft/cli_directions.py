@@ -10,7 +10,7 @@ import click
 
 from axolotl_asft.console import stages
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import refuse_to_replace_file, writable_folder
+from axolotl_asft.files import refuse_to_replace_file
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
 OF_A_METRIC = ("prompts", "metric_rank", "metric_energy", "load_in_4bit", "batch_size")
@@ -172,32 +172,23 @@ def extract(
     if output.suffix != ".safetensors":
         raise AsftError(f"--output is {output}; expected a name that ends in .safetensors")
     refuse_to_replace_file(output, force)
-    from axolotl_asft.devices import devices_named
-    from axolotl_asft.direction import refuse_to_replace_weights
     from axolotl_asft.extract import extract_direction
-    from axolotl_asft.rank_rule import rank_rule
+    from axolotl_asft.partial import ASKED, partial_folder
     from axolotl_asft.summary import recommended, summary, summary_table
+    from axolotl_asft.yaml_config import scalar
 
-    refuse_to_replace_weights(output)
-    asked: dict[str, Any] = {}
-    if metric_names:
-        if options["aligned"] is None:
-            raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
+    aligned, partial = options["aligned"], partial_folder(output)
+    if metric_names and aligned is None:
+        raise AsftError("--metric is taken from the aligned model; merge the adapter and give --aligned")
+
+    def ask() -> tuple[Any, Any]:
         from axolotl_asft.evaluation.kept_metrics import asked_once
         from axolotl_asft.hub import model_folder
-        from axolotl_asft.partial import ASKED, check_partial, partial_folder
-        from axolotl_asft.sources import open_source
 
-        # what is wrong with the options and the pair is said before the model is asked for minutes
-        rank_rule(options["rank"], options["tolerance"], options["energy"], options["max_rank"])
-        devices_named(device or "cpu")
-        open_source(options["base"], options["aligned"], options["adapter"], list(modules) or None)
-        writable_folder(output.parent)
-        check_partial(output)
         with stages(show=not as_json) as stage:
             found = asked_once(
-                partial_folder(output) / ASKED,
-                str(model_folder(options["aligned"])),
+                partial / ASKED,
+                str(model_folder(aligned)),
                 metric_names,
                 prompts,
                 rank=metric_rank,
@@ -207,22 +198,24 @@ def extract(
                 batch_size=batch_size,
                 stage=stage,
             )
-        asked = {"metrics": found.metrics, "own_answers": found.own_answers}
+        return found.metrics, found.own_answers
+
+    options |= {"modules": list(modules) or None, "device": device or "cpu", "metrics": ask if metric_names else ()}
     show = sys.stderr.isatty() and not as_json
     try:
-        direction = extract_direction(
-            modules=list(modules) or None, device=device or "cpu", progress=show, output=output, **asked, **options
-        )
+        direction = extract_direction(progress=show, output=output, **options)
     except KeyboardInterrupt:
-        click.echo(f"\n{output}.partial holds what is done; the same command resumes there", err=True)
+        kept = f"{partial} holds what is done; the same command resumes there"
+        nothing = "nothing is finished that could be kept; the same command begins again"
+        click.echo(f"\n{kept if partial.exists() else nothing}", err=True)
         raise
-    result = summary(direction, output, direction.sha256)
+    result = summary(direction, output)
     if as_json:
         click.echo(json.dumps(result))
     else:
         click.echo(summary_table(result))
-        settings = textwrap.indent(recommended(result), "  ")
-        click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {output}\n{settings}".rstrip())
+        settings = textwrap.indent(recommended(direction.spec), "  ")
+        click.echo(f"\nUse it:\n  plugins: [asft]\n  asft:\n    direction: {scalar(output)}\n{settings}".rstrip())
         if not settings:
             click.echo(f"\n{WEIGHTS_ALONE}")
 
@@ -244,6 +237,7 @@ def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
     """
     from axolotl_asft.direction import AlignmentDirection
     from axolotl_asft.hub import direction_path
+    from axolotl_asft.report.drawing import need_matplotlib
     from axolotl_asft.summary import module_table, summary, summary_table
 
     if plot is not None and plot.suffix.lower() != ".png":
@@ -251,15 +245,16 @@ def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
     path = direction_path(file)
     direction = AlignmentDirection.load(path)
     if plot is not None:
-        try:
-            from axolotl_asft.spectra_chart import draw_spectra
-        except ImportError as error:
-            raise AsftError("--plot needs matplotlib; pip install matplotlib") from error
+        need_matplotlib("--plot")
+        from axolotl_asft.spectra_chart import draw_spectra
+
         draw_spectra(direction, plot)
-    result = summary(direction, path, direction.sha256)
+    result = summary(direction, path)
     if as_json:
         click.echo(json.dumps(result))
         return
+    if plot is not None:
+        click.echo(f"{plot}\n")
     click.echo(summary_table(result))
     if modules:
         click.echo("\n" + module_table(result))

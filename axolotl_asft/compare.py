@@ -21,6 +21,7 @@ def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, 
     Two random spans of k directions among `out` have k / out. The cosine is that of s^2-weighted spans, tr(C C') over
     ||C|| ||C'|| with C = U diag(s^2) U^T: 1 where `paper` projectors agree up to scale.
 
+    `reverse` says whether each file's base is the other's aligned model, by the sha256 of their weights.
     `same_aligned_weights` is of the shared layers, by their fingerprints; None where a file has none of them.
 
     Raises:
@@ -41,6 +42,7 @@ def compare(first: AlignmentDirection, second: AlignmentDirection) -> dict[str, 
     return {
         "files": [_origin(first), _origin(second)],
         "same": first.sha256 is not None and first.sha256 == second.sha256,
+        "reverse": None not in _hashes(first) and _hashes(first) == _hashes(second)[::-1],
         "same_aligned_weights": _same_weights(_blocks(first), _blocks(second), shared),
         "shared": len(shared),
         "only_in_first": [name for name in first.modules if name not in shared],
@@ -89,6 +91,10 @@ def _origin(direction: AlignmentDirection) -> dict[str, Any]:
     }
 
 
+def _hashes(direction: AlignmentDirection) -> list[str | None]:
+    return [direction.spec[side].get("sha256") for side in ("base", "aligned")]
+
+
 def _blocks(direction: AlignmentDirection) -> dict[str, str]:
     """Module -> the kept block of the aligned model's weight; {} where there are none that can be read here."""
     kept = direction.spec["aligned"].get("fingerprint")
@@ -125,6 +131,8 @@ def comparison_text(result: dict[str, Any], modules: bool) -> str:
     ]
     if result["same"]:
         lines.append("The files are the same, byte by byte.")
+    if result["reverse"]:
+        lines.append("One is the reverse of the other: in one of them --base and --aligned were swapped.")
     if modules:
         width = max(len(module["name"]) for module in result["modules"])
         lines += ["", f"{'module':<{width}}  {'overlap':>7}  {'angle':>6}  {'cosine':>6}  {'||d||':>9}  {'||d||':>9}"]

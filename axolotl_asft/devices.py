@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def devices_named(text: str) -> list[str]:
-    """`cpu`; `cuda`, which is every GPU that torch sees; `cuda:1`; or several of them, with commas.
+    """`cpu`; `cuda`, which is every GPU that torch sees; `cuda:1`; or several of them, with commas. A GPU comes once.
 
     Raises:
         AsftError: another kind of device, or a GPU that torch does not see.
@@ -31,7 +31,8 @@ def devices_named(text: str) -> list[str]:
         seen = torch.cuda.device_count()
         if int(index or 0) >= seen:
             raise AsftError(f"device is {text!r}, but torch sees {seen or 'no'} GPU{'s' * (seen > 1)} here; use cpu")
-        devices += [f"cuda:{index}"] if index else [f"cuda:{number}" for number in range(seen)]
+        gpus = [int(index)] if index else range(seen)
+        devices += [gpu for number in gpus if (gpu := f"cuda:{number}") not in devices]
     return devices
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from axolotl_asft.checkpoint import dtype_named
 from axolotl_asft.devices import devices_named, spread
 from axolotl_asft.direction import AlignmentDirection, Metric, ModuleDirection
 from axolotl_asft.errors import AsftError
+from axolotl_asft.hub import hub_model
 from axolotl_asft.metrics import LayerMetric, ModelMetric
 from axolotl_asft.partial import Parts
 from axolotl_asft.rank_rule import rank_rule
@@ -30,6 +31,7 @@ LOG = logging.getLogger("axolotl.asft")
 DEFAULT_RANK = 64
 DEFAULT_TOLERANCE = 0.01
 SVD = {"exact_up_to": EXACT_UP_TO, "oversampling": OVERSAMPLING, "power_iterations": POWER_ITERATIONS}
+Ask = Callable[[], tuple[Sequence[ModelMetric], Sequence[tuple[str, str]]]]  # gives metrics and own answers
 UNUSUAL = 0.4  # of ||W||: alignment changes a few percent of a large model, of the demo's small one 29
 
 
@@ -69,7 +71,7 @@ def extract_direction(
     modules: list[str] | None = None,
     dtype: str = "bfloat16",
     keep_v: bool = False,
-    metrics: Sequence[ModelMetric] = (),
+    metrics: Sequence[ModelMetric] | Ask = (),
     own_answers: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     device: str = "cpu",
@@ -94,7 +96,8 @@ def extract_direction(
         dtype: data type of the stored vectors: "bfloat16", "float16" or "float32".
         keep_v: keep the right singular vectors too.
         metrics: metrics of the aligned model on safety prompts (`axolotl_asft.metrics`), stored for metric="fisher" and
-            metric="activations".
+            metric="activations". Or what asks the model for them and for its own answers, called when nothing else is
+            wrong and no other extraction can begin on `output`.
         own_answers: pairs (request as the aligned model reads it, its answer), stored for anchor_weight; from
             `axolotl_asft.evaluation.safety_metrics`, like the metrics.
         seed: seed of the randomised SVD; the same inputs and seed give the same direction.
@@ -105,27 +108,37 @@ def extract_direction(
         AsftError: a checkpoint that cannot be read, a pair that does not fit together, non-finite weights, or
             no difference at all.
     """
-    recipe = {
-        "rank": rank_rule(rank, tolerance, energy, max_rank),
-        "svd": SVD | {"seed": seed},
-        **({"metrics": {m.name: {"answers": m.answers, "scale": m.scale} for m in metrics}} if metrics else {}),
-        **({"own_answers": [list(turn) for turn in own_answers]} if own_answers else {}),
-        "tool": f"axolotl-asft {__version__}",
-    }
-    devices = devices_named(device)
+    rule, devices = rank_rule(rank, tolerance, energy, max_rank), devices_named(device)
     settings = _Settings(rank, tolerance, energy, max_rank, dtype_named(dtype), keep_v, seed)
     source = open_source(base, aligned, adapter, modules)
-    _check_metrics(metrics, source.names)
-    if fault := fault_of_texts(source.entries) or fault_of_own_answers(recipe.get("own_answers", [])):
-        raise AsftError(f"the direction file would have {fault}")
-    if output is None:
-        return _extract(source, settings, recipe, metrics, None, devices, progress)
-    stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
-    identity = recipe | source.entries | stored | {"torch": torch.__version__}
-    with Parts.open(Path(output), source.names, identity) as parts:
+    _refuse(fault_of_texts(source.entries))
+    with nullcontext() if output is None else Parts.open(Path(output), source.names) as parts:
+        if callable(metrics):
+            metrics, own_answers = metrics()
+            if aligned is not None and hub_model(aligned) is not None:
+                source = open_source(base, aligned, adapter, modules)  # now it is in the Hub's cache
+        turns = [list(turn) for turn in own_answers]
+        recipe = {
+            "rank": rule,
+            "svd": SVD | {"seed": seed},
+            **({"metrics": {m.name: {"answers": m.answers, "scale": m.scale} for m in metrics}} if metrics else {}),
+            **({"own_answers": turns} if turns else {}),
+            "tool": f"axolotl-asft {__version__}",
+        }
+        _check_metrics(metrics, source.names)
+        _refuse(fault_of_own_answers(turns))
+        if output is None or parts is None:
+            return _extract(source, settings, recipe, metrics, None, devices, progress)
+        stored = {"dtype": dtype, "keep_v": keep_v, "device": device, "metrics": _digest(metrics)}
+        parts.resume(recipe | source.entries | stored | {"modules": source.names, "torch": torch.__version__})
         _extract(source, settings, recipe, metrics, parts, devices, progress).save(output)
         parts.remove()
     return AlignmentDirection.load(Path(output))
+
+
+def _refuse(fault: str | None) -> None:
+    if fault:
+        raise AsftError(f"the direction file would have {fault}")
 
 
 def _extract(

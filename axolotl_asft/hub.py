@@ -265,10 +265,7 @@ def hub_errors(wanted: HubFile, sending: bool = False) -> Iterator[None]:
             f"{wanted.repo} has no revision {wanted.revision}; give a branch, tag or commit of it"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise WorkFailed(
-            f"{wanted} is not in the Hub's cache, and the Hub cannot be reached, or HF_HUB_OFFLINE is set; "
-            "load it once while online"
-        ) from error
+        raise _not_here(wanted) from error
     except errors.RemoteEntryNotFoundError as error:
         raise AsftError(
             f"{wanted.repo} has no file {wanted.file}{_others(wanted)}; name the file: {wanted.repo}:FILE"
@@ -286,9 +283,19 @@ def hub_errors(wanted: HubFile, sending: bool = False) -> Iterator[None]:
             raise WorkFailed(
                 f"{wanted.repo}: the upload to the Hub failed ({_first_line(error.__cause__ or error)}); try again"
             ) from error
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            raise _not_here(wanted) from error
         raise WorkFailed(
-            f"{wanted} cannot be downloaded ({_first_line(error)}); try again, what is there is kept"
+            f"{wanted} cannot be downloaded ({_first_line(error)}), and nothing here is called {wanted.repo}; check "
+            "the name, or try again: what was downloaded is kept"
         ) from error
+
+
+def _not_here(wanted: HubFile) -> WorkFailed:
+    return WorkFailed(
+        f"{wanted} is not in the Hub's cache, nothing here is called {wanted.repo}, and the Hub cannot be reached, or "
+        "HF_HUB_OFFLINE is set; load it once while online, or check the path"
+    )
 
 
 def _of_the_connection(error: RuntimeError) -> bool:

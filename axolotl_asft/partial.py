@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, refuse_to_replace_weights
 from axolotl_asft.errors import AsftError
-from axolotl_asft.files import atomic_write_text, locked, refuse_to_replace_file, writable_folder
+from axolotl_asft.files import atomic_write_text, locked, read_json, refuse_to_replace_file, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -42,30 +42,33 @@ class Parts(Mapping[str, ModuleDirection]):
         self._lock = _taken(folder)
 
     @classmethod
-    def open(cls, output: Path, names: list[str], settings: dict[str, Any]) -> "Parts":
-        """The work folder of an output: with what is in it, if that is of the same settings, else emptied.
-
-        Args:
-            settings: JSON of all that the result depends on, but for the weights themselves.
+    def open(cls, output: Path, names: list[str]) -> "Parts":
+        """The work folder of an output, whatever is in it: `resume` looks.
 
         Raises:
             AsftError: see `Parts`; the output is a folder, or a model's weights.
         """
         refuse_to_replace_file(output, force=True)
         refuse_to_replace_weights(output)
-        parts = cls(partial_folder(output), names)
-        previous, found = parts._settings(), list(parts.folder.glob("[0-9]*.safetensors"))
+        return cls(partial_folder(output), names)
+
+    def resume(self, settings: dict[str, Any]) -> None:
+        """Go on with the layers in the folder, if they are of the same settings; else they are deleted.
+
+        Args:
+            settings: JSON of all that the result depends on, but for the weights themselves.
+        """
+        previous, found = self._settings(), list(self.folder.glob("[0-9]*.safetensors"))
         if previous == settings:
             if found:
-                LOG.warning("resuming in %s: %d of %d layers are done", parts.folder, len(found), len(names))
-            return parts
+                LOG.warning("resuming in %s: %d of %d layers are done", self.folder, len(found), len(self))
+            return
         if found:
             other = ", ".join(sorted(key for key in previous | settings if previous.get(key) != settings.get(key)))
-            LOG.warning("%s is from an extraction with another %s; starting afresh", parts.folder, other)
+            LOG.warning("%s is from an extraction that differs in %s; starting afresh", self.folder, other)
         for path in found:
             path.unlink()
-        atomic_write_text(parts.folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
-        return parts
+        atomic_write_text(self.folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
     def finished(self, name: str, models: Mapping[str, Any]) -> AlignmentDirection | None:
         """The layer as it was written, if it was made from the same weights: what the spec says of the models."""
@@ -92,15 +95,16 @@ class Parts(Mapping[str, ModuleDirection]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None and not any(self.folder.glob("*.safetensors")):
+            self.remove()  # nothing is finished
         self._lock.close()
 
     def _settings(self) -> dict[str, Any]:
         """Of what is in the folder; empty where that is not known."""
         try:
-            found = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.folder / SETTINGS, "start afresh")
+        except AsftError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     def __getitem__(self, name: str) -> ModuleDirection:
         return AlignmentDirection.load(self._paths[name]).modules[name]
@@ -110,17 +114,6 @@ class Parts(Mapping[str, ModuleDirection]):
 
     def __len__(self) -> int:
         return len(self._paths)
-
-
-def check_partial(output: Path) -> None:
-    """Say before any long work what `Parts` would say of the folder.
-
-    Raises:
-        AsftError: see there.
-    """
-    folder = partial_folder(output)
-    if folder.exists():
-        _taken(folder).close()
 
 
 def _taken(folder: Path) -> TextIO:

@@ -9,7 +9,8 @@ from typing import Any
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.hub import DIRECTION_FILE, HubFile, hub_errors
-from axolotl_asft.summary import recommended, summary
+from axolotl_asft.spec import own_answers_in
+from axolotl_asft.summary import model_text, ranks_text, recommended, summary
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -83,7 +84,7 @@ def push_direction(
         operations = [CommitOperationAdd(name, str(path))]
         if card is not None:
             operations.append(CommitOperationAdd(CARD, card.encode()))
-        if turns := len(direction.spec.get("own_answers", [])):
+        if turns := len(own_answers_in(direction.spec)):
             LOG.warning("the file holds %s; see them with `axolotl asft inspect %s --json`", _turns(turns), path)
         commit = api.create_commit(repo, operations, commit_message=message)
     pinned = HubFile(repo, file=None if name == DIRECTION_FILE else name).at(commit.oid)
@@ -94,16 +95,15 @@ def direction_card(
     direction: AlignmentDirection, path: Path, repo: str, name: str = DIRECTION_FILE, license: str | None = None
 ) -> str:
     """The card of a direction's repository, in Markdown with the Hub's front matter."""
-    found = summary(direction, path, direction.sha256)
+    found = summary(direction, path)
     location = HubFile(repo, file=None if name == DIRECTION_FILE else name)
     where = location.repo + (f":{location.file}" if location.file else "")
     aligned, base = found["aligned"], found["base"]
     metrics = ", ".join(f"`{metric}`" for metric in ("weights", *found["metrics"]))
-    ranks = sorted({module["k"] for module in found["modules"]})
     rows = [
-        ("aligned model", _model(aligned)),
-        ("base model", _model(base)),
-        ("layers", f"{len(found['modules'])}, {ranks[0]} to {ranks[-1]} directions each"),
+        ("aligned model", model_text(aligned)),
+        ("base model", model_text(base)),
+        ("layers", ranks_text(found)),
         ("size of the difference", f"{found['norm']:.4g}, {found['relative_norm'] or 0:.2%} of the weights'"),
         ("energy in the stored directions", f"{found['energy']:.1%}"),
         ("error bound of the `paper` penalty", f"{found['max_bound']:.3g} of the squared update, worst layer"),
@@ -121,7 +121,7 @@ def direction_card(
         "(AsFT, [arXiv 2506.08473](https://arxiv.org/abs/2506.08473)).\n\n"
         "```bash\npip install axolotl-asft\n```\n\nand in the config of a LoRA or QLoRA run whose `base_model` is the "
         f"aligned model:\n\n```yaml\nplugins: [asft]\nasft:\n  direction: {where}\n"
-        f"  direction_sha256: {found['sha256']}\n{recommended(found)}```\n\n| | |\n| --- | --- |\n{table}\n\n"
+        f"  direction_sha256: {found['sha256']}\n{recommended(direction.spec)}```\n\n| | |\n| --- | --- |\n{table}\n\n"
         f"{_spectrum(found['modules'])}\n{END}\n"
     )
 
@@ -145,12 +145,6 @@ def _spectrum(modules: list[dict[str, Any]]) -> str:
         for m in largest
     ]
     return "\n".join(lines)
-
-
-def _model(entry: dict[str, Any]) -> str:
-    revision = f" at {entry['revision']}" if entry.get("revision") else ""
-    weights = f"weights sha256 `{entry['sha256'][:12]}`" if entry.get("sha256") else entry.get("read_as")
-    return f"{entry['id']}{revision} ({weights})"
 
 
 def _turns(count: int) -> str:

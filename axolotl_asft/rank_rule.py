@@ -7,7 +7,7 @@ from axolotl_asft.errors import AsftError
 
 def rank_rule(rank: int | str | None, tolerance: float, energy: float | None, max_rank: int | None) -> dict[str, Any]:
     """The rule that chooses k, as the spec says it; refuses one that is none."""
-    if rank != "full" and rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank != "full" and rank is not None and (type(rank) is not int or rank < 1):
         raise AsftError(f"rank is {rank!r}; expected a positive number, 'full', or None with a tolerance or an energy")
     if rank is not None and (energy is not None or max_rank is not None):
         raise AsftError(f"rank is {rank!r}; energy and max_rank go with rank None (auto)")

@@ -10,7 +10,7 @@ from axolotl_asft.args import parse_block
 from axolotl_asft.errors import AsftError, did_you_mean
 from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
 from axolotl_asft.hub import hub_file
-from axolotl_asft.yaml_config import read_config, read_text
+from axolotl_asft.yaml_config import read_config, read_text, scalar
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def with_direction(text: str, direction: str, sha256: str | None = None) -> str:
         if key is None:
             lines.append(line)
         elif key[2] == "direction":
-            lines.append(f"{key[1]}direction: {_scalar(direction)}")
+            lines.append(f"{key[1]}direction: {scalar(direction)}")
             lines += [f"{key[1]}direction_sha256: {sha256.lower()}"] if sha256 else []
             done = True
     assert done, "a recipe has an asft block with a direction; a test holds it"
@@ -132,13 +132,6 @@ def _with_its_making(text: str, direction: str) -> str:
         text = re.sub(r"-o \S+\.safetensors$", lambda _: f"-o {shlex.quote(direction)}", text, count=1, flags=re.M)
     lead = f"# The direction of this copy: {direction}\n# How to make one"
     return text.replace("# Make the direction once", lead, 1)
-
-
-def _scalar(text: str) -> str:
-    """A text as YAML writes it in a line, quoted where it has to be."""
-    import yaml
-
-    return yaml.safe_dump({"": text}, width=10**6, allow_unicode=True).partition(": ")[2].strip()
 
 
 def _title(path: Path) -> str:

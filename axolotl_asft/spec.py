@@ -3,7 +3,7 @@
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ def _texts(value: object) -> Iterator[str]:
             left += [*value, *value.values()]
         elif isinstance(value, list):
             left += value
+
+
+def own_answers_in(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the aligned model was asked and said itself, as (request, answer); nothing where the file keeps none."""
+    return [(request, answer) for request, answer in spec.get("own_answers", [])]
 
 
 def fault_of_own_answers(turns: object) -> str | None:

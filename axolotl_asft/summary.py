@@ -1,26 +1,27 @@
 """What a direction file holds, as plain data and as text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.penalty import projector_eigenvalues
+from axolotl_asft.spec import own_answers_in
 from axolotl_asft.strengths import strengths
 
 
-def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> dict[str, Any]:
+def summary(direction: AlignmentDirection, path: Path) -> dict[str, Any]:
     """Everything that `axolotl asft inspect --json` prints."""
-    spec = direction.spec
+    spec, turns = direction.spec, own_answers_in(direction.spec)
     modules = [_module_summary(direction, name) for name in direction.modules]
     captured = sum(m["energy"] * m["norm"] ** 2 for m in modules)
     total = sum(m["norm"] ** 2 for m in modules)
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
-        "sha256": sha256,
+        "sha256": direction.sha256,
         "base": {key: value for key, value in spec["base"].items() if key != "fingerprint"},
         "aligned": {key: value for key, value in spec["aligned"].items() if key != "fingerprint"},
         "relative_norm": spec.get("relative_norm"),
@@ -34,15 +35,20 @@ def summary(direction: AlignmentDirection, path: Path, sha256: str | None) -> di
         "metrics": {
             name: {**entry, "layers": _layers_with(direction, name)} for name, entry in spec.get("metrics", {}).items()
         },
-        "own_answers": spec.get("own_answers", []),
-        "own_answers_different": len(set(map(tuple, spec.get("own_answers", [])))),
-        "own_answers_declining": sum(is_refusal(answer) for _, answer in spec.get("own_answers", [])),
+        "own_answers": turns,
+        "own_answers_different": len(set(turns)),
+        "own_answers_declining": declining(turns),
         "rank": spec["rank"],
         "svd": spec["svd"],
         "tool": spec["tool"],
         "created": spec["created"],
         "modules": modules,
     }
+
+
+def declining(turns: Iterable[tuple[str, str]]) -> int:
+    """How many of the answers decline."""
+    return sum(is_refusal(answer) for _, answer in turns)
 
 
 def recommended(spec: Mapping[str, Any]) -> str:
@@ -81,15 +87,13 @@ def _module_summary(direction: AlignmentDirection, name: str) -> dict[str, Any]:
 
 def summary_table(result: dict[str, Any]) -> str:
     """The first lines of `axolotl asft inspect`."""
-    ranks = sorted({module["k"] for module in result["modules"]})
-    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     relative, layers = result["relative_norm"], len(result["modules"])
     lines = [
         ("file", f"{result['file']}, {size_text(result['bytes'])}"),
         ("sha256", result["sha256"]),
         ("base", model_text(result["base"])),
         ("aligned", model_text(result["aligned"])),
-        ("modules", f"{layers}, {rank} directions each"),
+        ("modules", ranks_text(result)),
         ("difference", f"||d|| = {result['norm']:.4g}" + (f", {relative:.2%} of ||W||" if relative else "")),
         ("energy", f"{result['energy']:.1%} of ||d||^2 in the stored directions"),
         ("error bound", f"at most {result['max_bound']:.3g} of ||dW||^2 (paper penalty, worst layer)"),
@@ -112,6 +116,13 @@ def module_table(result: dict[str, Any]) -> str:
             f"{m['energy']:>7.1%}  {m['bound']:>8.2g}"
         )
     return "\n".join(lines)
+
+
+def ranks_text(result: dict[str, Any]) -> str:
+    """How many modules, and how many directions each."""
+    ranks = sorted({module["k"] for module in result["modules"]})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"{len(result['modules'])}, {rank} direction{'s' * (ranks != [1])} each"
 
 
 def model_text(entry: dict[str, Any]) -> str:

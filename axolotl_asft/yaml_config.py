@@ -118,3 +118,10 @@ def written_config(cfg: Mapping[str, Any], arguments: Sequence[str]) -> dict[str
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """As JSON values."""
     return json.loads(json.dumps({str(key): item for key, item in value.items()}, default=str))
+
+
+def scalar(text: object) -> str:
+    """A text as YAML writes it in a line, quoted where it has to be."""
+    import yaml
+
+    return yaml.safe_dump({"": str(text)}, width=10**6, allow_unicode=True).partition(": ")[2].strip()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from datasets import load_from_disk
 from tiny import OWN_ANSWERS, make_tokenizer, write_config
@@ -26,6 +27,14 @@ def test_each_answer_once(anchored_file, tmp_path):
     assert written(tmp_path / "own.jsonl") == [tuple(turn) for turn in OWN_ANSWERS]
     assert f"own.jsonl: {len(OWN_ANSWERS)} lines of {len(OWN_ANSWERS)} answers, " in result.stdout
     assert f"      type: {TYPE}" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own: a #b.jsonl", "- own.jsonl"])
+def test_what_is_printed_is_yaml(anchored_file, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    printed = run(anchored_file, "-o", name).stdout.partition("Use it, beside your own data:\n")[2]
+    assert yaml.safe_load(printed) == {"datasets": [{"path": name, "type": TYPE}]}
+    assert ("- path: own.jsonl\n" in printed) == (name == "own.jsonl")
 
 
 @pytest.mark.parametrize("lines", [1, 50])

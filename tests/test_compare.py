@@ -101,6 +101,19 @@ def test_a_rounded_copy_is_the_same_model(pair, direction, tmp_path):
     assert compare(rounded, direction)["same_aligned_weights"]
 
 
+def test_a_pair_the_wrong_way_round(pair, direction):
+    swapped = extract_direction(*pair[::-1], rank=6, dtype="float32")
+    result = compare(direction, swapped)
+    assert result["reverse"]
+    assert "in one of them --base and --aligned were swapped." in comparison_text(result, modules=False)
+    unread = AlignmentDirection(
+        direction.modules, direction.spec | {s: {"id": "a", "sha256": None} for s in ("base", "aligned")}
+    )
+    for files in ((direction, direction), (direction, unread), (unread, unread)):
+        assert not compare(*files)["reverse"]
+        assert "swapped" not in comparison_text(compare(*files), modules=False)
+
+
 def test_nothing_shared(direction):
     renamed = AlignmentDirection({f"x.{name}": m for name, m in direction.modules.items()}, direction.spec)
     with pytest.raises(AsftError, match="the files share no layer"):

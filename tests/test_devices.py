@@ -95,6 +95,8 @@ def test_names():
         (3, "cuda", ["cuda:0", "cuda:1", "cuda:2"]),
         (3, "cuda:2", ["cuda:2"]),
         (3, "cuda:0,cuda:2", ["cuda:0", "cuda:2"]),
+        (2, "cuda:1,cuda", ["cuda:1", "cuda:0"]),
+        (2, "cuda:1,cuda:01", ["cuda:1"]),
         (0, "cuda", "torch sees no GPU here; use cpu"),
         (1, "cuda:1", "torch sees 1 GPU here; use cpu"),
         (2, "cuda:2", "torch sees 2 GPUs here; use cpu"),

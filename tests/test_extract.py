@@ -156,6 +156,8 @@ def test_refused_pairs(pair, tmp_path):
         extract_direction(quantized, aligned)
     with pytest.raises(AsftError, match="rank is 0"):
         extract_direction(base, aligned, rank=0)
+    with pytest.raises(AsftError, match="rank is True; expected a positive number"):
+        extract_direction(base, aligned, rank=True)
     with pytest.raises(AsftError, match="device is 'tpu'; expected cpu, cuda, or one GPU or more like cuda:0,cuda:1"):
         extract_direction(base, aligned, device="tpu")
     with pytest.raises(AsftError, match="dtype is 'int8'"):

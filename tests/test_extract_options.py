@@ -1,6 +1,7 @@
 """Options of `axolotl asft extract` that would do nothing: refused in a line, before any file is looked at."""
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from axolotl_asft.cli import asft
@@ -25,6 +26,15 @@ def test_an_option_that_would_do_nothing(options, tmp_path):
     arguments = ["--base", "/no/base", "--aligned", "/no/aligned", "-o", str(tmp_path / "d.safetensors")]
     refused = CliRunner().invoke(asft, ["extract", *arguments, *options.split()])
     assert (refused.exit_code, refused.stderr) == (2, f"asft: {MISTAKES[options]}\n")
+
+
+@pytest.mark.parametrize("name", ["d.safetensors", "a: b #c.safetensors"])
+def test_what_is_printed_is_yaml(pair, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--base", str(pair[0]), "--aligned", str(pair[1]), "-o", name, "--rank", "2"]
+    printed = CliRunner().invoke(asft, ["extract", *arguments]).stdout.partition("Use it:\n")[2]
+    assert yaml.safe_load(printed.partition("\n\n")[0]) == {"plugins": ["asft"], "asft": {"direction": name}}
+    assert ("direction: d.safetensors\n" in printed) == (name == "d.safetensors")
 
 
 @pytest.mark.parametrize(

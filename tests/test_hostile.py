@@ -81,7 +81,7 @@ def load(data, folder):
     except AsftError as error:
         message = str(error)
     else:
-        found = summary(direction, path, direction.sha256)
+        found = summary(direction, path)
         assert summary_table(found)
         assert module_table(found)
         assert direction_card(direction, path, "owner/name")

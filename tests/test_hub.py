@@ -15,7 +15,7 @@ from tiny import ENVIRONMENT, OWN_ANSWERS, axolotl, make_pair, write_config
 
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.errors import AsftError
-from axolotl_asft.hub import HubFile, direction_path, hub_file, hub_model
+from axolotl_asft.hub import HubFile, direction_path, hub_file, hub_model, weight_files
 from axolotl_asft.strengths import WEIGHTS_ALONE
 
 LOCATE = """
@@ -225,14 +225,20 @@ def test_no_hub_at_all(hub, environment, direction_file):
     found = locate("me/tiny-asft", environment, **away)
     assert found.returncode == 1
     assert "asft: me/tiny-asft:direction.safetensors cannot be downloaded (" in found.stderr
+    assert "), and nothing here is called me/tiny-asft; check the name, or try again: what was" in found.stderr
     assert "Traceback" not in found.stderr
     locate("me/tiny-asft", environment)
     assert content(locate("me/tiny-asft", environment, **away)) == direction_file.read_bytes(), "the cache serves"
 
 
+def test_a_mistyped_folder_while_offline():
+    with pytest.raises(AsftError, match="nothing here is called tiny/nope, and the Hub cannot be reached"):
+        weight_files(HubFile("tiny/nope"))
+
+
 def test_offline_and_never_loaded(environment):
     found = locate("me/tiny-asft", environment, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set; load it once while online" in found.stderr
+    assert "HF_HUB_OFFLINE is set; load it once while online, or check the path" in found.stderr
 
 
 PUSH = "import sys; from axolotl_asft.cli import asft; asft(sys.argv[1:])"
@@ -256,7 +262,8 @@ def test_push(hub, environment, direction_file, tmp_path):
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: axolotl-asft\nlicense: mit\ntags: [asft, ")
     assert f"  direction: me/new-asft\n  direction_sha256: {result['sha256']}\n" in card
-    assert "| aligned model | aligned (weights sha256 `" in card
+    assert "| aligned model | aligned  (weights sha256 " in card
+    assert "| layers | 14, 8 directions each |" in card
     assert str(tmp_path) not in card, "no word of the machine that made it"
     back = locate(result["direction"], environment)
     assert content(back) == direction_file.read_bytes()
@@ -562,3 +569,5 @@ def test_a_metric_of_a_model_on_the_hub(hub, environment, models, tmp_path):
     assert spec["metrics"]["activations"]["answers"] == 2
     cached = {path.parent.parent.parent.name for path in (tmp_path / "hf").rglob("*.safetensors")}
     assert cached == {"models--org--aligned"}
+    size = sum(path.stat().st_size for path in models[1].glob("*.safetensors"))
+    assert hub.bytes_sent("org/aligned/resolve") < size + 50_000, "no tensor twice"

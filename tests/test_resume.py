@@ -19,7 +19,9 @@ from tiny import child_environment, interruptible, make_pair
 from axolotl_asft import AlignmentDirection, extract_direction
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
+from axolotl_asft.evaluation.prompts import Prompt, load_prompts
 from axolotl_asft.partial import Parts
+from axolotl_asft.sources import open_source
 
 READY = """
 import sys
@@ -135,10 +137,17 @@ def test_other_settings_start_afresh(pair, tmp_path, monkeypatch, caplog):
     output = tmp_path / "d.safetensors"
     interrupted(pair, output, monkeypatch, rank=4)
     direction = extract_direction(*pair, rank=5, output=output)
-    assert caplog.messages == [f"{output}.partial is from an extraction with another rank; starting afresh"]
+    assert caplog.messages == [f"{output}.partial is from an extraction that differs in rank; starting afresh"]
     extract_direction(*pair, rank=5).save(tmp_path / "whole.safetensors")
     assert but_for_the_time(output) == but_for_the_time(tmp_path / "whole.safetensors")
     assert direction.sha256
+
+
+def test_other_modules_start_afresh(pair, tmp_path, monkeypatch, caplog):
+    output = tmp_path / "d.safetensors"
+    interrupted(pair, output, monkeypatch, rank=4)
+    extract_direction(*pair, rank=4, output=output, modules=["layers.0.mlp"])
+    assert caplog.messages == [f"{output}.partial is from an extraction that differs in modules; starting afresh"]
 
 
 @pytest.mark.parametrize("changed", ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"])
@@ -178,7 +187,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(pair, tmp_path):
 
 def test_one_process_at_a_time(pair, tmp_path):
     output = tmp_path / "d.safetensors"
-    with Parts.open(output, [], {}):
+    with Parts.open(output, []):
         second = started(pair, output)
         _, errors = second.communicate(timeout=60)
     assert second.returncode == 2
@@ -194,7 +203,7 @@ def test_killed_before_it_had_begun(pair, tmp_path):
     folder.mkdir()
     (folder / ".extraction.json.abc.tmp").write_text("{")
     (folder / ".00000.safetensors.abc.tmp").write_bytes(b"cut")
-    (folder / "extraction.json").write_text("{")
+    (folder / "extraction.json").write_text("[" * 100_000)
     extract_direction(*pair, rank=4, output=tmp_path / "d.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
@@ -287,6 +296,11 @@ def test_the_model_is_asked_once(with_metric, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("the cat sees a red dog\nthe dog says yes\n")
     assert asked_again(monkeypatch, with_metric), "another prompt in the same file"
     (tmp_path / "prompts.txt").write_text("the cat sees a red dog\nthe dog says no\n")
+    with monkeypatch.context() as patch:
+        others = {"borderline": [Prompt("the dog sees")]}
+        home = "axolotl_asft.evaluation.kept_metrics.load_prompts"
+        patch.setattr(home, lambda name, split: others.get(name) or load_prompts(name, split))
+        assert asked_again(monkeypatch, with_metric), "other harmless prompts of the same name"
     assert not asked_again(monkeypatch, with_metric)
     assert but_for_the_time(output) == uninterrupted
     assert not asked.parent.exists()
@@ -318,6 +332,31 @@ def test_a_folder_that_cannot_be_had_is_said_before_the_model_is_asked(with_metr
     with Parts(folder, ["a"]):
         assert not asked_again(monkeypatch, with_metric)
         assert "another extraction is running" in with_metric().output
+
+
+def test_while_the_model_is_asked_nobody_else_begins(with_metric, pair, tmp_path, monkeypatch):
+    """And what is cut short leaves nothing, and says so."""
+    output, opened = tmp_path / "d.safetensors", []
+
+    def ask(*args, **kwargs):
+        with pytest.raises(AsftError, match="another extraction is running in"):
+            Parts.open(output, [])
+        raise KeyboardInterrupt
+
+    def counted(*args):
+        opened.append(args)
+        return open_source(*args)
+
+    monkeypatch.setattr("axolotl_asft.evaluation.kept_metrics.safety_metrics", ask)
+    monkeypatch.setattr("axolotl_asft.extract.open_source", counted)
+    stopped = with_metric()
+    assert stopped.exit_code == 1
+    assert "nothing is finished that could be kept; the same command begins again\n" in stopped.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+    assert len(opened) == 1
+    monkeypatch.undo()
+    stopped_after_asking(monkeypatch, with_metric)
+    assert (tmp_path / "d.safetensors.partial" / "asked.safetensors").is_file()
 
 
 def test_no_room_for_what_was_asked(with_metric, tmp_path, monkeypatch, caplog):

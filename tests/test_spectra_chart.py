@@ -1,6 +1,7 @@
 """`axolotl asft inspect --plot`: a picture of any direction file, in the one size."""
 
 import struct
+import sys
 
 import pytest
 import torch
@@ -34,9 +35,20 @@ def test_the_command(direction_file, tmp_path):
     shown = CliRunner().invoke(asft, ["inspect", str(direction_file), "--no-modules", "--plot", str(picture)])
     assert shown.exit_code == 0, shown.output
     assert size_of(picture) == (2160, 750)
+    assert shown.stdout.startswith(f"{picture}\n\nfile ")
     refused = CliRunner().invoke(asft, ["inspect", str(direction_file), "--plot", str(tmp_path / "d.pdf")])
     assert refused.exit_code == 2
     assert refused.stderr.endswith("d.pdf; expected a name that ends in .png\n")
+
+
+def test_only_what_is_missing_is_called_missing(direction_file, tmp_path, monkeypatch):
+    """An import of ours that fails is a bug, with its traceback."""
+    arguments = ["inspect", str(direction_file), "--plot", str(tmp_path / "d.png")]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "axolotl_asft.spectra_chart", None)
+        assert isinstance(CliRunner().invoke(asft, arguments).exception, ImportError)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert CliRunner().invoke(asft, arguments).stderr.startswith("asft: --plot needs matplotlib; pip install ")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_answers_that_come_again_are_told(direction_file, tmp_path, answers, tex
     AlignmentDirection(direction.modules, {**direction.spec, "own_answers": answers}).save(path)
     assert f"own answers   {text}\n" in CliRunner().invoke(asft, ["inspect", str(path), "--no-modules"]).stdout
     different = len({request for request, _ in answers})
-    assert summary(AlignmentDirection.load(path), path, None)["own_answers_different"] == different
+    assert summary(AlignmentDirection.load(path), path)["own_answers_different"] == different
 
 
 @pytest.mark.parametrize("projected", [0, 1])
