@@ -13,6 +13,7 @@ from axolotl_asft.console import quieten_libraries, stages
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import without_nan
 from axolotl_asft.hub import hub_model
+from axolotl_asft.report.drawing import need_matplotlib
 from axolotl_asft.yaml_config import read_config, read_text
 
 AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does not say
@@ -152,7 +153,13 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
     if not chosen["model"]:
         raise AsftError("no model to evaluate; give --model, or a config with base_model")
     if not chosen["adapters"] and content.get("adapter"):
-        chosen["adapters"] = (str(content.get("output_dir") or AXOLOTL_OUTPUT),)
+        trained = Path(str(content.get("output_dir") or AXOLOTL_OUTPUT)).expanduser()
+        if not trained.is_dir():
+            raise AsftError(
+                f"there is no folder {trained} (output_dir of {config}; paths in a config are relative to where the "
+                "command runs); train first, or give --adapter"
+            )
+        chosen["adapters"] = (str(trained),)
     if chosen["load_in_4bit"] is None and content.get("load_in_8bit"):
         raise AsftError(
             f"{config} has load_in_8bit, which eval does not support; give --no-load-in-4bit, to evaluate the model in "
@@ -255,10 +262,12 @@ def landscape_command(
     found = verdict(points)
     picture = output / "landscape.png"
     try:
-        from axolotl_asft.evaluation.landscape_chart import draw_landscape
-    except ImportError:
-        click.echo("no picture: matplotlib is not installed (pip install matplotlib)", err=True)
+        need_matplotlib("the picture")
+    except AsftError as error:
+        click.echo(f"note: {error}", err=True)
     else:
+        from axolotl_asft.evaluation.landscape_chart import draw_landscape
+
         draw_landscape(points, picture, f"Around the aligned weights of {Path(model).name}")
     if as_json:
         plain = without_nan({"points": [asdict(point) for point in points], "verdict": asdict(found)})

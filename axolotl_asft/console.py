@@ -67,8 +67,9 @@ def stages(show: bool) -> Iterator[Stage]:
         def start(title: str, total: int) -> Callable[..., None]:
             for task in current:
                 progress.update(task, completed=progress.tasks[task].total)
-            current[:] = [progress.add_task(title, total=total)]
-            return lambda done=1: progress.advance(current[0], done)
+            started = progress.add_task(title, total=total)
+            current[:] = [started]
+            return lambda done=1: progress.advance(started, done)
 
         yield start
         for task in current:

@@ -24,13 +24,13 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     """Create or replace `path` with what `write(temporary)` leaves in a temporary file beside it.
 
     The temporary file is synced to disk and renamed over `path` in one step, so that a reader finds the old
-    file or the new one; if `write` raises, `path` stays as it was.
+    file or the new one; if `write` raises, `path` stays as it was. A link stays a link, to a new file.
 
     Raises:
         NotWritten: for an OSError of the system's, also in `write`.
     """
     try:
-        _atomic_write(Path(path), write)
+        _atomic_write(Path(os.path.realpath(path)), write)
     except OSError as error:
         if error.errno is None:
             raise  # not of the system: another library's way to say something
@@ -80,13 +80,41 @@ def read_json(path: Path, instead: str) -> dict[str, Any]:
         AsftError: no such file, no JSON, or no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        missing = f"file {path}" if path.parent.is_dir() else f"folder {path.parent}"
+        raise AsftError(f"there is no {missing}; {instead}") from error
+    except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else one_line(error)
         raise AsftError(f"{path} cannot be read as JSON ({why}); {instead}") from error
+    return json_object(text, path, instead)
+
+
+def json_object(text: str, place: str | Path, instead: str) -> dict[str, Any]:
+    """The keys of an object in JSON: of a file's text, or of a line of it.
+
+    Args:
+        place: where it stands, for the message.
+        instead: what to do where it is none.
+
+    Raises:
+        AsftError: no JSON, or no object.
+    """
+    content = json_value(text, place, instead)
     if not isinstance(content, dict):
-        raise AsftError(f"{path} holds no JSON object; {instead}")
+        raise AsftError(f"{place} holds no JSON object; {instead}")
     return content
+
+
+def json_value(text: str, place: str | Path, instead: str) -> Any:
+    """What JSON says; see `json_object`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = one_line(error)
+        if isinstance(error, json.JSONDecodeError) and error.lineno == 1:  # of what may be a later line of a file
+            why = f"{error.msg}, column {error.colno}"
+        raise AsftError(f"{place} cannot be read as JSON ({why}); {instead}") from error
 
 
 def without_nan(value: Any) -> Any:

@@ -208,7 +208,7 @@ def test_without_a_chat_template_the_advice_holds_for_every_command(thinker, tmp
     tokenizer.chat_template = None
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(AsftError, match="save one with the tokenizer, or give eval a --tokenizer folder"):
+    with pytest.raises(AsftError, match="save one with the tokenizer; eval, and no other command, can take one"):
         load_tokenizer(str(folder))
 
 

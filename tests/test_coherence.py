@@ -63,6 +63,12 @@ def test_ordinary_prose_says_next_to_nothing_twice():
         assert repetition(ORDINARY[kind]) < 0.05
 
 
+def test_empty_answers_are_counted_too(pair):
+    model, done = AutoModelForCausalLM.from_pretrained(pair[1]).eval(), []
+    log_likelihoods(model, make_tokenizer(), [("the cat", "sees"), ("a", ""), ("the", "")], 1, done.append)
+    assert done == [1, 1, 1]
+
+
 def test_of_tokens_that_the_model_lacks_nothing_is_said(pair):
     """The tokens of an adapter's training, under the model without it: not a median over what is left."""
     model, tokenizer, done = AutoModelForCausalLM.from_pretrained(pair[1]).eval(), make_tokenizer(), []

@@ -6,7 +6,7 @@ import torch
 from click.testing import CliRunner
 from safetensors import SafetensorError
 
-from axolotl_asft.console import OneLineErrors
+from axolotl_asft.console import OneLineErrors, stages
 from axolotl_asft.errors import AsftError, WorkFailed, did_you_mean, one_line
 
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -64,3 +64,14 @@ def test_errors_of_others_are_put_in_a_line():
 def test_a_suggestion_is_near_or_not_made():
     assert did_you_mean("lamda", ["rank", "lambda"]) == "did you mean lambda?"
     assert did_you_mean("nothing", iter(["rank", "lambda"]), "see the list") == "see the list"
+
+
+def test_each_stage_moves_its_own_bar(monkeypatch):
+    moved = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, done: moved.append((int(task), done)))
+    with stages(show=True) as stage:
+        first, second = stage("first", 3), stage("second", 3)
+        first(2)
+        second()
+    assert moved == [(0, 2), (1, 1)]

@@ -1,6 +1,8 @@
 """The demo: its data, its configs, and its effect."""
 
 import json
+import os
+import sys
 
 import pytest
 import yaml
@@ -9,8 +11,11 @@ from click.testing import CliRunner
 from axolotl_asft import AlignmentDirection
 from axolotl_asft.cli import asft
 from axolotl_asft.demo.configs import FineTuning, write_configs
+from axolotl_asft.demo.model import make_model, make_tokenizer
 from axolotl_asft.demo.prompts import COMPLIANCE, REFUSAL, make_data, vocabulary
+from axolotl_asft.demo.run import DemoResult, _train, _write_results
 from axolotl_asft.demo.score import is_refusal
+from axolotl_asft.evaluation.prompts import load_prompts
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -67,6 +72,37 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
     result = CliRunner().invoke(asft, ["demo", "--output", str(folder)])
     assert result.exit_code == 2
     assert "holds a demo with other settings" in result.stderr
+
+
+def test_the_model_takes_what_eval_asks_by_default():
+    """And its numbers do not depend on how much it takes: its positions are rotary."""
+    positions = make_model(make_tokenizer(), 0).config.max_position_embeddings
+    assert positions >= 128 + max(len(prompt.prompt) for prompt in load_prompts("harmful", "all"))
+
+
+def test_an_interrupt_of_the_demo_alone_ends_its_training(tmp_path, monkeypatch):
+    """Whatever bytes that has printed."""
+    trainer = tmp_path / "trainer"
+    trainer.write_text("#!/bin/sh\necho $$ > pid\nprintf \"\\377\\n{'loss': 1}\\n\"\nexec sleep 100\n")
+    trainer.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(trainer))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "plain.yml", 5, lambda title, total: interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert (tmp_path / "plain.log").read_text(encoding="utf-8").startswith("\ufffd\n")
+
+
+def test_without_matplotlib_there_is_a_line_in_place_of_the_picture(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with caplog.at_level("WARNING"):
+        _write_results(tmp_path, DemoResult((), FineTuning(), 1.0))
+    assert "results.png needs matplotlib; pip install 'axolotl-asft[report]'" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from tiny import make_pair, make_tokenizer
 
 from axolotl_asft.cli import asft
@@ -74,7 +75,7 @@ def test_a_limit_draws_the_same_prompts_every_time():
     ("source", "content", "message"),
     [
         ("set.jsonl", '{"a": 1}\n', "expected one of prompt, goal"),
-        ("set.jsonl", "[1]\n", "not a JSON object"),
+        ("set.jsonl", "[1]\n", "holds no JSON object"),
         ("set.jsonl", "{\n", "cannot be read"),
         ("set.txt", "\n\n", "holds no prompts"),
         ("set.parquet", "x", "expected .jsonl"),
@@ -285,10 +286,11 @@ def test_two_judges_of_one_folder_name_have_a_column_each():
     ]  # fmt: skip
 
 
-def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
+def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path, monkeypatch):
     """And writes beside the adapter, where the report looks."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     run, config = shutil.copytree(adapter, tmp_path / "tuned"), tmp_path / "config.yml"
-    config.write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: {run}\n")
+    config.write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: ~/tuned\n")
     arguments = ["eval", str(config), "--limit", "2", "--max-new-tokens", "4", "--json"]
     result = CliRunner().invoke(asft, arguments)
     assert result.exit_code == 0, result.output
@@ -304,7 +306,17 @@ def test_the_command_reads_an_axolotl_config(pair, adapter, tmp_path):
         (["--model", "nope"], "there is no folder nope here, and no such name on the Hub; give a folder, or owner/"),
         (["--model", "{model}", "--tokenizer", "nope"], "there is no folder nope here"),
         (["--model", "{model}", "--harmful", "p/nothere.txt"], "there is no file p/nothere.txt"),
-        (["--model", "{model}", "--adapter", "/no/adapter"], "not a PEFT adapter"),
+        (["--model", "{model}", "--adapter", "/no/adapter"], "there is no folder /no/adapter; give the folder of an"),
+        (["--model", "{model}", "--adapter", "{model}"], "is not a PEFT adapter"),
+        (
+            ["--model", "{model}", "--adapter", "{wide}"],
+            r"q_proj is \(\d+, \d+\) \(out, in\) in the adapter and \(\d+, \d+\) in the model; give the model that it",
+        ),
+        (["--model", "{model}", "--adapter", "{deep}"], "which has no layer model.layers.99.*; give the model that it"),
+        (
+            ["{config}"],
+            r"there is no folder not/here \(output_dir of .*config.yml; paths in a config are relative to where the",
+        ),
         (["--model", "{model}", "--harmful", "/no/set"], "no prompts at"),
         (["--model", "{model}", "--tasks", "no_such_task"], "no task 'no_such_task'"),
         (["--model", "{model}", "--judge", "no/such/judge"], "the judge no/such/judge cannot be loaded"),
@@ -330,7 +342,15 @@ def test_bad_usage_is_one_line(pair, adapter, tmp_path, arguments, message):
     shutil.copytree(adapter, tmp_path / "torn")
     (tmp_path / "torn" / "adapter_config.json").write_text('{"peft_type": ')
     (tmp_path / "torn" / "config.json").write_text("[]")
-    filled = [argument.format(model=pair[1], adapter=adapter, torn=tmp_path / "torn") for argument in arguments]
+    for name in ("wide", "deep"):  # adapters of other models
+        path = shutil.copytree(adapter, tmp_path / name) / "adapter_model.safetensors"
+        tensors = load_file(path)
+        if name == "wide":
+            tensors = {key: torch.cat([t, t], 1) if "q_proj.lora_A" in key else t for key, t in tensors.items()}
+        save_file({re.sub(r"layers\.1\.", "layers.99.", k) if name == "deep" else k: tensors[k] for k in tensors}, path)
+    (tmp_path / "config.yml").write_text(f"base_model: {pair[1]}\nadapter: lora\noutput_dir: not/here\n")
+    places = {name: tmp_path / name for name in ("torn", "wide", "deep")} | {"config": tmp_path / "config.yml"}
+    filled = [argument.format(model=pair[1], adapter=adapter, **places) for argument in arguments]
     result = CliRunner().invoke(asft, ["eval", "-o", str(tmp_path / "out"), *filled])
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
@@ -353,8 +373,11 @@ def test_an_adapter_of_a_larger_model_is_refused(tmp_path):
     small, large = (make_pair(tmp_path / str(layers), layers=layers)[1] for layers in (1, 2))
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(large), config).save_pretrained(tmp_path / "tuned")
-    with pytest.raises(AsftError, match="14 of its tensors have no counterpart"):
+    with pytest.raises(
+        AsftError, match=r"does not fit this model, which has no layer model.layers.1.mlp.down_proj; give"
+    ):
         evaluate(str(small), [str(tmp_path / "tuned")], tmp_path / "out", Questions(limit=1, max_new_tokens=2))
+    assert not (tmp_path / "out" / "model.json").exists(), "nothing was asked"
 
 
 @pytest.mark.parametrize(
@@ -516,9 +539,9 @@ def test_what_axolotl_leaves_is_an_adapter(pair, adapter, tmp_path):
 
 
 def test_a_file_of_somebody_else_is_not_overwritten(pair, tmp_path):
-    for content in ("[]", "{}", "{"):
+    for content in ("[]", '["key", "harmful"]', "{}", "{", "[" * 100_000):
         (tmp_path / "model.json").write_text(content)
-        with pytest.raises(AsftError, match="holds no answers of axolotl asft"):
+        with pytest.raises(AsftError, match=r"model.json (holds no|cannot be read as JSON).*; give another --output"):
             evaluate(str(pair[1]), [], tmp_path, Questions(limit=1, max_new_tokens=2))
         assert (tmp_path / "model.json").read_text() == content
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from axolotl_asft.errors import AsftError, WorkFailed
-from axolotl_asft.files import atomic_write, atomic_write_text, named_folder, refuse_to_replace_file, without_nan
+from axolotl_asft.files import (
+    atomic_write,
+    atomic_write_text,
+    named_folder,
+    read_json,
+    refuse_to_replace_file,
+    without_nan,
+)
 
 
 def test_writes_and_replaces(tmp_path):
@@ -38,6 +45,15 @@ def test_permissions_stay(tmp_path):
     path.chmod(0o640)
     atomic_write_text(path, "new")
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big/file.txt")
+    for text in ("one", "two"):
+        atomic_write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "big" / "file.txt").read_text() == text
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
@@ -92,3 +108,10 @@ def test_a_folder_with_or_without_a_name(tmp_path, monkeypatch):
 def test_json_has_no_number_that_is_not_finite():
     value = {"a": [1.5, math.nan, (True, -math.inf)], "b": {"c": math.inf, "d": None, "e": "nan"}, "f": 3}
     assert without_nan(value) == {"a": [1.5, None, [True, None]], "b": {"c": None, "d": None, "e": "nan"}, "f": 3}
+
+
+def test_a_file_that_is_missing_is_told_from_its_folder(tmp_path):
+    with pytest.raises(AsftError, match=f"^there is no file {tmp_path}/a.json; give one$"):
+        read_json(tmp_path / "a.json", "give one")
+    with pytest.raises(AsftError, match=f"^there is no folder {tmp_path}/gone; give one$"):
+        read_json(tmp_path / "gone" / "a.json", "give one")

@@ -398,9 +398,12 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
     other = CliRunner().invoke(asft, [*arguments, "--max-new-tokens", "7"])
     assert other.exit_code == 2
     assert "with other settings (" in other.stderr
-    (tmp_path / "out" / "landscape.json").write_text('{"settings"')
-    broken = CliRunner().invoke(asft, arguments)
-    assert (broken.exit_code, "holds no landscape" in broken.stderr) == (2, True)
+    odd = json.dumps(json.loads((tmp_path / "out" / "landscape.json").read_text()) | {"settings": [1]})
+    damaged = {odd: "holds no landscape"} | dict.fromkeys(('{"settings"', "[" * 100_000), "cannot be read as JSON")
+    for content, message in damaged.items():
+        (tmp_path / "out" / "landscape.json").write_text(content)
+        broken = CliRunner().invoke(asft, arguments)
+        assert (broken.exit_code, message in broken.stderr) == (2, True)
 
 
 def test_one_narrow_layer_does_not_stop_a_landscape(refusing_pair, tmp_path):

@@ -11,7 +11,7 @@ import axolotl_asft
 
 SOURCE = Path(axolotl_asft.__file__).parent
 ORDER = [
-    "errors", "files", "picture", "redaction", "yaml_config", "strengths", "evaluation.refusals",
+    "errors", "files", "report.drawing", "picture", "redaction", "yaml_config", "strengths", "evaluation.refusals",
     "evaluation.shares", "evaluation.task_scores",
     "penalty", "subspace", "moments", "naming", "hub", "tensor_files", "checkpoint", "fingerprint", "spec",
     "direction", "answer_data", "initialisation", "packing", "metrics", "lora", "matching", "saved",
@@ -24,7 +24,7 @@ ORDER = [
     "args", "schema", "guard", "registration", "startup", "run_config", "plugin", "summary", "spectra_chart",
     "compare", "publish", "console", "cost", "advice", "dry_run", "check_text", "recipes",
     "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.generating",
-    "evaluation.resizing", "evaluation.models",
+    "evaluation.fitting", "evaluation.resizing", "evaluation.models",
     "evaluation.coherence", "evaluation.judges", "evaluation.asking", "evaluation.kept", "evaluation.evaluate",
     "evaluation.basin", "evaluation.safety_metrics", "evaluation.kept_metrics", "evaluation.landscape",
     "evaluation.landscape_chart",

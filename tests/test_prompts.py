@@ -144,11 +144,15 @@ def test_a_file_that_is_not_there_is_no_dataset(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"prompt": }', "line 4, column 12: Expecting value"), ("[1]", "line 4 is not a JSON object")],
+    [
+        ('{"prompt": }', r"cannot be read as JSON \(Expecting value, column 12\)"),
+        ("[" * 100_000, r"cannot be read as JSON \(maximum recursion depth exceeded.*\)"),
+        ("[1]", "holds no JSON object"),
+    ],
 )
 def test_a_bad_line_is_told_by_its_number(tmp_path, line, message):
     (tmp_path / "set.jsonl").write_text(f'{{"prompt": "How?"}}\n\n \n{line}\n{{"prompt": "Who?"}}\n')
-    with pytest.raises(AsftError, match=rf"set.jsonl cannot be read as .jsonl \({message}\); give a file of prompts$"):
+    with pytest.raises(AsftError, match=rf"set.jsonl, line 4 {message}; give a file of prompts$"):
         texts(tmp_path / "set.jsonl")
 
 
@@ -167,6 +171,18 @@ def test_chats_of_a_file(tmp_path):
     ("content", "message"),
     [
         (b'\xef\xbb\xbf\n{"messages": []}', r"chats.jsonl, line 2: expected \{\"messages\": \[user, assistant\]\}$"),
+        (
+            b"[" * 100_000,
+            r"chats.jsonl, line 1 cannot be read as JSON .*; expected \{\"messages\": \[user, assistant\]\}$",
+        ),
+        (b'{"messages": 5}', r"chats.jsonl, line 1: expected \{\"messages\": \[user, assistant\]\}$"),
+        *(
+            (
+                json.dumps({"messages": [turn("user", said), turn("assistant", "So.")]}).encode(),
+                f"{shown}; expected a string$",
+            )
+            for said, shown in ((None, "the content of a message is null"), ([1], r"a message is \[1\]"))
+        ),
         (b"\xef\xbb\xbf\n", "chats.jsonl holds no chats; expected one JSON object per line$"),
         (b"\n\xff", r"chats.jsonl is not UTF-8 \(byte 2\); save it as UTF-8$"),
         (None, "chats.jsonl cannot be read: there is no file of that name; check the path$"),
@@ -184,3 +200,12 @@ def test_a_set_that_is_no_text(tmp_path, suffix):
     (tmp_path / f"set{suffix}").write_bytes("modèle".encode("latin-1"))
     with pytest.raises(AsftError, match=rf"^{tmp_path}/set{suffix} is not UTF-8 \(byte 4\); save it as UTF-8$"):
         texts(tmp_path / f"set{suffix}")
+
+
+def test_an_error_without_a_text_is_told_by_its_kind(monkeypatch):
+    def fail(*args, **options):
+        raise TimeoutError
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(AsftError, match=r"the dataset org/set cannot be loaded \(TimeoutError\)"):
+        texts("org/set")

@@ -290,7 +290,8 @@ def test_what_came_from_files_is_text(run, tmp_path):
     evaluation["rows"][0]["harmfulness"][HOSTILE] = shares(0.5)
     keep(run, evaluation)
     output = tmp_path / "hostile.html"
-    result = CliRunner().invoke(asft, ["report", str(run), "-o", str(output), "--compare", f"{HOSTILE}={run}"])
+    other = shutil.copytree(run, tmp_path / "other")
+    result = CliRunner().invoke(asft, ["report", str(run), "-o", str(output), "--compare", f"{HOSTILE}={other}"])
     assert result.exit_code == 0, result.output
     with browser() as tab:
         tab.open(output)
@@ -334,8 +335,10 @@ def test_a_page_of_what_there_is(run, direction_file, change, left_out):
 def test_a_checkpoint_is_told_from_a_run(run):
     checkpoint = Path(shutil.copytree(run, run.parent / "checkpoint-8")).rename(run / "checkpoint-8")
     (checkpoint / HISTORY_FILE).unlink()
-    (note,) = (note for note in gather(checkpoint).notes if "heat map" in note)
-    assert note.startswith(f"checkpoint-8 is a checkpoint; give {run.resolve()} for the whole run. The curves are")
+    with pytest.raises(
+        AsftError, match=f"checkpoint-8 is a checkpoint, which has no history; give .* {run.resolve()}$"
+    ):
+        gather(checkpoint)
     (run / HISTORY_FILE).unlink()
     (note,) = (note for note in gather(checkpoint).notes if "heat map" in note)
     assert note.startswith(f"No {HISTORY_FILE}: the run was trained by an earlier version")
@@ -359,7 +362,8 @@ def test_a_run_that_diverged(run, since):
     (run / KEPT).unlink()
     path = run / "adapter_model.safetensors"
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
-    result = CliRunner().invoke(asft, ["report", str(run), "--json", "--compare", f"again={run}"])
+    again = shutil.copytree(run, run.with_name("again"))
+    result = CliRunner().invoke(asft, ["report", str(run), "--json", "--compare", f"again={again}"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout, parse_constant=pytest.fail)
     assert found["finding"] == f"The training diverged: from step {since} on, the update is not finite"
@@ -666,9 +670,13 @@ def test_an_adapter_that_never_moved(run):
         (["run", "--compare", "x=gone"], "gone is not a folder"),
         (["run", "--compare", "=run"], "--compare is '=run'; expected a folder, or NAME=DIR"),
         (["run", "--compare", "a=run", "--compare", "a=run"], "names 'a' twice"),
-        (["run", "--eval", "gone.json"], "no file gone.json"),
+        (["run", "--compare", "run"], "--compare run=run is the run itself; give another run's folder"),
+        (
+            ["run", "--eval", "gone.json"],
+            "there is no file gone.json; give the results.json of `axolotl asft eval`, or its folder",
+        ),
         (["run", "--eval", "run/adapter_config.json"], "holds no results of `axolotl asft eval`"),
-        (["run", "--eval", "run/adapter_model.safetensors"], "is not readable JSON"),
+        (["run", "--eval", "run/adapter_model.safetensors"], "adapter_model.safetensors cannot be read as JSON"),
         (["run", "--direction", "gone.safetensors"], "no direction file at gone.safetensors"),
         (["run", "-o", "report.pdf"], "expected a name that ends in .html"),
         (["unstamped"], "was trained without the constraint"),

@@ -1,6 +1,7 @@
 """The stages of the demo, each resumable: what is finished with the same settings is not done again."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from axolotl_asft.demo.configs import FineTuning, write_configs
 from axolotl_asft.demo.prompts import REFUSAL, DemoData, Turn, make_data
 from axolotl_asft.errors import AsftError, WorkFailed
 from axolotl_asft.files import atomic_write_text, read_json
+from axolotl_asft.report.drawing import need_matplotlib
+
+LOG = logging.getLogger("axolotl.asft")
 
 BASE_STEPS, BASE_RATE = 400, 3e-3
 ALIGNED_STEPS, ALIGNED_RATE = 200, 1e-3
@@ -175,23 +179,25 @@ def _train(config: Path, steps: int, stage: Stage) -> None:
         return
     log = config.with_suffix(".log")
     command = [sys.executable, "-u", "-m", "axolotl.cli.main", "train", config.name, "--launcher", "python"]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=config.parent,
-            env={**os.environ, **OFFLINE},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **text}
+    with (
+        log.open("w", **text) as file,
+        subprocess.Popen(command, cwd=config.parent, env={**os.environ, **OFFLINE}, **output) as process,
+    ):
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith("{'loss'"):
-                for _ in range(5):  # logging_steps of the configs
-                    advance()
-    if process.wait():
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if line.startswith("{'loss'"):
+                    for _ in range(5):  # logging_steps of the configs
+                        advance()
+        except BaseException:  # an interrupt may have reached this process alone
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        last = [line for line in log.read_text(**text).splitlines() if line.strip()][-1:]
         raise WorkFailed(f"axolotl train {config.name} failed: {''.join(last)} (whole log: {log})")
     _finish(config.parent, name)
 
@@ -228,7 +234,10 @@ def _write_results(output: Path, result: DemoResult) -> None:
     atomic_write_text(output / "results.json", json.dumps(asdict(result), indent=2) + "\n")
     atomic_write_text(output / "results.md", table(result) + "\n")
     try:
-        from axolotl_asft.demo.chart import draw
-    except ImportError:
+        need_matplotlib("results.png")
+    except AsftError as error:
+        LOG.warning(error)
         return
+    from axolotl_asft.demo.chart import draw
+
     draw(result, output / "results.png")

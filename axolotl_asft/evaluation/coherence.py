@@ -72,6 +72,7 @@ def log_likelihoods(
             mask[row, : len(head) + len(tail)] = 1
             answered[row, len(head) : len(head) + len(tail)] = True
         if not answered.any():
+            advance(len(chunk))
             continue
         with within_memory(batch_size):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]

@@ -22,6 +22,7 @@ from axolotl_asft.evaluation.models import (
     Subject,
     adapted,
     changes_weights,
+    check_fits,
     check_model,
     chosen_device,
     load_model,
@@ -255,8 +256,15 @@ def _evaluate(
     stage: Stage,
 ) -> list[Row]:
     check_tasks(questions.tasks)
+
+    def load() -> Any:
+        loaded = load_model(model, questions.dtype, questions.load_in_4bit, device)
+        for subject in asked:  # before anything is asked
+            check_fits(loaded, subject)
+        return loaded
+
     run = _Run(
-        lambda: load_model(model, questions.dtype, questions.load_in_4bit, device),
+        load,
         questions,
         {place: _texts(place[1], questions) for place in questions.sets()},
         {name: _judge_key(name, questions) for name in questions.judges},

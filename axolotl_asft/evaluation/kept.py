@@ -14,7 +14,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asking import Answer
 from axolotl_asft.evaluation.judges import Way
 from axolotl_asft.evaluation.models import Subject, model_state
-from axolotl_asft.files import atomic_write_text, without_nan
+from axolotl_asft.files import atomic_write_text, read_json, without_nan
 from axolotl_asft.saved import adapter_config
 
 # Of adapter_config.json: our stamps, and what does not change what the model computes.
@@ -128,14 +128,9 @@ def hash_of(what: Any) -> str:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "key" not in content or "harmful" not in content:
-            raise ValueError("no answers")
-    except (ValueError, TypeError) as error:
-        raise AsftError(
-            f"{path} holds no answers of axolotl asft ({error}); give another --output, or delete it"
-        ) from error
+    content = read_json(path, "give another --output, or delete it")
+    if "key" not in content or "harmful" not in content:
+        raise AsftError(f"{path} holds no answers of axolotl asft; give another --output, or delete it")
     return content
 
 

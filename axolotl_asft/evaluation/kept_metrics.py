@@ -28,25 +28,28 @@ def asked_once(
     model: str,
     names: Sequence[str],
     prompts: str | Sequence[str] = "harmful",
+    harmless: str | None = "borderline",
     *,
     stage: Stage = silent,
     **how: Any,
 ) -> AskedModel:
-    """`safety_metrics(model, names, prompts, **how)`, kept in `path`, and taken from there where the same was asked.
+    """`safety_metrics(model, names, prompts, harmless, **how)`, kept in `path`, and taken from there where the same was
+    asked.
 
-    The same: the model's files, the prompts themselves, every argument, and the versions of the libraries. What cannot
-    be kept, for want of room say, costs a warning.
+    The same: the model's files, the texts of all prompts, every argument, and the versions of the libraries. What
+    cannot be kept, for want of room say, costs a warning.
 
     Args:
         model: a folder.
     """
-    asked = [prompt.prompt for each in sets_of(prompts) for prompt in load_prompts(each, "train")]
+    sets = sets_of(prompts), sets_of(harmless or ())
+    asked = [[prompt.prompt for each in part for prompt in load_prompts(each, "train")] for part in sets]
     key = hash_of([model, model_state(model), list(names), asked, how, installed_versions()])
     known = _read(path, key)
     if known is not None:
         stage("already measured by an earlier call", 1)(1)
         return known
-    found = safety_metrics(model, names, prompts, stage=stage, **how)
+    found = safety_metrics(model, names, prompts, harmless, stage=stage, **how)
     try:
         _write(path, key, found)
     except (OSError, SafetensorError) as error:

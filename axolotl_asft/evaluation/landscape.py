@@ -25,7 +25,7 @@ from axolotl_asft.evaluation.models import check_model, chosen_device, load_mode
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, without_nan, writable_folder
+from axolotl_asft.files import atomic_write_text, read_json, without_nan, writable_folder
 from axolotl_asft.sources import CheckpointPair
 from axolotl_asft.verify import verify_weights
 
@@ -300,9 +300,9 @@ def _kept(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Pairs] | None
     """The texts that were measured on, which a template with the date in it would not give again, and the points."""
     if not path.is_file():
         return None, []
+    content = read_json(path, "give another --output, or delete it")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kept = content["settings"]
+        kept = dict(content["settings"])
         texts = {name: [(asked, answer) for asked, answer in content["texts"][name]] for name in ("refusals", "task")}
         points = [_point(point) for point in content["points"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

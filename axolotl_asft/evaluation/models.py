@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
+from axolotl_asft.evaluation.fitting import check_complete, check_layers
 from axolotl_asft.evaluation.generating import only_special_tokens
 from axolotl_asft.evaluation.resizing import resized, saved_rows
 from axolotl_asft.files import named_folder, read_json
@@ -51,6 +52,8 @@ def subjects(adapters: list[str]) -> list[Subject]:
     found: list[Subject] = []
     for text in adapters:
         name, path = named_folder("--adapter", text)
+        if not path.is_dir():
+            raise AsftError(f"there is no folder {path}; give the folder of an adapter that was trained")
         if not (path / ADAPTER_CONFIG).is_file():
             raise AsftError(
                 f"{path} is not a PEFT adapter (no {ADAPTER_CONFIG} in it); give the folder that was trained"
@@ -210,7 +213,7 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
     if not tokenizer.chat_template:
         raise AsftError(
             f"the tokenizer of {source} has no chat template, so how the model was prompted in training is not known; "
-            "save one with the tokenizer, or give eval a --tokenizer folder that has one"
+            "save one with the tokenizer; eval, and no other command, can take one from elsewhere (--tokenizer DIR)"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -233,6 +236,13 @@ def within_memory(batch_size: int) -> Iterator[None]:
         ) from error
 
 
+def check_fits(model: Any, subject: Subject) -> None:
+    """Refuse an adapter of another model, told by its layers; see `check_layers`."""
+    if subject.adapter is not None:
+        with loading(f"{subject.adapter} does not fit this model"):
+            check_layers(model, subject.adapter)
+
+
 @contextlib.contextmanager
 def adapted(model: Any, subject: Subject) -> Iterator[Any]:
     """The model with the subject's adapter on it; without it afterwards, but see `changes_weights`."""
@@ -241,6 +251,7 @@ def adapted(model: Any, subject: Subject) -> Iterator[Any]:
         return
     # PEFT's own unload leaves fully trained modules (modules_to_save) in the model
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    check_fits(model, subject)
     with loading(f"{subject.adapter} does not fit this model"):
         rows = saved_rows(model, subject.adapter)
     with resized(model, rows):
@@ -259,7 +270,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
     # lm-eval ties the weights of what it is given, where PEFT's copies of them are apart
     peft_model.tie_weights = lambda *_, **__: None  # type: ignore[assignment]
-    _check_complete(peft_model, adapter)
+    check_complete(peft_model, adapter)
     return peft_model
 
 
@@ -310,19 +321,3 @@ def _shape(folder: Path) -> list[Any] | None:
     config = read_json(folder / "config.json", "give the folder of a model")
     config |= {**(config.get("text_config") or {}), "architectures": config.get("architectures")}
     return [config.get(key) for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")]
-
-
-def _check_complete(peft_model: Any, adapter: Path) -> None:
-    """PEFT only warns where an adapter has layers that the model lacks."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    loaded = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as tensors:
-        saved = {name for name in tensors.keys() if "lora_" in name}  # noqa: SIM118 - not iterable itself
-    differing = saved ^ {name for name in loaded if "lora_" in name}
-    if differing:
-        raise AsftError(
-            f"{adapter} does not fit this model: {len(differing)} of its tensors have no counterpart (first "
-            f"{min(differing)}); give the model that it was trained on"
-        )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.files import json_object, json_value
 from axolotl_asft.yaml_config import read_text
 
 DATA = Path(__file__).parent / "data"
@@ -19,6 +20,7 @@ ENCODING = "utf-8-sig"  # with or without the mark that Excel puts first
 # How the field's sets call the column, in the order of preference.
 COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "forbidden_prompt", "text", "messages")
 FILES = (".jsonl", ".json", ".csv", ".txt")
+INSTEAD = "give a file of prompts"
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,15 @@ def load_chats(path: Path) -> list[tuple[str, str]]:
     """
     turns = []
     for number, line in _lines(path):
+        place, expected = f"{path}, line {number}", 'expected {"messages": [user, assistant]}'
         try:
-            messages = json.loads(line)["messages"]
-            question = next(message["content"] for message in messages if message["role"] == "user")
-            answer = next(message["content"] for message in messages if message["role"] == "assistant")
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise AsftError(f'{path}, line {number}: expected {{"messages": [user, assistant]}}') from error
-        turns.append((str(question), str(answer)))
+            messages = json_object(line, place, expected)["messages"]
+            said = [next(turn["content"] for turn in messages if turn["role"] == who) for who in ("user", "assistant")]
+        except (KeyError, TypeError, StopIteration) as error:
+            raise AsftError(f"{place}: {expected}") from error
+        if other := [text for text in said if not isinstance(text, str)]:
+            raise AsftError(f"{place}: the content of a message is {_shortly(other[0])}; expected a string")
+        turns.append((said[0], said[1]))
     if not turns:
         raise AsftError(f"{path} holds no chats; expected one JSON object per line")
     return turns
@@ -115,7 +119,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         if suffix == ".jsonl":
             return _jsonl(path)
         if suffix == ".json":
-            content = json.loads(path.read_text(encoding=ENCODING))
+            content = json_value(path.read_text(encoding=ENCODING), path, INSTEAD)
             if not isinstance(content, list):
                 raise ValueError(f"expected a list of strings or objects, found {_shortly(content)}")
             return [row if isinstance(row, dict) else {"prompt": row} for row in content]
@@ -127,21 +131,12 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     except AsftError:
         raise
     except (ValueError, OSError, TypeError, csv.Error) as error:
-        raise AsftError(f"{path} cannot be read as {path.suffix} ({error}); give a file of prompts") from error
+        raise AsftError(f"{path} cannot be read as {path.suffix} ({error}); {INSTEAD}") from error
     raise AsftError(f"{path} ends in {path.suffix!r}; expected {', '.join(FILES)}")
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:  # which counts its lines within this one
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-        rows.append(row)
-    return rows
+    return [json_object(line, f"{path}, line {number}", INSTEAD) for number, line in _lines(path)]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -168,7 +163,7 @@ def _from_hub(source: str) -> list[Prompt]:
         found = datasets.load_dataset(name, config, split=wanted_split, revision=revision)
     except Exception as error:  # datasets raises many kinds, from the network up to its parsers
         raise AsftError(
-            f"the dataset {name} cannot be loaded ({str(error).splitlines()[0]}); check that the id is right, that you "
+            f"the dataset {name} cannot be loaded ({one_line(error)}); check that the id is right, that you "
             "have access to it (hf auth login), and that ?config= and ?split= name parts of it"
         ) from error
     if isinstance(found, datasets.DatasetDict):

@@ -1,6 +1,5 @@
 """What `axolotl asft eval` found, read from its results.json as measures with intervals."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, half_interval, metrics_of
+from axolotl_asft.files import read_json
 from axolotl_asft.saved import ADAPTER_WEIGHTS
 
 RESULTS = "results.json"
@@ -96,15 +96,8 @@ def find_evaluation(folder: Path, given: Path | None, notes: list[str], is_earli
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AsftError(f"no file {path}; give the {RESULTS} of `axolotl asft eval`, or its folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AsftError(
-            f"{path} is not readable JSON ({one_line(error)}); expected results of axolotl asft eval"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("rows"), list) or "questions" not in content:
+    content = read_json(path, f"give the {RESULTS} of `axolotl asft eval`, or its folder")
+    if not isinstance(content.get("rows"), list) or "questions" not in content:
         raise AsftError(f"{path} holds no results of `axolotl asft eval`; expected its {RESULTS}, or the folder")
     return content["rows"]
 

@@ -91,6 +91,9 @@ def gather(
     Raises:
         AsftError: no such run; a damaged file; a direction that is given and is not the run's.
     """
+    for name, path in (compare or {}).items():
+        if path.resolve() == folder.resolve():
+            raise AsftError(f"--compare {name}={path} is the run itself; give another run's folder")
     run = read_run(folder, "this run", constrained=True)
     report = Report(run)
     report.direction = _direction(run, direction, report.notes)

@@ -87,13 +87,17 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
         constrained: refuse a run without the constraint.
 
     Raises:
-        AsftError: no run's folder, or a projected adapter's; a damaged history or adapter config; a run without the
-            constraint.
+        AsftError: no run's folder, a checkpoint in one, or a projected adapter's; a damaged history or adapter config;
+            a run without the constraint.
     """
     if not folder.is_dir():
         raise AsftError(f"{folder} is not a folder; give the output_dir of a run")
+    place = folder.resolve()
+    has_history = (folder / HISTORY_FILE).is_file()
+    if not has_history and place.name.startswith("checkpoint-") and (place.parent / HISTORY_FILE).is_file():
+        raise AsftError(f"{folder} is a checkpoint, which has no history; give the run's folder, {place.parent}")
     config = _json(folder / ADAPTER_CONFIG)
-    history = read_history(folder) if (folder / HISTORY_FILE).is_file() else None
+    history = read_history(folder) if has_history else None
     lines = history.lines if history else _trainer_log(folder)
     if config is None and history is None and not lines:
         raise AsftError(
@@ -120,18 +124,14 @@ def read_run(folder: Path, name: str, constrained: bool) -> Run:
     layers = history.layers if history else []
     run = Run(name, folder, lines, header, layers, snapshots, constraint, config, diverged_at)
     if constrained and history is None:
-        run.notes.append(f"{_without_history(folder)} The curves are the last checkpoint's; the heat map is left out.")
+        run.notes.append(
+            f"No {HISTORY_FILE}: the run was trained by an earlier version, or its file was moved. The curves are the "
+            "last checkpoint's; the heat map is left out."
+        )
     elif constrained and not snapshots:
         what = "numbers of single layers yet" if diverged_at is None else "finite numbers of single layers"
         run.notes.append(f"The history holds no {what}, so the heat map is left out.")
     return run
-
-
-def _without_history(folder: Path) -> str:
-    place = folder.resolve()
-    if place.name.startswith("checkpoint-") and (place.parent / HISTORY_FILE).is_file():
-        return f"{place.name} is a checkpoint; give {place.parent} for the whole run."
-    return f"No {HISTORY_FILE}: the run was trained by an earlier version, or its file was moved."
 
 
 def add_spectra(run: Run, direction: AlignmentDirection | None) -> None:

@@ -1,11 +1,11 @@
 """A run's report on disk: the page, and its pictures beside it."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text, writable_folder
+from axolotl_asft.report.drawing import need_matplotlib
 from axolotl_asft.report.gather import Report, gather
 from axolotl_asft.report.runs import read_run
 from axolotl_asft.stamp import PAGE, PICTURE
@@ -27,7 +27,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, **sources
     Raises:
         AsftError: no such run, a damaged file, nothing can be written there, or matplotlib is missing.
     """
-    need_matplotlib()
+    need_matplotlib("the report")
     folder = Path(folder)
     report = gather(folder, **sources)
     output = Path(output) if output is not None else folder / REPORT_FILE
@@ -57,19 +57,10 @@ def write_report(folder: str | Path, output: str | Path | None = None, **sources
 
 def draw_training_picture(folder: str | Path) -> None:
     """The picture for the model card, from the history alone; none where there is nothing to draw."""
-    need_matplotlib()
+    need_matplotlib("the report")
     from axolotl_asft.report.figures import training_panels
     from axolotl_asft.report.pictures import training_png
 
     runs = [read_run(Path(folder), "this run", constrained=True)]
     if training_panels(runs):
         training_png(runs, Path(folder) / PICTURE)
-
-
-def need_matplotlib() -> None:
-    """Raises: AsftError: matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise AsftError("the report needs matplotlib; pip install 'axolotl-asft[report]'") from error
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
