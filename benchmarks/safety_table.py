@@ -13,7 +13,7 @@ from benchmarks.safety_names import DEFAULT, colour_of, shown_name
 from benchmarks.safety_shares import draw_shares, over_shares, shares_section
 
 # In the table alone: the picture has room for the main ones.
-DETAILS = ("-of-64", "-long", "-own-", "budget", "-lr-", "-unseen", "-others", "-mixed")
+DETAILS = ("-of-64", "-long", "-own-", "budget", "-lr-", "-unseen", "-others", "-mixed", "-equal")
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
 DOT = 3.2  # its width there
@@ -221,7 +221,7 @@ def label_places(points: dict[str, tuple[float, float]]) -> dict[str, tuple[floa
     taken = [(x - DOT / 2, x + DOT / 2, y) for x, y in points.values()]
     chosen = {}
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][::-1]):
-        rows = sorted((step / 2 for step in range(-60, 61)), key=abs)
+        rows = sorted((step / 2 for step in range(-230, 231)), key=abs)
         start, end = x + 2.2, x + 2.2 + LETTER_WIDTH * len(name)
         row = next(
             row for row in rows
