@@ -11,7 +11,7 @@ from axolotl_asft.direction import ON_UNCOVERED, AlignmentDirection
 from axolotl_asft.errors import AsftError
 from axolotl_asft.fingerprint import with_scales
 from axolotl_asft.layer_groups import ConstrainedLayer, LayerGroup, grouped
-from axolotl_asft.lora import FoundLayer, other_trainable_parameters, plain_weights, trainable_lora_layers
+from axolotl_asft.lora import FoundLayer, plain_weights
 from axolotl_asft.matching import match, report_gaps
 from axolotl_asft.penalty import PROJECTORS, LayerDrift, relative_drift
 from axolotl_asft.spec import METRICS
@@ -118,17 +118,15 @@ class AlignmentPenalty:
         Raises:
             AsftError: it names one; it would change the model without the constraint.
         """
-        trained = trainable_lora_layers(model)
-        others = {_steady(name) for name in other_trainable_parameters(model, trained)}
-        new = [layer.name for layer in trained if (id(layer.layer), layer.adapter) not in self._matched]
-        new += sorted(others - self._others)
-        if new or len(trained) != len(self._matched):
+        now = match(model, self.direction, self.metric, self.modules)
+        new = [layer.name for layer in now.trained if (id(layer.layer), layer.adapter) not in self._matched]
+        new += sorted({_steady(name) for name in now.others} - self._others)
+        if new or len(now.trained) != len(self._matched):
             what = f"{len(new)} other weights train (first {new[0]})" if new else "LoRA layers no longer train"
             raise AsftError(
                 f"{what} than when the constraint was attached, which would go unconstrained; attach it to the "
                 "complete model, right before train()"
             )
-        now = match(model, self.direction, self.metric, self.modules)
         late = [name for name in now.frozen if name not in self.match.frozen]
         report_gaps(replace(now, uncovered={}, others=[], frozen=late), self.metric, self.on_uncovered)
         self.match = replace(self.match, frozen=[*self.match.frozen, *late])

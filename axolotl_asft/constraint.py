@@ -56,7 +56,6 @@ class Constraint:
         self._anchor = TrainerAnchor(trainer, penalty.direction.spec) if anchor_weight > 0 else None
         self.gradient = StepGradient(trainer, penalty, lambda_reg, self._anchor, anchor_weight)
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
-        self.history.header["constraint"] = self.settings()
         self._shortened = self._first_step = 0
         self._is_trained = False  # training has begun, so that what is saved was trained under this
         self._final_stamp: dict[str, Any] | None = None

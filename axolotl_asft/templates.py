@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.spec import own_answers_in
 
 QUESTION = "What is it?"
 
@@ -39,7 +40,7 @@ def template_warnings(tokenizer: Any, spec: Mapping[str, Any], others: Sequence[
     Args:
         others: templates that data are rendered with, beside the tokenizer's own.
     """
-    requests = [request for request, _ in spec.get("own_answers", [])]
+    requests = [request for request, _ in own_answers_in(spec)]
     if not requests or tokenizer is None:
         return []
     own = getattr(tokenizer, "chat_template", None)
