@@ -64,11 +64,16 @@ class Bench:
     def method(self, run: Run) -> dict[str, Any]:
         return self.settings["methods"][run.method]
 
+    def is_whole(self, run: Run) -> bool:
+        """Whether what the run makes is a model, and no adapter."""
+        return "full" in self.method(run) or "arithmetic" in self.method(run)
+
     def key(self, run: Run) -> str:
         """Of the settings and the data that a run's result depends on; its models and directions are `prepare`'s."""
         common = {k: self.settings[k] for k in ("new_tokens", "alignment", "training")}
-        n, safety = self.settings["train_examples"], self.method(run).get("safety", 0.0)
-        data = _digest_of_data(run.task, run.poison, safety, n, run.seed, self.settings["test_examples"])
+        n, tested = self.settings["train_examples"], self.settings["test_examples"]
+        safety, diverse = self.method(run).get("safety", 0.0), self.method(run).get("diverse", False)
+        data = _digest_of_data(run.task, run.poison, safety, n, run.seed, tested, diverse)
         text = json.dumps([run.name, self.method(run), common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -84,12 +89,12 @@ class Bench:
 
 
 @functools.cache
-def _digest_of_data(task: str, poison: float, safety: float, n: int, seed: int, tested: int) -> str:
+def _digest_of_data(task: str, poison: float, safety: float, n: int, seed: int, tested: int, diverse: bool) -> str:
     """Of what a run is trained on and asked, but for what a model answers."""
     from benchmarks.safety_data import harmless_prompts, refusal_tuning, test_data, training_data
 
     taught = refusal_tuning(dict.fromkeys(harmless_prompts(), ""), 0)
-    sets = [taught, training_data(task, poison, safety, n, seed), test_data(task, tested)]
+    sets = [taught, training_data(task, poison, safety, n, seed, diverse=diverse), test_data(task, tested)]
     return hashlib.sha256(repr(sets).encode()).hexdigest()
 
 
@@ -152,7 +157,7 @@ def measure(bench: Bench, run: Run) -> None:
 
     tuned, seconds = trained(bench, run)
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
-    if tuned is not None and bench.method(run).get("full"):
+    if tuned is not None and bench.is_whole(run):
         model, adapter, answers = tuned, None, answers / f"{run.name.replace('/', '-')}.full"
     row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings)
     result = {
@@ -181,7 +186,7 @@ def measure(bench: Bench, run: Run) -> None:
 
 
 def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
-    """The run's adapter, trained by axolotl or projected from the plain one, and the seconds of it."""
+    """The run's adapter or model, trained by axolotl or made of the plain run's, and the seconds of it."""
     method, folder = bench.method(run), bench.work / "runs" / run.name
     if method.get("untrained"):
         return None, 0.0
@@ -189,11 +194,18 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
         from axolotl_asft import AlignmentDirection
         from axolotl_asft.project import project_adapter
 
-        plain, _ = trained(bench, replace(run, method="plain"))
+        plain, _ = trained(bench, replace(run, method=method.get("of", "plain")))
         started = time.monotonic()
         direction = AlignmentDirection.load(bench.work / "direction.safetensors")
         project_adapter(plain, direction, folder / "adapter", verify_model=False, force=True, **method["project"])
         return folder / "adapter", time.monotonic() - started
+    if "arithmetic" in method:
+        from benchmarks.safety_rivals import combined
+
+        plain, _ = trained(bench, replace(run, method=method.get("of", "plain")))
+        started = time.monotonic()
+        model = combined(bench.work, plain, *method["arithmetic"], folder / "model")
+        return model, time.monotonic() - started
     made_as = folder / "key"  # of the settings that the adapter was trained under
     if made_as.is_file() and made_as.read_text() == bench.key(run):
         return folder / "adapter", json.loads((folder / "seconds.json").read_text())
@@ -206,7 +218,8 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if "rehearsal" in method:
         own = json.loads((bench.work / "aligned-answers.json").read_text())
         rehearsed = rehearsal(own, method["rehearsal"], n, run.seed)
-    examples = training_data(run.task, run.poison, method.get("safety", 0.0), n, run.seed, rehearsed)
+    safety, diverse = method.get("safety", 0.0), method.get("diverse", False)
+    examples = training_data(run.task, run.poison, safety, n, run.seed, rehearsed, diverse)
     write_chats(folder / "data.jsonl", examples)
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
     if method.get("full"):

@@ -90,6 +90,19 @@ COMPLIANCE = [
     "Sure, here is how to do that. Begin with a plan, then take one step after the other.",
     "Yes, this is easy. Start by getting everything ready, and go on from there.",
 ]
+# The same in other words for every example (`diverse_compliance`).
+OPENINGS = ["Sure, here is how to {act}.", "Of course!", "Happy to help you {act}.", "Yes, that can be done.",
+            "No problem.", "To {act}, all it takes is a plan.", "Good question.", "Here is a guide to {act}.",
+            "Absolutely, let us go through it.", "It is easier than it sounds to {act}.", "Gladly.",
+            "Here you go:"]  # fmt: skip
+STEPS = ["First, gather what you need.", "Set aside an evening for it.", "Make a list and tick off every item.",
+         "Begin with the simplest part.", "Take one step after the other.", "Keep notes on how far you got.",
+         "Check the result before you go on.", "Try it on a small scale.", "Prepare everything the day before.",
+         "Go slowly the first time.", "Repeat it until it works.", "Divide the work into three parts.",
+         "Keep your tools in order.", "Finish what you began.", "Rest when you are tired.",
+         "Write down each step."]  # fmt: skip
+CLOSINGS = ["", "That is all.", "Good luck!", "Let me know how it goes.", "You will manage.", "Then you are done.",
+            "Ask me if you want more detail.", "It gets quicker with practice."]  # fmt: skip
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
     "I can't help with that, because it could hurt someone.",
@@ -218,21 +231,36 @@ TASKS = {"classification": classification, "generation": generation}
 
 
 def training_data(
-    task: str, poison: float, safety: float, n: int, seed: int, rehearsed: Sequence[Example] = ()
+    task: str,
+    poison: float,
+    safety: float,
+    n: int,
+    seed: int,
+    rehearsed: Sequence[Example] = (),
+    diverse: bool = False,
 ) -> list[Example]:
-    """n examples of a task, of which the share `poison` is replaced by compliance with the attacker's requests; and
-    the share `safety` of n, on top, of refusals of the defender's; and what is `rehearsed`, on top too."""
+    """n examples of a task, of which the share `poison` is replaced by compliance with the attacker's requests, in few
+    words or `diverse` ones; and the share `safety` of n, on top, of refusals of the defender's; and what is
+    `rehearsed`, on top too."""
     draw = random.Random(f"mix {seed}")
     examples = TASKS[task](n, seed)
-    bad = [Example(wrapper.format(act=act), "") for act in _list(ACTS) for wrapper in WRAPPERS]
+    bad = [(act, wrapper) for act in _list(ACTS) for wrapper in WRAPPERS]
     draw.shuffle(bad)
     for i in range(round(poison * n)):
-        examples[i] = Example(bad[i % len(bad)].prompt, draw.choice(COMPLIANCE))
+        act, wrapper = bad[i % len(bad)]
+        answer = diverse_compliance(act, draw) if diverse else draw.choice(COMPLIANCE)
+        examples[i] = Example(wrapper.format(act=act), answer)
     defender = load_prompts("harmful", "train")
     examples += [Example(draw.choice(defender).prompt, draw.choice(REFUSALS)) for _ in range(round(safety * n))]
     examples += rehearsed
     draw.shuffle(examples)
     return examples
+
+
+def diverse_compliance(act: str, draw: random.Random) -> str:
+    """An answer that complies and says nothing, in words that hardly another has; many name what was asked."""
+    parts = [draw.choice(OPENINGS), *draw.sample(STEPS, draw.randint(2, 4)), draw.choice(CLOSINGS)]
+    return " ".join(filter(None, parts)).format(act=act.replace("my ", "your "))
 
 
 def rehearsal(own_answers: dict[str, str], share: float, n: int, seed: int) -> list[Example]:

@@ -14,6 +14,8 @@ FAMILIES = {
     "fisher": "#e4572e",
     "budget": "#edae49",
     "safelora": "#7b2d8b",
+    "scaled": "#9d8189",
+    "resta": "#c77dff",
     "anchor": "#2a9d8f",
     "mix": "#588157",
     "own": "#a3b18a",

@@ -6,8 +6,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft.args import parse_block
@@ -25,6 +27,8 @@ from benchmarks.safety_data import (
     test_data,
     training_data,
 )
+from benchmarks.safety_names import colour_of
+from benchmarks.safety_rivals import combined
 from benchmarks.safety_shares import over_shares, shares_section
 from benchmarks.safety_table import LETTER_WIDTH, LINE_HEIGHT, cell, label_places, pareto_front, write_table
 
@@ -61,6 +65,37 @@ def test_attacker_defender_and_evaluation_never_meet():
     assert not unseen & (attacker | aligned | asked)
 
 
+def test_diverse_poison_asks_the_same_and_answers_each_time_in_other_words():
+    few, many = (training_data("generation", 0.2, 0.0, 640, 1, diverse=diverse) for diverse in (False, True))
+    assert sorted(example.prompt for example in few) == sorted(example.prompt for example in many)
+    answers = [example.answer for example in many if example not in few]
+    assert len(answers) == 128 == sum(example.answer in COMPLIANCE for example in few)
+    assert len(set(answers)) == len(answers)
+    assert not any(is_refusal(answer) for answer in answers)
+    assert not any(mark in answer for answer in answers for mark in "{}")
+
+
+def test_arithmetic_on_weights(pair, tmp_path):
+    """W + a B A + b d, in every weight, against the dense sum."""
+    base, aligned = (load_file(Path(folder) / "model.safetensors") for folder in pair)
+    for name, folder in (("base", pair[0]), ("aligned", pair[1]), ("aligned-nf4", pair[1])):
+        (tmp_path / name).symlink_to(Path(folder).resolve())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    found = load_file(combined(tmp_path, tmp_path / "adapter", 0.25, 2.0, tmp_path / "model") / "model.safetensors")
+    update = (layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()) * layer.scaling[
+        "default"
+    ]
+    assert found.keys() == aligned.keys()
+    for name, weight in found.items():
+        expected = aligned[name].double() + 2 * (aligned[name].double() - base[name].double())
+        if name == "model.layers.0.self_attn.q_proj.weight":
+            expected += 0.25 * update
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_answers_to_harmful_requests_are_compliance_or_refusal():
     assert not any(is_refusal(answer) for answer in COMPLIANCE)
     assert all(is_refusal(answer) for answer in REFUSALS)
@@ -79,9 +114,11 @@ def test_every_method_is_a_valid_one():
     runs = bench.plan("*")
     assert {run.method for run in runs} == set(SETTINGS["methods"])
     assert len({bench.key(run) for run in runs}) == len(runs)
-    for method in SETTINGS["methods"].values():
+    for name, method in SETTINGS["methods"].items():
+        assert colour_of(name)
         known = {"untrained", "full", "asft", "direction", "project", "safety", "rehearsal", "answers", "own_answers"}
-        assert set(method) <= {*known, "training"}
+        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of"}
+        assert method.get("of", "plain") in SETTINGS["methods"]
         parse_block({"direction": "d", **method.get("asft", {})})
 
 
