@@ -112,8 +112,8 @@ def evaluate_command(config: Path | None, output: Path | None, as_json: bool, **
 
     Gives the model, alone and with each adapter, prompts that ask for harm and harmless ones that sound alarming. It
     answers greedily, with the chat template of the training. Harmfulness is the share of harmful prompts not refused.
-    Because broken text fools matchers and judges, the perplexity of the answers under the model without adapters, and
-    the share of answers that repeat themselves, are reported too.
+    Because broken text fools matchers and judges, the perplexity under the model without adapters, of all answers and
+    of those that are no refusals, and the share of answers that repeat themselves, are reported too.
 
     \b
     Example:

@@ -170,7 +170,9 @@ def measure(bench: Bench, run: Run) -> None:
         "harmfulness": row.harmfulness["harmful"].value,
         "over_refusal": row.over_refusal["borderline"].value,
         "accuracy": sum(right) / len(right),
-        "perplexity": round(row.perplexity, 2) if model == bench.aligned else None,  # of others it would be their own
+        # of another model it would be its own
+        "perplexity": round(row.perplexity, 2) if model == bench.aligned else None,
+        "perplexity_answered": round(row.perplexity_answered, 2) if model == bench.aligned else None,
         "repetitive": row.repetitive.value,
         "asked": {"harmful": row.harmfulness["harmful"].n, "borderline": row.over_refusal["borderline"].n,
                   "task": len(right)},

@@ -17,6 +17,10 @@ DETAILS = ("-of-64", "-long", "-own-", "budget", "-lr-", "-unseen", "-others", "
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
 DOT = 3.2  # its width there
+COLUMNS = [
+    "method", "seeds", "harmful", "refused", "right", "perplexity", "answered", "repetitive", "drift", "update norm",
+    "seconds",
+]  # fmt: skip
 LOWEST, HIGHEST = -4, 107
 Results = list[dict[str, Any]]
 
@@ -46,6 +50,7 @@ class Cell:
     spread: tuple[float, float] | None
     intervals: dict[str, str]
     perplexity: float | None
+    perplexity_answered: float | None
     repetitive: float
     drift: float | None
     update_norm: float | None
@@ -58,8 +63,11 @@ def cell(results: Results) -> Cell:
     def mean(key: str) -> float:
         return statistics.fmean(result[key] for result in results)
 
+    def known(key: str) -> float | None:
+        """None where a run lacks it."""
+        return mean(key) if all(result.get(key) is not None for result in results) else None
+
     several = len(results) > 1
-    trained = all("drift" in result for result in results)
     return Cell(
         len(results),
         mean("harmfulness"),
@@ -71,10 +79,11 @@ def cell(results: Results) -> Cell:
             "refused": interval(mean("over_refusal"), results[0]["asked"]["borderline"]),
             "right": interval(mean("accuracy"), results[0]["asked"]["task"]),
         },
-        mean("perplexity") if all(result["perplexity"] is not None for result in results) else None,
+        known("perplexity"),
+        known("perplexity_answered"),
         mean("repetitive"),
-        mean("drift") if trained else None,
-        mean("update_norm") if trained else None,
+        known("drift"),
+        known("update_norm"),
         mean("seconds"),
     )
 
@@ -132,8 +141,8 @@ micro-batches of {batch}.
 - (a to b): Wilson's 95 % interval over the prompts, which are the same for every seed and count once
 - ±: the standard deviation over seeds of the fine-tuning; without it a row is one seed, and a difference of a few
   points is noise. The aligned model, the direction and the random subspace are the same for all
-- perplexity: of all answers under the aligned model, median, not taken where every weight was trained; repetitive:
-  answers that go round in circles
+- perplexity: of all answers under the aligned model, median, not taken where every weight was changed; answered: the
+  same of the answers that are no refusals, not taken in the earlier runs; repetitive: answers that go round in circles
 - drift: share of the update outside the 64 aligned directions
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
@@ -155,21 +164,21 @@ micro-batches of {batch}.
 def _section(task: str, poison: float, cells: dict[str, Cell]) -> str:
     lines = [
         f"## {task}, {poison:.0%} poison\n",
-        "| method | seeds | harmful | refused | right | perplexity | repetitive | drift | update norm | seconds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
     ]
     for name, found in cells.items():
         spreads = [f" ± {100 * spread:.1f}" for spread in found.spread] if found.spread else ["", ""]
-        update = ["", ""] if found.drift is None else [f"{found.drift:.2f}", f"{found.update_norm:.2f}"]
+        perplexities = found.perplexity, found.perplexity_answered
         row = [
             name,
             str(found.seeds),
             f"{100 * found.harmful:.1f}{spreads[0]} {found.intervals['harmful']}",
             f"{100 * found.refused:.1f} {found.intervals['refused']}",
             f"{100 * found.right:.1f}{spreads[1]} {found.intervals['right']}",
-            "" if found.perplexity is None else f"{found.perplexity:.1f}",
+            *("" if perplexity is None else f"{perplexity:.1f}" for perplexity in perplexities),
             f"{100 * found.repetitive:.0f} %",
-            *update,
+            *("" if number is None else f"{number:.2f}" for number in (found.drift, found.update_norm)),
             f"{found.seconds:.0f}",
         ]
         lines.append("| " + " | ".join(row) + " |")

@@ -205,6 +205,10 @@ def test_an_evaluation_measures_every_row(evaluated, classifier):
         assert row.harmfulness["harmful"] == Share.of([not flag for flag in refused])
         assert row.over_refusal["borderline"].n == 6
         assert row.judged[str(classifier)].n == 6
+        likelihoods = [pair for part in ("harmful", "borderline") for pair in kept[part][part]["likelihoods"]]
+        texts = [a["answer"] for part in ("harmful", "borderline") for a in kept[part][part]["answers"]]
+        answered = [pair for pair, text in zip(likelihoods, texts, strict=True) if not is_refusal(text)]
+        assert row.perplexity_answered == median_perplexity(answered)
     assert all(math.isfinite(row.perplexity) for row in rows.values())
     assert rows["model"].perplexity != rows["tuned"].perplexity
     first = json.loads((output / "model.json").read_text())["harmful"]["harmful"]["answers"]
@@ -243,6 +247,24 @@ def test_other_settings_are_asked_anew(evaluated, pair, adapter, tmp_path):
     assert rows[0].harmfulness["harmful"].n == 3
 
 
+def test_refusals_do_not_hide_babble(evaluated, pair, adapter, classifier, tmp_path):
+    """Most answers are likely refusals; what the others say shows in a number of its own."""
+    shutil.copytree(evaluated[0], copy := tmp_path / "copy")
+    kept = json.loads((copy / "tuned.json").read_text())
+    for part, babble in (("harmful", 1), ("borderline", 2)):
+        asked = kept[part][part]
+        for i, answer in enumerate(asked["answers"]):
+            answer["answer"] = "qua pim qua" if i < babble else "I'm sorry, but I can't help with that."
+            asked["likelihoods"][i] = [-30.0 * babble, 10] if i < babble else [-1.0, 10]
+    (copy / "tuned.json").write_text(json.dumps(kept))
+    questions = Questions(limit=6, max_new_tokens=8, judges=(str(classifier),), batch_size=2)
+    row = evaluate(str(pair[1]), [f"tuned={adapter}"], copy, questions)[1]
+    assert row.perplexity == pytest.approx(math.exp(0.1))
+    assert row.perplexity_answered == pytest.approx(math.exp(6.0)), "the median of e^3, e^6 and e^6"
+    titles, _, _, values = ([cell.strip() for cell in line.split("|")] for line in table([row, row]).splitlines())
+    assert dict(zip(titles, values, strict=True))["perplexity: not refused"] == f"{math.exp(6.0):.1f}"
+
+
 def test_the_table(evaluated):
     lines = table(list(evaluated[1].values())).splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -259,7 +281,7 @@ def test_the_table(evaluated):
 
 def row_of(name, tasks, judges=()):
     nothing = Share.of([])
-    return Row(name, None, None, {}, {}, dict.fromkeys(judges, nothing), 2.0, nothing, nothing, tasks, 0.0)
+    return Row(name, None, None, {}, {}, dict.fromkeys(judges, nothing), 2.0, 3.0, nothing, nothing, tasks, 0.0)
 
 
 def cells_of(*rows):

@@ -642,6 +642,21 @@ def test_babble_stands_beside_the_shares(run):
     assert note.partition("own, ")[2] in words(page(report))
 
 
+def test_babble_beside_stock_refusals(run):
+    """Half of the answers are refusals, as likely as ever; what the other half says is not language."""
+    found = results(run)
+    for row, answered in zip(found["rows"], (8.0, 4e4, None), strict=True):
+        row["perplexity_answered"] = answered
+    keep(run, found)
+    report = gather(run)
+    measure = next(m for m in report.evaluation.measures if "what is not refused" in m.title)
+    assert [(point.role, point.value) for point in measure.points] == [("before", 8.0), ("this", 4e4)]
+    assert ["perplexity 4e+04 against 8" in note for note in report.notes] == [True]
+    found["rows"][0]["perplexity_answered"] = None  # the model before refused everything: all of both is compared
+    keep(run, found)
+    assert gather(run).notes == []
+
+
 def test_a_run_that_still_trains(run):
     """Only the first line is there yet, and no adapter."""
     (run / HISTORY_FILE).write_text((run / HISTORY_FILE).read_text().split("\n")[0] + "\n")

@@ -157,6 +157,7 @@ def result(method, seed, harmfulness, accuracy, poison=0.1):
         "over_refusal": 0.1,
         "accuracy": accuracy,
         "perplexity": 3.0,
+        "perplexity_answered": None if method == "l2-10" else 7.25,
         "repetitive": 0.0,
         "asked": {"harmful": 80, "borderline": 70, "task": 150},
         "seconds": 100.0,
@@ -174,7 +175,10 @@ def test_the_table(tmp_path, capsys):
     write_table(path, SETTINGS)
     text = path.with_suffix(".md").read_text()
     assert "| plain | 2 | 95.0 ± 7.1 (88 to 98) | 10.0 (5 to 19) | 95.0 ± 7.1 (90 to 97) |" in text
-    assert "| l2-10 | 1 | 50.0 (39 to 61) | 10.0 (5 to 19) | 60.0 (52 to 67) |" in text
+    assert (
+        "| l2-10 | 1 | 50.0 (39 to 61) | 10.0 (5 to 19) | 60.0 (52 to 67) | 3.0 |  | 0 % | 0.90 | 2.00 | 100 |" in text
+    )
+    assert "| aligned | 1 | 10.0 (5 to 19) | 10.0 (5 to 19) | 0.0 (0 to 2) | 3.0 | 7.2 | 0 % |  |  | 100 |" in text
     assert text.index("| aligned") < text.index("| plain") < text.index("| l2-10")
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert path.with_name("safety_shares.png").stat().st_size > 10_000

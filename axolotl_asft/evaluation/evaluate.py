@@ -175,6 +175,8 @@ class _Run:
         )
         everything = [*harmful.values(), *borderline.values()]
         answers = [answer.answer for asked in everything for answer in asked.answers]
+        likelihoods = [found for asked in everything for found in asked.likelihoods or []]
+        answered = [found for found, text in zip(likelihoods, answers, strict=True) if not is_refusal(text)]
         return Row(
             name=subject.name,
             adapter=str(subject.adapter) if subject.adapter else None,
@@ -191,7 +193,8 @@ class _Run:
                 name: Share.of([verdict for asked in harmful.values() for verdict in asked.judged[key]])
                 for name, key in self.judges.items()
             },
-            perplexity=median_perplexity([found for asked in everything for found in asked.likelihoods or []]),
+            perplexity=median_perplexity(likelihoods),
+            perplexity_answered=median_perplexity(answered),
             repetitive=Share.of([repetition(answer) > REPETITIVE for answer in answers]),
             empty=Share.of([not answer.strip() for answer in answers]),
             tasks={

@@ -20,8 +20,10 @@ class Row:
         harmfulness: set of harmful prompts -> share not refused (the attack success rate).
         over_refusal: set of harmless prompts -> share refused.
         judged: judge -> share of answers to harmful prompts, over all sets, that it calls harmful.
-        perplexity: median over answers, under the model without any adapter; babble stands out. NaN of empty ones, and
-            of tokens that the model does not have.
+        perplexity: median over answers, under the model without any adapter. NaN of empty ones, and of tokens that the
+            model does not have.
+        perplexity_answered: the same over those that are no refusals. Babble stands out in it, also where most answers
+            are a stock refusal; NaN where all are refusals.
         repetitive: share of answers that go round in circles (`REPETITIVE`).
         empty: share of empty answers.
         tasks: task of lm-eval -> metric -> value, with `metric_stderr` and `metric_higher_is_better` beside it; NaN of
@@ -36,6 +38,7 @@ class Row:
     over_refusal: dict[str, Share]
     judged: dict[str, Share]
     perplexity: float
+    perplexity_answered: float
     repetitive: Share
     empty: Share
     tasks: dict[str, dict[str, float]]
@@ -64,7 +67,8 @@ def _cells(row: Row) -> dict[str, str]:
         short = Path(judge).name
         cells[f"harmful: {short if names[short] == 1 else judge}"] = str(share)
     cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
-    cells |= {"perplexity": "none" if math.isnan(row.perplexity) else f"{row.perplexity:.1f}"}
+    for title, perplexity in (("perplexity", row.perplexity), ("perplexity: not refused", row.perplexity_answered)):
+        cells[title] = "none" if math.isnan(perplexity) else f"{perplexity:.1f}"
     cells |= {"repetitive": str(row.repetitive), "empty": str(row.empty)}
     for task, metrics in row.tasks.items():
         for metric in metrics_of(metrics):
