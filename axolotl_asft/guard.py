@@ -190,14 +190,18 @@ def import_failure(error: ImportError) -> AsftError:
 
 
 def print_user_errors_in_one_line() -> None:
-    """Make an uncaught AsftError end the process with its one line instead of a traceback; exit status 1."""
+    """Make an uncaught AsftError end the process with its one line instead of a traceback; exit status 1.
+
+    The line begins one: a progress bar of the training ends without a line break.
+    """
     previous = sys.excepthook
     if getattr(previous, "of_asft", False):
         return
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, AsftError):
-            print(f"asft: {error}", file=sys.stderr)
+            after_bar = "\n" if "tqdm" in sys.modules else ""
+            print(f"{after_bar}asft: {error}", file=sys.stderr)
         else:
             previous(kind, error, trace)
 

@@ -1,5 +1,8 @@
 """Names of plugins, and configs that would lose the constraint in silence."""
 
+import subprocess
+import sys
+
 import pytest
 
 from axolotl_asft.errors import AsftError
@@ -85,3 +88,16 @@ def test_no_key_of_axolotl_is_taken_for_ours():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     refuse_strays(dict.fromkeys(AxolotlInputConfig.model_fields))
+
+
+def test_an_error_in_the_middle_of_a_progress_bar_begins_a_line():
+    code = (
+        "from tqdm import tqdm; from axolotl_asft.errors import AsftError; from axolotl_asft import guard\n"
+        "guard.print_user_errors_in_one_line()\n"
+        "bar = tqdm(total=9, mininterval=0); bar.update()\n"  # as transformers holds it
+        "raise AsftError('no direction file')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "1/9 [" in done.stderr, "the bar is there"
+    assert "asft: no direction file" in done.stderr.split("\n"), "and ends before the line begins"
