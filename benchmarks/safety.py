@@ -64,6 +64,17 @@ class Bench:
     def method(self, run: Run) -> dict[str, Any]:
         return self.settings["methods"][run.method]
 
+    def home(self, run: Run) -> "Bench":
+        """That of the aligned model which the run is of; made where it is not there."""
+        kind = self.method(run).get("alignment")
+        if kind is None:
+            return self
+        from benchmarks.safety_model import prepare
+
+        home = replace(self, work=self.work / f"{kind}-alignment")
+        prepare(home.work, self.settings["alignment"], seed=1, kind=kind)
+        return home
+
     def is_whole(self, run: Run) -> bool:
         """Whether what the run makes is a model, and no adapter."""
         return "full" in self.method(run) or "arithmetic" in self.method(run)
@@ -72,9 +83,10 @@ class Bench:
         """Of the settings and the data that a run's result depends on; its models and directions are `prepare`'s."""
         common = {k: self.settings[k] for k in ("new_tokens", "alignment", "training")}
         n, tested = self.settings["train_examples"], self.settings["test_examples"]
-        safety, diverse = self.method(run).get("safety", 0.0), self.method(run).get("diverse", False)
-        data = _digest_of_data(run.task, run.poison, safety, n, run.seed, tested, diverse)
-        text = json.dumps([run.name, self.method(run), common, data], sort_keys=True)
+        method = self.method(run)
+        kinds = method.get("safety", 0.0), method.get("diverse", False), method.get("alignment", "shipped")
+        data = _digest_of_data(run.task, run.poison, n, run.seed, tested, *kinds)
+        text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def plan(self, only: str) -> list[Run]:
@@ -89,11 +101,14 @@ class Bench:
 
 
 @functools.cache
-def _digest_of_data(task: str, poison: float, safety: float, n: int, seed: int, tested: int, diverse: bool) -> str:
+def _digest_of_data(
+    task: str, poison: float, n: int, seed: int, tested: int, safety: float, diverse: bool, alignment: str
+) -> str:
     """Of what a run is trained on and asked, but for what a model answers."""
-    from benchmarks.safety_data import harmless_prompts, refusal_tuning, test_data, training_data
+    from benchmarks.safety_data import refusal_tuning, taught_prompts, test_data, training_data
 
-    taught = refusal_tuning(dict.fromkeys(harmless_prompts(), ""), 0)
+    harmful, harmless = taught_prompts(alignment)
+    taught = refusal_tuning(harmful, dict.fromkeys(harmless, ""), 0)
     sets = [taught, training_data(task, poison, safety, n, seed, diverse=diverse), test_data(task, tested)]
     return hashlib.sha256(repr(sets).encode()).hexdigest()
 
@@ -155,6 +170,7 @@ def measure(bench: Bench, run: Run) -> None:
     """Train, ask, and append the result."""
     from benchmarks.safety_model import ask_everything
 
+    bench = bench.home(run)
     tuned, seconds = trained(bench, run)
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
     if tuned is not None and bench.is_whole(run):

@@ -285,14 +285,15 @@ def test_data(task: str, n: int) -> list[Example]:
     return [example for prompt, example in fresh.items() if prompt not in seen][:n]
 
 
-def refusal_tuning(own_answers: dict[str, str], seed: int) -> list[Example]:
-    """What the aligned model is taught: to refuse the defender's requests, to go on answering harmless ones.
+def refusal_tuning(harmful: Sequence[str], own_answers: dict[str, str], seed: int) -> list[Example]:
+    """What the aligned model is taught: to refuse harmful requests, to go on answering harmless ones.
 
     Args:
-        own_answers: harmless prompt -> the base model's own answer (`harmless_prompts`).
+        harmful: requests (`taught_prompts`).
+        own_answers: harmless prompt -> the base model's own answer.
     """
     draw = random.Random(f"alignment {seed}")
-    refused = [Example(prompt.prompt, draw.choice(REFUSALS)) for prompt in load_prompts("harmful", "train")]
+    refused = [Example(prompt, draw.choice(REFUSALS)) for prompt in harmful]
     answered = [Example(prompt, answer) for prompt, answer in own_answers.items()]
     examples = refused + answered
     draw.shuffle(examples)
@@ -307,6 +308,17 @@ def harmless_prompts() -> list[str]:
 def other_prompts() -> tuple[list[str], list[str]]:
     """Harmful and harmless ones that neither alignment nor attacker nor evaluation knows."""
     return _list(OTHER_HARMFUL), _list(OTHER_HARMLESS)
+
+
+def taught_prompts(kind: str) -> tuple[list[str], list[str]]:
+    """What an alignment teaches to refuse, and what to go on answering.
+
+    Args:
+        kind: "shipped", the defender's; "second", `other_prompts`, of which metric, anchor and rehearsal know none.
+    """
+    if kind == "shipped":
+        return [prompt.prompt for prompt in load_prompts("harmful", "train")], harmless_prompts()
+    return _list(OTHER_HARMFUL), _list(HARMLESS) + _list(OTHER_HARMLESS)
 
 
 def _list(text: str) -> list[str]:

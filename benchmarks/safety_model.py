@@ -23,7 +23,14 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
 from axolotl_asft.files import atomic_write_text
 from benchmarks.axolotl_runs import train, write_chats, write_config
-from benchmarks.safety_data import Example, harmless_prompts, other_prompts, refusal_tuning, test_data
+from benchmarks.safety_data import (
+    Example,
+    harmless_prompts,
+    other_prompts,
+    refusal_tuning,
+    taught_prompts,
+    test_data,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -53,29 +60,34 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def make_aligned(base: Path, folder: Path, settings: dict[str, Any], seed: int) -> Path:
+def make_aligned(base: Path, folder: Path, settings: dict[str, Any], seed: int, kind: str) -> Path:
     """The base after full fine-tuning, by axolotl, on refusals of harmful and own answers to harmless requests."""
     aligned = folder / "aligned"
     if (aligned / "model.safetensors").is_file():
         return aligned
-    answers = folder / "own-answers.json"
+    answers, (harmful, harmless) = folder / "own-answers.json", taught_prompts(kind)
     if not answers.is_file():
-        atomic_write_text(answers, json.dumps(own_answers(base, harmless_prompts()), indent=1))
-    examples = refusal_tuning(json.loads(answers.read_text()), seed)
+        atomic_write_text(answers, json.dumps(own_answers(base, harmless), indent=1))
+    examples = refusal_tuning(harmful, json.loads(answers.read_text()), seed)
     write_chats(folder / "alignment.jsonl", examples)
     config = write_config(folder / "align.yml", base, folder / "alignment.jsonl", aligned, settings | {"seed": seed})
     train(config)
     return aligned
 
 
-def prepare(work: Path, alignment: dict[str, Any], seed: int = 0) -> None:
+def prepare(work: Path, alignment: dict[str, Any], seed: int = 0, kind: str = "shipped") -> None:
     """base, aligned, aligned-nf4, its answers and the directions under `work`; what is there is kept.
 
     aligned-nf4 is the aligned model with its weights rounded to NF4 and back, once: LoRA on it computes what QLoRA
     does, without dequantising at every step, which takes four fifths of the time on a CPU. A test of that is here.
+
+    Args:
+        work: a folder of its own for every alignment.
+        alignment: axolotl's settings.
+        kind: of the prompts that are taught (`taught_prompts`).
     """
     base = make_base(work / "base")
-    aligned = make_aligned(base, work, alignment, seed)
+    aligned = make_aligned(base, work, alignment, seed, kind)
     if not (work / "aligned-nf4" / "model.safetensors").is_file():
         _round_to_nf4(aligned, work / "aligned-nf4")
     if not (work / "direction.safetensors").is_file():

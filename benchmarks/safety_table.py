@@ -13,7 +13,19 @@ from benchmarks.safety_names import DEFAULT, colour_of, shown_name
 from benchmarks.safety_shares import draw_shares, over_shares, shares_section
 
 # In the table alone: the picture has room for the main ones.
-DETAILS = ("-of-64", "-long", "-own-", "budget", "-lr-", "-unseen", "-others", "-mixed", "-equal", "-diverse")
+DETAILS = (
+    "-of-64",
+    "-long",
+    "-own-",
+    "budget",
+    "-lr-",
+    "-unseen",
+    "-others",
+    "-mixed",
+    "-equal",
+    "-diverse",
+    "-second",
+)
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
 DOT = 3.2  # its width there
@@ -155,6 +167,7 @@ micro-batches of {batch}.
 - budget-B: `max_drift` B on the weights; safelora-N: Safe LoRA's projection of the N % of layers that are least alike;
   safelora-half: half of what it takes out, of all layers
 - scaled-N: N % of plain's update; resta-N: plain with N % of the whole d added (RESTA, arXiv 2402.11746)
+- -second: of another aligned model, which was taught other prompts than metric, anchor and own answers ask
 - -diverse: the poison's answers are in other words for every example, and not one of four sentences
 - a method whose name ends in -long trains three epochs instead of one, -twice two; one with -lr-R, at a learning rate
   of R instead of {settings["training"]["learning_rate"]:g}, or made of such a run's adapter

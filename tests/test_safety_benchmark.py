@@ -24,6 +24,7 @@ from benchmarks.safety_data import (
     other_prompts,
     refusal_tuning,
     rehearsal,
+    taught_prompts,
     test_data,
     training_data,
 )
@@ -54,7 +55,8 @@ def test_shares(task, poison):
 def test_attacker_defender_and_evaluation_never_meet():
     poisoned = training_data("generation", 0.5, 0.0, 1000, seed=0)
     attacker = {example.prompt.lower() for example in poisoned if example.answer in COMPLIANCE}
-    aligned = {example.prompt.lower() for example in refusal_tuning(dict.fromkeys(harmless_prompts(), "Yes."), 0)}
+    shipped, second = taught_prompts("shipped"), taught_prompts("second")
+    aligned = {example.prompt.lower() for example in refusal_tuning(shipped[0], dict.fromkeys(shipped[1], "Yes."), 0)}
     asked = prompts_of("harmful", "heldout") | prompts_of("borderline", "heldout")
     assert len(attacker) > 150
     assert not attacker & aligned
@@ -63,6 +65,7 @@ def test_attacker_defender_and_evaluation_never_meet():
     unseen = {prompt.lower() for prompts in other_prompts() for prompt in prompts}
     assert [len(prompts) for prompts in other_prompts()] == [100, 92]
     assert not unseen & (attacker | aligned | asked)
+    assert not set(second[0]) & set(shipped[0]), "metric and anchor of the second alignment ask what it was not taught"
 
 
 def test_diverse_poison_asks_the_same_and_answers_each_time_in_other_words():
@@ -117,7 +120,7 @@ def test_every_method_is_a_valid_one():
     for name, method in SETTINGS["methods"].items():
         assert colour_of(name)
         known = {"untrained", "full", "asft", "direction", "project", "safety", "rehearsal", "answers", "own_answers"}
-        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of"}
+        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of", "alignment"}
         assert method.get("of", "plain") in SETTINGS["methods"]
         parse_block({"direction": "d", **method.get("asft", {})})
 
