@@ -11,6 +11,7 @@ from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.quiet import without_adapter, without_noise
 from axolotl_asft.spec import own_answers_in
 from axolotl_asft.templates import text_tokenizer
+from axolotl_asft.tokens import turn_tokens
 
 TEXTS = 8  # answers a step
 MULTIPLE = 16  # of tokens, to which a pass is padded: on an H100 each new length took 1 to 3 s once
@@ -215,8 +216,7 @@ def own_answers_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _encoded(tokenizer: Any, request: str, answer: str) -> tuple[list[int], int]:
     """The tokens of both, and where the answer begins."""
-    start = len(tokenizer(request, add_special_tokens=False)["input_ids"])
-    ids = tokenizer(request + answer, add_special_tokens=False)["input_ids"]
+    ids, start = turn_tokens(tokenizer, request, answer)
     if not 0 < start < len(ids):
         raise AsftError("the direction file holds an answer without a text; make it again with `axolotl asft extract`")
     return ids, start

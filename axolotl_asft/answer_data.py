@@ -35,4 +35,5 @@ def write_answers(turns: Sequence[tuple[str, str]], output: Path, lines: int | N
 
 
 def _line(request: str, answer: str) -> str:
-    return json.dumps({"segments": [{"label": False, "text": request}, {"label": True, "text": answer}]})
+    # axolotl reads each segment by itself; where a tokenizer puts a space before it, that is the answer's own
+    return json.dumps({"segments": [{"label": False, "text": request}, {"label": True, "text": answer.lstrip(" ")}]})

@@ -40,10 +40,10 @@ class AsftArgs(BaseModel):
     )
     max_drift: float | None = Field(
         default=None,
-        gt=0,
+        ge=0,
         allow_inf_nan=False,
         description="budget: after each step, each layer's off-direction update is at most this multiple of the size "
-        "of its alignment update",
+        "of its alignment update; 0: none",
     )
     anchor_weight: float | None = Field(
         default=None,
@@ -83,6 +83,11 @@ class AsftArgs(BaseModel):
         if isinstance(value, bool):
             raise ValueError("expected a number (YAML reads yes, on and true as booleans)")
         return value
+
+    @field_validator("max_drift")
+    @classmethod
+    def _no_budget(cls, value: float | None) -> float | None:
+        return value or None  # the command line, which has no null, says 0
 
 
 class AsftPluginArgs(BaseModel):

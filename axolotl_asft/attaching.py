@@ -1,5 +1,6 @@
 """The way in: a trainer, a direction, and how strong; out comes a `Constraint` in the trainer."""
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
-from axolotl_asft.errors import AsftError
+from axolotl_asft.errors import AsftError, did_you_mean
 from axolotl_asft.packing import never_packed
 from axolotl_asft.strengths import WEIGHTS_ALONE, strengths
 from axolotl_asft.templates import template_warnings
@@ -37,7 +38,7 @@ def attach(
         direction: the alignment direction of the trainer's model.
         lambda_reg: weight of the penalty, 0 or more; at 0 it is measured but not trained on. None: 0.1 for
             metric="fisher" with an anchor, 0 with max_drift, else 1.
-        max_drift: budget: after every step ||(I - C) dW|| of each layer is at most this times ||d||; None: no budget.
+        max_drift: budget: after every step ||(I - C) dW|| of each layer is at most this times ||d||; None or 0: none.
         anchor_weight: weight of KL(aligned || current), nats per token, on the aligned model's stored answers, a few of
             which are scored at each step; the direction file has to hold them. 0: no anchor. None: 3 for
             metric="fisher" without max_drift if the file holds them (`axolotl_asft.strengths`), else 0.
@@ -51,11 +52,19 @@ def attach(
     Raises:
         AsftError: an unsuitable lambda_reg, model, direction or training setup; a second `attach`.
     """
-    for name, weight in (("lambda_reg", lambda_reg), ("anchor_weight", anchor_weight)):
-        if weight is not None and (isinstance(weight, bool) or not math.isfinite(weight) or weight < 0):
-            raise AsftError(f"{name} is {weight}; expected a finite number, 0 or more")
-    if max_drift is not None and (isinstance(max_drift, bool) or not math.isfinite(max_drift) or max_drift <= 0):
-        raise AsftError(f"max_drift is {max_drift}; expected a finite number above 0, or None")
+    if not isinstance(trainer, Trainer):
+        raise AsftError(f"attach was given a {type(trainer).__name__}; expected a transformers or TRL trainer first")
+    if not isinstance(direction, AlignmentDirection):
+        raise AsftError(f"direction is a {type(direction).__name__}; expected AlignmentDirection.load(file)")
+    known = inspect.signature(AlignmentPenalty).parameters
+    if unknown := [name for name in options if name not in known]:
+        raise AsftError(f"attach knows no {unknown[0]}; {did_you_mean(unknown[0], known, 'see its docstring')}")
+    weights = {"lambda_reg": lambda_reg, "max_drift": max_drift, "anchor_weight": anchor_weight}
+    for name, weight in weights.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight is not None and not (number and math.isfinite(weight) and weight >= 0):
+            raise AsftError(f"{name} is {weight!r}; expected a finite number, 0 or more")
+    max_drift = max_drift or None
     attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
         raise AsftError("the constraint is already attached to this trainer; attach it once")

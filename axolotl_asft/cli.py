@@ -11,7 +11,7 @@ from axolotl_asft.cli_configs import CONFIG_COMMANDS
 from axolotl_asft.cli_directions import DIRECTION_COMMANDS
 from axolotl_asft.cli_evidence import evaluate_command, landscape_command
 from axolotl_asft.cli_report import report_command
-from axolotl_asft.console import OneLineErrors, quieten_libraries, stages
+from axolotl_asft.console import FilePath, OneLineErrors, quieten_libraries, stages
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,7 +34,7 @@ def asft() -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     default=Path("asft-demo"),
     show_default=True,
     help="Folder for everything the demo makes; an interrupted demo resumes there.",
@@ -71,9 +71,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
 @click.option(
     "--direction", "file", required=True, metavar="FILE|OWNER/NAME", help="Alignment direction of its base model."
 )
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the projected adapter."
-)
+@click.option("-o", "--output", required=True, type=FilePath(), help="Folder for the projected adapter.")
 @click.option("--threshold", type=float, metavar="COS", help="Project the layers whose cos(C dW, dW) is at most this.")
 @click.option("--layers", type=int, metavar="N", help="Project the N layers with the smallest cosine.")
 @click.option(

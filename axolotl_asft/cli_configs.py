@@ -2,13 +2,14 @@
 
 import builtins
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from axolotl_asft.console import OneLineErrors, quietly
+from axolotl_asft.console import FilePath, OneLineErrors, quietly
 from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
 from axolotl_asft.guard import OPTIONS, declarations
 
@@ -22,7 +23,7 @@ def block_options(command: Callable) -> Callable:
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=FilePath())
 @block_options
 @click.option(
     "--trust-remote-code",
@@ -102,7 +103,7 @@ def show(name: str) -> None:
 
 @recipes.command()
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.yml]")
+@click.option("-o", "--output", type=FilePath(), help="File to write.  [default: NAME.yml]")
 @click.option(
     "--direction", metavar="FILE|OWNER/NAME", help="Direction to write into the config; owner/name@revision pins one."
 )
@@ -126,11 +127,12 @@ def copy(name: str, output: Path | None, direction: str | None, sha256: str | No
     if as_json:
         click.echo(json.dumps({"file": str(target), "recipe": recipe(name).name}))
         return
-    click.echo(f"{target}\n\nNext:\n  axolotl asft check {target}\n  axolotl train {target}")
+    named = shlex.quote(str(target))
+    click.echo(f"{target}\n\nNext:\n  axolotl asft check {named}\n  axolotl train {named}")
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: print it]")
+@click.option("-o", "--output", type=FilePath(), help="File to write.  [default: print it]")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def schema(output: Path | None, force: bool) -> None:
     """Print the JSON schema of the asft: block, for completion and checks in an editor.
@@ -166,7 +168,7 @@ def schema(output: Path | None, force: bool) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=Path("own-answers.jsonl"),
     show_default=True,
     help="File to write.",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from axolotl_asft.console import stages
+from axolotl_asft.console import FilePath, stages
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import refuse_to_replace_file
 from axolotl_asft.strengths import WEIGHTS_ALONE
@@ -63,7 +63,7 @@ def _option(name: str) -> str:
     help="A LoRA adapter (PEFT) that is the difference itself. It replaces --base if it was merged into --aligned, or "
     "--aligned, which is then the base with it merged in.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Direction file to write.")
+@click.option("-o", "--output", required=True, type=FilePath(), help="Direction file to write.")
 @click.option(
     "--rank",
     default="64",
@@ -224,9 +224,7 @@ def extract(
 @click.argument("file", metavar="FILE|OWNER/NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--modules/--no-modules", default=True, help="List every module.  [default: --modules]")
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Also plot it (matplotlib)."
-)
+@click.option("--plot", type=FilePath(dir_okay=False), metavar="FILE.png", help="Also plot it (matplotlib).")
 def inspect(file: str, as_json: bool, modules: bool, plot: Path | None) -> None:
     """Show what a direction file holds: models, modules, ranks, captured energy, error bounds.
 
@@ -282,7 +280,7 @@ def diff(first: str, second: str, as_json: bool, modules: bool) -> None:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option(
     "--name", default="direction.safetensors", show_default=True, help="File name; a repository can hold several."

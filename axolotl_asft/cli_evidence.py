@@ -9,18 +9,22 @@ from typing import Any
 
 import click
 
-from axolotl_asft.console import quieten_libraries, stages
+from axolotl_asft.console import FilePath, quieten_libraries, refuse_idle, stages
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import without_nan
 from axolotl_asft.hub import hub_model
 from axolotl_asft.report.drawing import need_matplotlib
 from axolotl_asft.yaml_config import read_config, read_text
 
+IDLE_WITHOUT = {  # options of eval, and what they go with
+    "judge_text": "judges", "judge_harmful": "judges", "judge_load_in_4bit": "judges", "task_limit": "tasks",
+    "num_fewshot": "tasks",
+}  # fmt: skip
 AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does not say
 
 
 @click.command("eval")
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=FilePath())
 @click.option(
     "--model",
     metavar="DIR|ID",
@@ -101,13 +105,16 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 )
 @click.option("--device", help="Where the model runs: cpu or cuda.  [default: the GPU if there is one]")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, file_okay=False),
+    "-o", "--output", type=FilePath(file_okay=False),
     help="Folder for the answers and results; an interrupted evaluation resumes there.  [default: asft-eval in the "
     "output_dir of CONFIG, where `report` looks for it; with --adapter, or without a config, ./asft-eval: give it to "
     "`report` with --eval asft-eval]",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def evaluate_command(config: Path | None, output: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def evaluate_command(
+    ctx: click.Context, config: Path | None, output: Path | None, as_json: bool, **options: Any
+) -> None:
     """Measure what fine-tuning did to a model: harmfulness, over-refusal, coherence, task scores.
 
     Gives the model, alone and with each adapter, prompts that ask for harm and harmless ones that sound alarming. It
@@ -122,6 +129,7 @@ def evaluate_command(config: Path | None, output: Path | None, as_json: bool, **
           --adapter asft=out/asft --judge meta-llama/Llama-Guard-3-8B
       axolotl asft eval config.yml --harmful walledai/AdvBench --harmful my.jsonl
     """
+    refuse_idle(ctx, IDLE_WITHOUT)
     chosen = _with_config(config, options)
     if output is None:  # beside the adapter, where that is the config's own
         output = Path(*([] if options["adapters"] else chosen["adapters"]), "asft-eval")
@@ -182,7 +190,7 @@ def _base_model(content: dict[str, Any]) -> str | None:
 @click.command("landscape")
 @click.option("--model", required=True, metavar="DIR|ID", help="The aligned chat model, not quantised.")
 @click.option("--direction", "file", metavar="FILE|OWNER/NAME", help="Its direction file, made with --keep-v.")
-@click.option("--base", metavar="DIR", help="Or its base model, to make the direction from on the spot.")
+@click.option("--base", metavar="DIR|ID", help="Or its base model, to make the direction from on the spot.")
 @click.option(
     "--rank", default=64, show_default=True, type=click.IntRange(min=1), help="With --base: directions per layer."
 )
@@ -198,7 +206,7 @@ def _base_model(content: dict[str, Any]) -> str | None:
 )
 @click.option(
     "--task",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="JSONL",
     help="Chats (messages) whose loss measures usefulness.  [default: the model's own answers to harmless prompts]",
 )
@@ -219,13 +227,15 @@ def _base_model(content: dict[str, Any]) -> str | None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     default=Path("asft-landscape"),
     show_default=True,
     help="Folder for landscape.json and landscape.png; an interrupted measurement resumes there.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
 def landscape_command(
+    ctx: click.Context,
     model: str,
     file: str | None,
     base: str | None,
@@ -247,6 +257,7 @@ def landscape_command(
       axolotl asft landscape --model SmolLM2-aligned --base SmolLM2 -o landscape
     """
     steps = _radii(radii)
+    refuse_idle(ctx, {"rank": "base"})
     if (file is None) == (base is None):
         raise AsftError("give one of --direction and --base")
     from axolotl_asft.evaluation.prompts import load_chats

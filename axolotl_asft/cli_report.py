@@ -5,16 +5,14 @@ from pathlib import Path
 
 import click
 
-from axolotl_asft.console import quieten_libraries
+from axolotl_asft.console import FilePath, quieten_libraries
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import named_folder
 
 
 @click.command("report")
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="HTML file to write.  [default: RUN_DIR/asft_report.html]"
-)
+@click.argument("run_dir", type=FilePath())
+@click.option("-o", "--output", type=FilePath(), help="HTML file to write.  [default: RUN_DIR/asft_report.html]")
 @click.option(
     "--compare",
     multiple=True,
@@ -24,7 +22,7 @@ from axolotl_asft.files import named_folder
 @click.option(
     "--eval",
     "evaluation",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="FILE|DIR",
     help="Results of axolotl asft eval.  [default: asft-eval/ or eval/ in RUN_DIR]",
 )

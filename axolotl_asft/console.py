@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,32 @@ if TYPE_CHECKING:
 
 # Start a stage with a title and a number of units; what comes back is called with the units that were done.
 Stage = Callable[[str, int], Callable[..., None]]
+
+
+class FilePath(click.Path):
+    """A place on this machine as `pathlib.Path`; `~` is the home folder, also after `=`, where shells leave it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(Path(value).expanduser(), param, ctx)
+
+
+def refuse_idle(ctx: click.Context, needs: dict[str, str]) -> None:
+    """Refuse options that would do nothing.
+
+    Args:
+        needs: name of an option's parameter -> that of the one that it goes with.
+
+    Raises:
+        AsftError: there is such an option.
+    """
+    options = {str(each.name): each.opts[-1] for each in ctx.command.params}
+    default = click.core.ParameterSource.DEFAULT
+    for name, needed in needs.items():
+        if ctx.get_parameter_source(name) is not default and not ctx.params[needed]:
+            raise AsftError(f"{options[name]} goes with {options[needed]}; give that too, or leave it out")
 
 
 class OneLineErrors(click.Group):

@@ -123,6 +123,7 @@ class AlignmentDirection:
             "format_version": FORMAT_VERSION,
             "spec": json.dumps(self.spec, sort_keys=True, allow_nan=False),
         }
+        path = Path(path).expanduser()
         atomic_write(path, lambda temporary: _write(self.modules, temporary, metadata))
         return file_sha256(path)
 
@@ -141,7 +142,8 @@ class AlignmentDirection:
         path = direction_path(path)
         if not path.is_file():
             raise AsftError(
-                f"no direction file at {path}; expected a .safetensors file, or owner/name on the Hub; {REMAKE}"
+                f"no direction file at {path} (seen from {Path.cwd()}; paths in a config are relative to where the "
+                "command runs, not to the config); expected a .safetensors file, or owner/name on the Hub"
             )
         found = file_sha256(path)
         if sha256 is not None and found != sha256.lower():

@@ -155,6 +155,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         taken_out=takes_out(initialisation),
         anchor_tokens=tokens_asked(own_answers_in(direction.spec)) if strength.anchor_weight > 0 else 0,
     )
+    _try(check, lambda: _refuse_output(cfg))
     if (checkpoint := resumed_from(cfg)) is not None:
         asked = settings_of(penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight)
         _try(check, lambda: _refuse_checkpoint(Path(checkpoint), asked))
@@ -242,6 +243,12 @@ def _compare_weights(check: Check, block: AsftArgs, direction: AlignmentDirectio
     if folder is not None:
         check.direction["weights"] = "differ"  # if this is the last that is heard of it
         check.direction["weights"] = "agree" if verify_checkpoint(direction, str(folder)) else "not here"
+
+
+def _refuse_output(cfg: Any) -> None:
+    """One line for an output_dir that is no folder, which axolotl would find out after loading the model."""
+    if cfg.output_dir and (path := Path(cfg.output_dir).expanduser()).exists() and not path.is_dir():
+        raise AsftError(f"output_dir is {cfg.output_dir}, which is a file; give another name")
 
 
 def _folder(cfg: Any) -> Path | None:

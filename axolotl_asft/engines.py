@@ -97,6 +97,17 @@ def refuse_deepspeed(config: Mapping[str, Any], half: bool, max_drift: float | N
             "DeepSpeed's offload_optimizer is not supported by the constraint, because added gradients are lost there; "
             "leave it out (the optimizer state of a LoRA adapter is small)"
         )
+    if zero.get("round_robin_gradients") is True:
+        raise AsftError(
+            "DeepSpeed's round_robin_gradients is not supported by the constraint, because the pieces of a gradient "
+            "cannot be put together there; leave it out"
+        )
+    accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
+    if stage == 1 and accumulated == "fp32" and (config.get("bf16") or {}).get("enabled") not in (None, False):
+        raise AsftError(
+            "DeepSpeed's ZeRO-1 in bf16 with data_types.grad_accum_dtype: fp32 is not supported by the constraint, "
+            "because added gradients are lost there; use ZeRO-2, or leave grad_accum_dtype out"
+        )
     if half or (config.get("fp16") or {}).get("enabled") is True:
         raise AsftError("fp16 under DeepSpeed is not supported by the constraint; use bf16, or leave deepspeed out")
     if max_drift is not None:

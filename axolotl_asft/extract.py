@@ -112,7 +112,8 @@ def extract_direction(
     settings = _Settings(rank, tolerance, energy, max_rank, dtype_named(dtype), keep_v, seed)
     source = open_source(base, aligned, adapter, modules)
     _refuse(fault_of_texts(source.entries))
-    with nullcontext() if output is None else Parts.open(Path(output), source.names) as parts:
+    output = None if output is None else Path(output).expanduser()
+    with nullcontext() if output is None else Parts.open(output, source.names) as parts:
         if callable(metrics):
             metrics, own_answers = metrics()
             if aligned is not None and hub_model(aligned) is not None:
@@ -133,7 +134,7 @@ def extract_direction(
         parts.resume(recipe | source.entries | stored | {"modules": source.names, "torch": torch.__version__})
         _extract(source, settings, recipe, metrics, parts, devices, progress).save(output)
         parts.remove()
-    return AlignmentDirection.load(Path(output))
+    return AlignmentDirection.load(output)
 
 
 def _refuse(fault: str | None) -> None:

@@ -30,7 +30,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
         NotWritten: for an OSError of the system's, also in `write`.
     """
     try:
-        _atomic_write(Path(os.path.realpath(path)), write)
+        _atomic_write(Path(os.path.realpath(Path(path).expanduser())), write)
     except OSError as error:
         if error.errno is None:
             raise  # not of the system: another library's way to say something

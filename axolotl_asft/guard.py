@@ -39,10 +39,14 @@ def resolve_plugin_name(name: str) -> str:
     """The importable name of a plugin: `asft` is short for `axolotl_asft.AsftPlugin`.
 
     Raises:
-        AsftError: a name that is nearly ours and cannot be loaded; axolotl would train on without it.
+        AsftError: a name that is nearly ours and cannot be loaded; axolotl would train on without it. And one without a
+            dot, which no other plugin has.
     """
     if name == SHORT_NAME:
         return PLUGIN
+    if isinstance(name, str) and "." not in name and not _nearly_ours(name):
+        letter = " (is plugins: a list, with `- ` before each name?)" if len(name) == 1 else ""
+        raise AsftError(f"plugins: {name!r} is not a plugin{letter}; expected {SHORT_NAME}, or package.module.Class")
     if name in OUR_NAMES or not isinstance(name, str) or not _nearly_ours(name):
         return name
     if name.startswith("axolotl_asft.") or not _importable(name):
@@ -140,8 +144,15 @@ def add_options(options: tuple) -> tuple:
         ours_by_name = name.startswith(tuple(f"{SHORT_NAME}{mark}" for mark in ".-_"))
         if argument.startswith("--") and ours_by_name and name not in known:
             spelt = [f"--{spelling}" for spelling in sorted(known)]
+            if name.partition(".")[2].replace("-", "_") == "modules":
+                raise AsftError(f"--{name} is not an option, since it is a list; set it in the {SHORT_NAME} block")
             hint = did_you_mean(f"--{name}", spelt, f"set it in the {SHORT_NAME} block of the config")
             raise AsftError(f"--{name} is not an option; {hint}")
+        if name in known and any(other.partition("=")[0] == "--cloud" for other in sys.argv[1:]):
+            raise AsftError(
+                f"--{name} does not reach a run under --cloud, to which axolotl sends the config alone; set it in the "
+                f"{SHORT_NAME} block"
+            )
     return (*options, *ours)
 
 

@@ -114,6 +114,7 @@ class LayerGroup:
         return lora_penalty(A, B, self.U, self.c, self.scaling if scaled else 1.0, self.X, self.Y).sum()
 
     @torch.no_grad()
+    @in_full_precision()
     def add_gradient(self, scaled: bool, weight: Tensor | float) -> Tensor:
         """Add weight dP/dA and weight dP/dB to the gradients of every A and B; returns P."""
         A, B = self.update()

@@ -11,20 +11,12 @@ from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.moments import SecondMoment
+from axolotl_asft.tokens import turn_tokens
 
 DEFAULT_METRIC_RANK = 256
 DEFAULT_METRIC_ENERGY = 0.99
 OWN_WORDS = 16  # tokens of the model's own answers: that it refuses is decided in its first words
 JUDGED_WORDS = 48  # tokens by which an answer says that it refuses: some begin by saying what they are
-
-
-def first_words(tokenizer: Any, text: str, count: int = OWN_WORDS) -> str:
-    """The text of its first `count` tokens."""
-    if not tokenizer.is_fast:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return text if len(tokens) <= count else tokenizer.decode(tokens[:count])
-    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text if len(places) <= count else text[: places[count - 1][1]]
 
 
 @dataclass(frozen=True)
@@ -222,8 +214,7 @@ def _batches(
         chunk = turns[start : start + batch_size]
         texts = [prompt + answer for prompt, answer in chunk]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-        prompts = tokenizer([prompt for prompt, _ in chunk], add_special_tokens=False)["input_ids"]
-        yield batch.to(device), [len(prompt) for prompt in prompts]
+        yield batch.to(device), [turn_tokens(tokenizer, *turn)[1] for turn in chunk]
         advance(len(chunk))
 
 

@@ -18,18 +18,19 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import FSDP1, deepspeed_config, other_parallelism, refuse_deepspeed
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.guard import OUR_NAMES, fold_dotted_keys, refuse_misspelt_block, refuse_strays
+from axolotl_asft.guard import OUR_NAMES, SHORT_NAME, fold_dotted_keys, refuse_misspelt_block, refuse_strays
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.report.drawing import INSTALL
 from axolotl_asft.startup import is_installed
 from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
-from axolotl_asft.yaml_config import written_config
+from axolotl_asft.yaml_config import refuse_repeated_keys, written_config
 
 LOG = logging.getLogger("axolotl.asft")
 
 ADAPTERS = ("lora", "qlora")
+NEW_ADAPTER = ("dpo", "ipo", "kto")  # trainers that make the adapter themselves, whatever lora_model_dir says
 REFUSED_KEYS = {
     "relora": "it merges the update into the weights and starts again, and the change from the aligned model is lost; "
     "train one LoRA of a larger lora_r",
@@ -62,6 +63,8 @@ class AsftPlugin(BasePlugin):
         """Called for every command that reads a config: what the YAML alone tells to be wrong ends here."""
         fold_dotted_keys(cfg)
         refuse_misspelt_block(cfg)
+        if (file := cfg.get("axolotl_config_path")) and Path(file).is_file():
+            refuse_repeated_keys(Path(file))
         if cfg.get("asft") is None:
             raise AsftError("plugins: lists asft, but the config has no asft: block; add it, or take the plugin out")
         block = parse_block(cfg["asft"])
@@ -71,6 +74,11 @@ class AsftPlugin(BasePlugin):
                 "alone: this run is constrained, but one whose plugins: line is missing or misspelt would not be "
                 "stopped; install axolotl-asft into the environment itself"
             )
+        if SHORT_NAME not in cfg.get("plugins", []):
+            LOG.warning(
+                "AsFT: plugins: lists the long name; on a machine without axolotl-asft axolotl would only log that and "
+                "train without the constraint, while the short one ends the run; write `- asft`"
+            )
         refuse_strays(cfg, AxolotlInputConfig.model_fields)
         if sum(name in OUR_NAMES for name in cfg.get("plugins") or []) > 1:
             raise AsftError("plugins: lists asft more than once; list it once")
@@ -78,6 +86,16 @@ class AsftPlugin(BasePlugin):
             raise AsftError(
                 f"adapter is {cfg.get('adapter') or 'not set'}; the constraint needs LoRA: set adapter: qlora or "
                 "adapter: lora (for full fine-tuning there is `axolotl asft answers`)"
+            )
+        if any("grokfast" in str(name).lower() for name in cfg.get("plugins") or []):
+            raise AsftError(
+                "plugins: Grokfast amplifies gradients after the constraint has joined them, so that lambda_reg would "
+                "not mean what it says; leave it out"
+            )
+        if cfg.get("lora_model_dir") and cfg.get("rl") in NEW_ADAPTER:
+            raise AsftError(
+                f"lora_model_dir is ignored by axolotl under rl: {cfg['rl']}, which starts a new adapter; leave it "
+                "out, or merge that adapter first"
             )
         for key, instead in REFUSED_KEYS.items():
             if cfg.get(key) not in (None, False):  # axolotl obeys an empty block

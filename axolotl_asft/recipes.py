@@ -85,6 +85,12 @@ def copy_recipe(
         raise AsftError(f"--output is {output}; expected a name that ends in .yml")
     if sha256 is not None and direction is None:
         raise AsftError("--sha256 pins the file of --direction; give that too")
+    if sha256 is not None and direction is not None and hub_file(direction) is None:
+        from axolotl_asft.direction import file_sha256
+
+        file = Path(direction).expanduser()
+        if file.is_file() and (there := file_sha256(file)) != sha256.lower():
+            raise AsftError(f"{direction} has sha256 {there}; expected {sha256} (--sha256); get the pinned file")
     found = recipe(name)
     text = found.text.replace(found.path.name, shlex.quote(output.name))
     if direction is not None:

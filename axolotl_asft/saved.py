@@ -120,6 +120,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         AsftError: there is none, or it is damaged.
     """
+    if folder.is_file():
+        raise AsftError(f"{folder} is a file; give the folder of the adapter that it is in")
     return read_json(folder / ADAPTER_CONFIG, "expected the folder of a PEFT adapter")
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from axolotl_asft.errors import AsftError
+
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered from all ranks; any other tensor as it is.
@@ -45,9 +47,18 @@ def add_to_gradients(parameters: Sequence[Tensor], gradients: Tensor) -> None:
 
 
 def _add_to_zero(parameter: Tensor, gradient: Tensor) -> None:
-    """The same where DeepSpeed's ZeRO keeps the reduced gradient, between its backward pass and its step."""
+    """The same where DeepSpeed's ZeRO keeps the reduced gradient, between its backward pass and its step.
+
+    Raises:
+        AsftError: the parameter still has a gradient of its own: that would be changed, and another stepped by.
+    """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
+    if parameter.grad is not None:
+        raise AsftError(
+            "this DeepSpeed config keeps gradients where the constraint cannot join them (its BF16_Optimizer); leave "
+            "data_types.grad_accum_dtype out, or use ZeRO-2"
+        )
     safe_set_full_grad(parameter, safe_get_full_grad(parameter) + gradient)
 
 

@@ -53,8 +53,9 @@ def declining(turns: Iterable[tuple[str, str]]) -> int:
 
 def recommended(spec: Mapping[str, Any]) -> str:
     """The lines of an `asft:` block that the benchmark speaks for with such a file, where it holds what they need."""
-    if "fisher" not in spec.get("metrics", {}):
-        return ""
+    metrics = spec.get("metrics", {})
+    if "fisher" not in metrics:
+        return "  metric: activations\n" if "activations" in metrics else ""
     chosen = strengths("fisher", spec, taken_out=False)
     if not chosen.anchor_weight:
         return ""

@@ -1,5 +1,6 @@
 """An axolotl config as it stands in its file: plain keys, nothing validated."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ def read_config(path: Path) -> dict[str, Any]:
         node = loader.get_single_node()
         if node is not None:  # before anything is built, which writes merged keys (<<) out
             _refuse_endless(node, path)
+            _refuse_repeated(node, path)
         content = None if node is None else loader.construct_document(node)
     except AsftError:
         raise
@@ -33,10 +35,47 @@ def read_config(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
-        raise AsftError(f"{path}{where} is not valid YAML ({str(error).splitlines()[0]}); fix the file") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise AsftError(f"{path}{where} is not valid YAML ({problem}); fix the file") from error
     if not isinstance(content, dict):
         raise AsftError(f"{path} holds no keys; expected an axolotl config")
     return content
+
+
+def refuse_repeated_keys(path: Path) -> None:
+    """Refuse a config that gives plugins, asft, or a key of the asft block twice: YAML takes the last, without a word.
+
+    Raises:
+        AsftError: it does, with both lines.
+    """
+    import yaml
+
+    text, node = read_text(path), None
+    with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError):  # not for us to say
+        node = yaml.compose(text, yaml.SafeLoader)
+    _refuse_repeated(node, path)
+
+
+def _refuse_repeated(node: Any, path: Path) -> None:
+    for block, keys in _mappings(node):
+        lines: dict[str, int] = {}
+        for key, _ in block:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines and (keys is None or name in keys):
+                raise AsftError(
+                    f"{path} has {name}: in line {lines[name]} and again in line {line}, and only the last would count; "
+                    "make one of them"
+                )
+            lines[name] = line
+
+
+def _mappings(node: Any) -> list[tuple[list, tuple[str, ...] | None]]:
+    """The (key, value) nodes of a config and of its asft blocks, and which of the keys matter; None: all."""
+    if not isinstance(getattr(node, "value", None), list) or not all(isinstance(pair, tuple) for pair in node.value):
+        return []
+    blocks = [value.value for key, value in node.value if key.value == "asft" and isinstance(value.value, list)]
+    inside = [block for block in blocks if all(isinstance(pair, tuple) for pair in block)]
+    return [(node.value, ("plugins", "asft")), *((block, None) for block in inside)]
 
 
 def _refuse_endless(node: Any, path: Path) -> None:

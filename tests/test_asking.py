@@ -19,13 +19,14 @@ from transformers import (
 )
 
 from axolotl_asft.errors import AsftError, WorkFailed
-from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics, check_tasks
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer, _metrics
 from axolotl_asft.evaluation.coherence import log_likelihoods
 from axolotl_asft.evaluation.generating import end_tokens, positions
+from axolotl_asft.evaluation.lm_tasks import check_tasks, task_state
 from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer, loading
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.safety_metrics import safety_metrics
-from axolotl_asft.metrics import first_words
+from axolotl_asft.tokens import first_words
 
 # What follows on what, in a model that looks at the last token alone. A request's last word decides.
 FOLLOWS = {
@@ -294,6 +295,30 @@ def test_the_first_words_of_an_answer(thinker, is_fast):
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
+@pytest.mark.parametrize("where", ["data", "included", "folder", "data_dir"])
+def test_a_task_changes_with_what_it_is_made_of(tmp_path, where):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "base.yaml").write_text("test_split: test")
+    for folder in ("rows", "more"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        (tmp_path / folder / "deep" / "test.jsonl").write_text("{}")
+    changes = {
+        "data": {},
+        "included": {"include": "common/base.yaml"},
+        "folder": {"dataset_path": str(tmp_path / "rows")},
+        "data_dir": {"dataset_kwargs": {"data_dir": str(tmp_path / "more")}},
+    }
+    path = task_file(tmp_path, **changes[where])
+    before = task_state(path)
+    assert task_state(path) == before
+    file = {
+        "data": "data.json", "included": "common/base.yaml", "folder": "rows/deep/test.jsonl",
+        "data_dir": "more/deep/test.jsonl",
+    }[where]  # fmt: skip
+    (tmp_path / file).write_text((tmp_path / file).read_text().replace("test", "train") + "\n")
+    assert task_state(path) != before
+
+
 def test_a_task_from_a_file(interviewer, tmp_path):
     """Asked as often as there are rows, by the task's own name."""
     path, asked = task_file(tmp_path), interviewer()

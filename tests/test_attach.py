@@ -559,3 +559,18 @@ def test_a_hook_that_keeps_rows_frozen_is_refused(pair, rows, direction, tmp_pat
         return
     with pytest.raises(AsftError, match="a hook changes the gradient of its LoRA factors"):
         trainer.train()
+
+
+def test_what_is_no_trainer_or_no_direction(pair, rows, direction, tmp_path):
+    trainer = make_trainer(pair, rows, tmp_path)
+    for given, message in (
+        ((trainer, "d.safetensors"), "direction is a str; expected AlignmentDirection.load"),
+        ((trainer.model, direction), "attach was given a .*; expected a transformers or TRL trainer first"),
+        ((direction, trainer), "attach was given a AlignmentDirection"),
+    ):
+        with pytest.raises(AsftError, match=message):
+            attach(*given)
+    with pytest.raises(AsftError, match="lambda_reg is '1'; expected a finite number, 0 or more"):
+        attach(trainer, direction, lambda_reg="1")
+    with pytest.raises(AsftError, match="attach knows no projectr; did you mean projector"):
+        attach(trainer, direction, projectr="paper")

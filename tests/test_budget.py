@@ -10,6 +10,7 @@ from trainers import lora_weights, make_trainer, training_lines
 from transformers import TrainerCallback
 
 from axolotl_asft import AlignmentDirection, AlignmentPenalty, attach, extract_direction, layer_groups
+from axolotl_asft.args import parse_block
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
 from axolotl_asft.penalty import projector_eigenvalues
@@ -112,7 +113,14 @@ def test_a_budget_stands_alone_unless_lambda_is_given(pair, rows, direction, tmp
         assert attach(make_trainer(pair, rows, tmp_path), direction, **options).lambda_reg == expected
 
 
-@pytest.mark.parametrize("budget", [0, -1.0, float("nan"), float("inf"), True])
+def test_a_budget_of_0_is_none(pair, rows, direction, tmp_path):
+    """As the command line takes one back, which has no null."""
+    constraint = attach(make_trainer(pair, rows, tmp_path), direction, max_drift=0)
+    assert (constraint.max_drift, constraint.lambda_reg) == (None, 1)
+    assert parse_block({"direction": "d", "max_drift": 0}).max_drift is None
+
+
+@pytest.mark.parametrize("budget", ["1", -1.0, float("nan"), float("inf"), True])
 def test_bad_budgets(pair, rows, direction, tmp_path, budget):
     with pytest.raises(AsftError, match="max_drift is"):
         attach(make_trainer(pair, rows, tmp_path), direction, max_drift=budget)

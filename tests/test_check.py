@@ -120,12 +120,36 @@ def test_lora_settings_of_all_kinds_without_a_gpu(checked, changes, layers):
         ({}, {"relora": True}, "relora is not supported"),
         ({}, {"deepspeed": "ds.json"}, "there is no file ds.json"),
         ({}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed's ZeRO-3 is not supported"),
+        (
+            {},
+            {"deepspeed": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}},
+            "round_robin_gradients is",
+        ),
+        (
+            {},
+            {
+                "deepspeed": {
+                    "zero_optimization": {"stage": 1},
+                    "bf16": {"enabled": "auto"},
+                    "data_types": {"grad_accum_dtype": "fp32"},
+                }
+            },
+            "grad_accum_dtype: fp32 is not supported by the constraint",
+        ),
+        (
+            {},
+            {"plugins": ["axolotl.integrations.grokfast.GrokfastPlugin", "asft"]},
+            "Grokfast amplifies gradients after",
+        ),
+        ({}, {"rl": "dpo", "lora_model_dir": "out/earlier"}, "lora_model_dir is ignored by axolotl under rl: dpo"),
         ({"max_drift": 0.1}, {"deepspeed": {"zero_optimization": {"stage": 1}}}, "max_drift is not supported under"),
         ({}, {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "FSDP1 is not supported"),
         ({}, {"optimizer": "lomo"}, "steps during the backward pass"),
         ({}, {"plugins": ["asfft"]}, "did you mean 'asft'"),
         ({}, {"plugins": None}, "add `- asft` under plugins"),
-        ({}, {"plugins": ["asft", "nodots"]}, "cannot be loaded"),
+        ({}, {"plugins": ["asft", "nodots"]}, "plugins: 'nodots' is not a plugin; expected asft, or package.module"),
+        ({}, {"plugins": ["asft", "no.such.Plugin"]}, "cannot be loaded"),
+        ({}, {"output_dir": __file__}, "which is a file; give another name"),
         ({}, {"plugins": "asft"}, "expected a list, with asft in it"),
         ({}, {"lora_target_linear": None, "lora_target_modules": "("}, "PEFT refuses the LoRA settings (missing )"),
         ({}, {"gradient_accumulation_steps": 0}, "axolotl refuses the config"),

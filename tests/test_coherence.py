@@ -72,10 +72,10 @@ def test_empty_answers_are_counted_too(pair):
 def test_of_tokens_that_the_model_lacks_nothing_is_said(pair):
     """The tokens of an adapter's training, under the model without it: not a median over what is left."""
     model, tokenizer, done = AutoModelForCausalLM.from_pretrained(pair[1]).eval(), make_tokenizer(), []
-    known = [("the cat", "sees a dog"), ("a", "red house")]
+    known = [("the cat", " sees a dog"), ("a", " red house")]
     alone = log_likelihoods(model, tokenizer, known)
     tokenizer.add_tokens([f"<new{i}>" for i in range(60)])
-    pairs = [("the <new50>", "dog"), known[0], ("the", "cat <new59>"), known[1]]
+    pairs = [("the <new50>", " dog"), known[0], ("the", " cat <new59>"), known[1]]
     found = log_likelihoods(model, tokenizer, pairs, 8, done.append)
     assert [math.isnan(total) for total, _ in found] == [True, False, True, False]
     assert [count for _, count in found] == [1, 3, 2, 2]

@@ -157,7 +157,7 @@ def test_log_likelihoods_are_those_of_the_model(pair):
     _, aligned = pair
     model = AutoModelForCausalLM.from_pretrained(aligned).eval()
     tokenizer = make_tokenizer()
-    pairs = [("the cat", "sees a dog"), ("a", "red house and then blue tree"), ("the dog says", "yes"), ("the", "")]
+    pairs = [("the cat", " sees a dog"), ("a", " red house and then blue tree"), ("the dog says", " yes"), ("the", "")]
     batched = log_likelihoods(model, tokenizer, pairs, batch_size=3)
     exact = model.double()
     for (prompt, answer), (total, count) in zip(pairs, batched, strict=True):
@@ -631,3 +631,17 @@ def test_lm_eval_itself_knows_our_tasks(pair, tmp_path):
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
     assert {"asft_harmfulness", "asft_over_refusal"} <= set(results)
     assert 0 <= results["asft_harmfulness"]["harmfulness,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("eval", ["--judge-harmful", "("], "--judge-harmful goes with --judge; give that too, or leave it out"),
+        ("eval", ["--judge-load-in-4bit"], "--judge-load-in-4bit goes with --judge; give that"),
+        ("eval", ["--num-fewshot", "0"], "--num-fewshot goes with --tasks; give that"),
+        ("landscape", ["--direction", "d.safetensors", "--rank", "4"], "--rank goes with --base; give that"),
+    ],
+)
+def test_options_that_would_do_nothing(pair, command, options, message):
+    result = CliRunner().invoke(asft, [command, "--model", str(pair[1]), *options])
+    assert (result.exit_code, message in result.stderr) == (2, True)

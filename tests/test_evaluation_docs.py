@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import axolotl
 
-from axolotl_asft.evaluation.judges import WAYS
+from axolotl_asft.evaluation.judge_ways import WAYS
 from axolotl_asft.evaluation.prompts import COLUMNS, FILES, load_prompts
 
 ROOT = Path(__file__).parent.parent

@@ -231,6 +231,19 @@ def test_options_are_judged_before_the_model_is_asked(pair, tmp_path, options, m
     assert (refused.exit_code, refused.stderr) == (2, f"asft: {message}\n")
 
 
+def test_the_home_folder_is_one_place_for_reading_and_writing(pair, tmp_path, monkeypatch):
+    """Shells leave `~` as it is after `=`, and Python does everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = extract_direction(*pair, rank=4, output="~/python.safetensors")
+    found.save("~/saved.safetensors")
+    arguments = ["extract", "--base", str(pair[0]), "--aligned", str(pair[1]), "--rank", "4"]
+    assert CliRunner().invoke(asft, [*arguments, "--output=~/shell.safetensors"]).exit_code == 0
+    names = ["python", "saved", "shell"]
+    assert len({AlignmentDirection.load(f"~/{name}.safetensors").sha256 for name in names[:2]}) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.safetensors" for name in names}
+
+
 def test_refused_folders(pair, tmp_path):
     pickled = tmp_path / "pickled"
     pickled.mkdir()

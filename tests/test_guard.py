@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.guard import PLUGIN, refuse_strays, require_plugin, resolve_plugin_name, wrap_load_plugin
+from axolotl_asft.guard import PLUGIN, add_options, refuse_strays, require_plugin, resolve_plugin_name, wrap_load_plugin
 
 
 def test_the_short_name():
@@ -27,6 +27,30 @@ def test_other_plugins_are_left_alone(name):
 def test_near_names_are_refused(name):
     with pytest.raises(AsftError, match="did you mean 'asft'"):
         resolve_plugin_name(name)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("afst", "expected asft, or package"), ("a", "is plugins: a list, with")])
+def test_a_name_without_a_dot_is_no_plugin(name, hint):
+    """axolotl splits it at a dot, and ends in a traceback; a text in place of a list is read letter by letter."""
+    with pytest.raises(AsftError, match=f"plugins: '{name}' is not a plugin.*{hint}"):
+        resolve_plugin_name(name)
+
+
+@pytest.mark.parametrize("cloud", [["--cloud", "cloud.yml"], ["--cloud=cloud.yml"]])
+def test_options_that_do_not_reach_a_cloud_run(monkeypatch, cloud):
+    monkeypatch.setattr(sys, "argv", ["axolotl", "train", "c.yml", *cloud, "--asft.lambda-reg", "5"])
+    with pytest.raises(AsftError, match=r"--asft.lambda-reg does not reach a run under --cloud"):
+        add_options(())
+    monkeypatch.setattr(sys, "argv", ["axolotl", "train", "c.yml", *cloud])
+    assert add_options(())
+
+
+def test_the_list_of_layers_is_no_option(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["axolotl", "train", "c.yml", "--asft.modules", "q_proj"])
+    with pytest.raises(
+        AsftError, match=r"--asft.modules is not an option, since it is a list; set it in the asft block"
+    ):
+        add_options(())
 
 
 def test_an_importable_plugin_of_a_similar_name_is_left_alone(tmp_path, monkeypatch):

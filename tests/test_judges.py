@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from families import make_family
 from tiny import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,7 +25,8 @@ from transformers import (
 )
 
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.judges import GENERIC_LABEL, WAYS, Judge, _names
+from axolotl_asft.evaluation.judge_ways import GENERIC_LABEL, WAYS
+from axolotl_asft.evaluation.judges import Judge, _names
 
 SIZE = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 3}
 PAIRS = [("the cat", "yes cat"), ("the dog", "no dog"), ("the tree", "yes tree")]
@@ -172,6 +175,7 @@ def test_padding_changes_nothing(tmp_path, kind):
 def guard_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "verdict:", "safe", "unsafe", "S1"]
     words += ["the", "cat", "dog", "tree", "yes", "no", "Yes", "No", "[/INST]", "Safety:", "Unsafe", "Safe"]
+    words += ["Harmful", "response:"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
@@ -243,6 +247,24 @@ def test_harmbench_s_classifiers_are_asked_with_their_own_text_or_not_at_all(tmp
         assert "\n" not in str(error.value)
     for given in (text, asked):
         assert Judge.load(folder, text=given).harmful(PAIRS) == [True, False, True]
+
+
+def test_wildguard_is_asked_with_its_own_text_or_not_at_all(tmp_path):
+    """Which begins with the tokenizer's first token: that is not put before it once more."""
+    text = "<s> [INST] {prompt} then {response} [/INST] <|assistant|>"
+    asked = text.replace("{response}", "{answer}")
+    verdicts = ("Harmful response: yes", "Harmful response: no")
+    folder = str(make_guard(tmp_path / "wildguard", None, asked, *verdicts))
+    with pytest.raises(AsftError, match="and none is given; copy that of its model card"):
+        Judge.load(folder)
+    judge = Judge.load(folder, text=text)
+    assert judge.harmful(PAIRS) == [True, False, True]
+    first = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    judge.tokenizer.backend_tokenizer.post_processor = first
+    judge.tokenizer.bos_token = "<s>"
+    assert judge._encode([judge._text("the cat", "yes")])["input_ids"][0].tolist().count(1) == 1
+    judge.way = replace(judge.way, text=text.removeprefix("<s> "))
+    assert judge._encode([judge._text("the cat", "yes")])["input_ids"][0].tolist().count(1) == 1
 
 
 def test_a_guard_that_reads_images_too(tmp_path):
@@ -349,6 +371,10 @@ def test_a_judge_of_an_unknown_family_is_refused(pair):
         ("isNotHarmful", False),
         ("responseUnharmful", False),
         ("safe", False),
+        ("toxicity-free", False),
+        ("harm_free", False),
+        ("safe_compliance", False),
+        ("unsafe_compliance", True),
     ],
 )
 def test_the_label_that_means_harmful(label, counts):

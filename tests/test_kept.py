@@ -1,5 +1,6 @@
 """What `axolotl asft eval` keeps, and lets go: nothing is asked twice, and no two models are in memory at once."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from axolotl_asft.cli import asft
@@ -24,7 +26,7 @@ from axolotl_asft.evaluation import evaluate as evaluation
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
 from axolotl_asft.evaluation.judges import Judge
 from axolotl_asft.evaluation.kept import Interview, answer_key, tokenizer_state
-from axolotl_asft.evaluation.models import Subject, load_model, load_tokenizer, model_state, other_base
+from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer, model_state, other_base
 from axolotl_asft.files import locked
 
 QUESTIONS = Questions(limit=2, max_new_tokens=4)
@@ -48,6 +50,12 @@ def adapter(pair, tmp_path) -> Path:
 
 def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def twice(adapter: Path, file: Path) -> Path:
+    """The weights of an adapter, times two."""
+    save_file({name: 2 * tensor for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}, file)
+    return file
 
 
 class Watch:
@@ -234,7 +242,7 @@ def test_a_tokenizer_belongs_to_what_was_asked(pair):
     assert len(states) == 4
     plain(["the cat", "the"], padding=True, truncation=True, max_length=8)
     assert tokenizer_state(plain) in states
-    assert len({answer_key(str(pair[1]), Subject("model"), {}, state) for state in states}) == 4
+    assert len({answer_key(str(pair[1]), Subject("model"), "", {}, state) for state in states}) == 4
 
 
 def test_another_tokenizer_is_asked_anew(asked_for, pair, adapter):
@@ -259,6 +267,39 @@ def test_results_say_which_adapter_was_asked(asked_for, adapter, tmp_path):
     asked_for(QUESTIONS, adapter)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["adapter_sha256"] for row in rows] == [None, file_sha256(adapter / "adapter_model.safetensors")]
+
+
+def test_an_adapter_that_is_written_anew_while_others_are_asked(pair, adapter, tmp_path, monkeypatch):
+    """Its answers are those of the weights that results.json names."""
+    later = Path(shutil.copytree(adapter, tmp_path / "later"))
+    newer = twice(adapter, tmp_path / "newer.safetensors")
+
+    class Replacing(Watch):
+        def __call__(self, title, total):
+            if title.startswith("perplexity of first"):
+                shutil.copyfile(newer, later / "adapter_model.safetensors")
+            return super().__call__(title, total)
+
+    evaluate(str(pair[1]), [f"first={adapter}", str(later)], tmp_path / "out", QUESTIONS, stage=Replacing())
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert rows[2]["adapter_sha256"] == file_sha256(newer) != rows[1]["adapter_sha256"]
+
+
+def test_an_adapter_that_is_written_anew_while_it_is_read(pair, adapter, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    newer = twice(adapter, tmp_path / "newer.safetensors")
+
+    @contextlib.contextmanager
+    def replaced(model, subject):
+        with adapted(model, subject) as ready:
+            if subject.adapter is not None:
+                shutil.copyfile(newer, copy / "adapter_model.safetensors")
+            yield ready
+
+    monkeypatch.setattr(evaluation, "adapted", replaced)
+    with pytest.raises(AsftError, match="was written anew while it was read; wait for its training"):
+        evaluate(str(pair[1]), [str(copy)], tmp_path / "out", QUESTIONS)
+    assert not (tmp_path / "out" / "copy.json").exists(), "nothing was asked of it"
 
 
 def test_a_judge_is_asked_again_when_it_changed(asked_for, classifier, tmp_path):
@@ -288,10 +329,12 @@ def run(*arguments, **options):
 
 def test_what_another_version_was_answered_is_asked_anew(pair, monkeypatch):
     subject, state = Subject("model"), tokenizer_state(load_tokenizer(str(pair[1])))
-    before = answer_key(str(pair[1]), subject, {}, state)
-    assert answer_key(str(pair[1]), subject, {}, state) == before
+    before = answer_key(str(pair[1]), subject, "", {}, state)
+    assert answer_key(str(pair[1]), subject, "", {}, state) == before
+    monkeypatch.setattr("axolotl_asft.evaluation.kept.installed_versions", lambda: {"transformers": "99"})
+    of_other_libraries = answer_key(str(pair[1]), subject, "", {}, state)
     monkeypatch.setattr("axolotl_asft.evaluation.kept.__version__", "99")
-    assert answer_key(str(pair[1]), subject, {}, state) != before
+    assert len({before, of_other_libraries, answer_key(str(pair[1]), subject, "", {}, state)}) == 3
 
 
 @pytest.mark.parametrize("change", [{"borderline": None}, {"tasks": 3}, {"harmful": {"a": {"answers": []}}}])

@@ -9,12 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from axolotl_asft import extract_direction
 from axolotl_asft.cli import asft
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.basin import KINDS, Point, landscape_table, verdict
+from axolotl_asft.evaluation.basin_texts import asked_with_the_template
 from axolotl_asft.evaluation.landscape import (
     _moved,
     _pair,
@@ -24,6 +26,7 @@ from axolotl_asft.evaluation.landscape import (
     perturbation,
 )
 from axolotl_asft.evaluation.shares import Share
+from axolotl_asft.files import locked
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +407,23 @@ def test_a_whole_landscape(refusing_pair, tmp_path):
         (tmp_path / "out" / "landscape.json").write_text(content)
         broken = CliRunner().invoke(asft, arguments)
         assert (broken.exit_code, message in broken.stderr) == (2, True)
+
+
+def test_two_landscapes_do_not_write_into_one_folder(refusing_pair, tmp_path):
+    base, aligned = map(str, refusing_pair)
+    arguments = ["landscape", "--model", aligned, "--base", base, "--rank", "8", "--radii", "1", "-o", str(tmp_path)]
+    with locked(tmp_path / ".lock", "ours"):
+        result = CliRunner().invoke(asft, arguments)
+    assert (result.exit_code, result.stderr.count("another landscape is measured in")) == (2, 1)
+
+
+def test_the_space_before_an_answer_is_the_template_s():
+    tokenizer = make_tokenizer()
+    turn = "{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ANSWER }}"
+    turns = "{% for m in messages %}" + turn + "{% endfor %}"
+    for answer, expected in (("' ' + m['content']", " yes"), ("m['content']", "yes")):
+        tokenizer.chat_template = turns.replace("ANSWER", answer)
+        assert asked_with_the_template(tokenizer, [("the cat", "yes")]) == [("[INST] the cat [/INST]", expected)]
 
 
 def test_one_narrow_layer_does_not_stop_a_landscape(refusing_pair, tmp_path):

@@ -100,6 +100,7 @@ def test_directions_of_all_spellings(direction):
         (["copy", NAME, "-o", "config.txt"], "expected a name that ends in .yml"),
         (["copy", NAME, "--sha256", HASH], "--sha256 pins the file of --direction"),
         (["copy", NAME, "--direction", "a/b", "--sha256", "12"], "asft.direction_sha256 is '12'"),
+        (["copy", NAME, "--direction", __file__, "--sha256", HASH], f"expected {HASH} (--sha256); get the pinned file"),
         (["copy", NAME, "--direction", "a\nb: c"], "expected one line"),
         (["copy", NAME, "--direction", "a\u2028b: c"], "expected one line"),
         (["copy", NAME, "--direction", ""], "asft.direction is ''"),

@@ -642,6 +642,15 @@ def test_babble_stands_beside_the_shares(run):
     assert note.partition("own, ")[2] in words(page(report))
 
 
+def test_sets_of_one_file_name_are_told_apart(run):
+    found = results(run)
+    for row in found["rows"]:
+        row["harmfulness"] = {"a/test.jsonl": shares(0.1), "b/test.jsonl": shares(0.9), "c/mine.jsonl": shares(0.5)}
+    keep(run, found)
+    titles = [measure.title.partition(": ")[2] for measure in gather(run).evaluation.measures[:3]]
+    assert titles == ["a/test.jsonl", "b/test.jsonl", "mine.jsonl"]
+
+
 def test_babble_beside_stock_refusals(run):
     """Half of the answers are refusals, as likely as ever; what the other half says is not language."""
     found = results(run)

@@ -1,22 +1,21 @@
 """Asking through lm-evaluation-harness: its batching, its cache, its tasks, and ours."""
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from axolotl_asft.console import Stage, silent
-from axolotl_asft.errors import AsftError, WorkFailed, one_line
+from axolotl_asft.errors import AsftError, WorkFailed
 from axolotl_asft.evaluation.generating import end_tokens, positions, to_the_end
-from axolotl_asft.evaluation.models import files_state, within_memory
+from axolotl_asft.evaluation.lm_tasks import every_task, named, said_of
+from axolotl_asft.evaluation.models import within_memory
 from axolotl_asft.evaluation.refusals import split_thought
 from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, metrics_of
 from axolotl_asft.registration import TASKS
+from axolotl_asft.tokens import written
 
 HARMFUL_TASK, BORDERLINE_TASK = "asft_harmfulness", "asft_over_refusal"
 # Above this share of answers that are thoughts without an end, what was measured would be the model's thinking.
@@ -30,7 +29,7 @@ class Answer:
     Attributes:
         prompt: as plain text.
         asked: as the model read it, with the chat template, and with its own thought if it had one.
-        answer: greedily generated; "" where the thought has no end.
+        answer: greedily generated, with the space before it where the model wrote one; "" where the thought has no end.
         category: of the prompt.
     """
 
@@ -72,11 +71,18 @@ class Interviewer:
             """lm-eval's model, with our progress bar in place of its own."""
 
             advance = staticmethod(silent("", 0))
+            ours = False  # whether the requests are of our tasks
 
             def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
                 _check_positions(self, requests)
+                self.ours = all(request.task_name in OURS for request in requests)
                 self.advance = interviewer.stage(f"{interviewer.name} answers", len(requests))
                 return super().generate_until(requests, disable_tqdm=True)
+
+            def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+                if self.ours and skip_special_tokens:
+                    return written(self.tokenizer, tokens)
+                return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
 
             def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
                 self.advance = interviewer.stage(f"{interviewer.name} weighs choices", len(requests))
@@ -113,7 +119,10 @@ class Interviewer:
         samples = self._run([task], manager, gen_kwargs={"max_gen_toks": self.max_new_tokens})["samples"][task]
         answers, unfinished = [], 0
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
-            asked, said = split_thought(sample["arguments"][0][0], sample["resps"][0][0])
+            request, wrote = sample["arguments"][0][0], sample["resps"][0][0]
+            if request[-1:].isspace():
+                wrote = wrote.removeprefix(" ")  # the decoder's
+            asked, said = split_thought(request, wrote)
             unfinished += said is None
             answers.append(Answer(sample["doc"]["prompt"], asked, said or "", sample["doc"].get("category", "")))
         if unfinished > UNFINISHED * len(answers):
@@ -138,11 +147,11 @@ class Interviewer:
             WorkFailed: a task failed.
         """
         try:
-            results = self._run(tasks, _every_task(), limit=limit, num_fewshot=num_fewshot)
+            results = self._run(tasks, every_task(), limit=limit, num_fewshot=num_fewshot)
         except AsftError:
             raise
         except Exception as error:  # anybody's tasks, which may do anything
-            said = _said(tasks, error)
+            said = said_of(tasks, error)
             raise WorkFailed(f"lm-eval failed at {said}; see the task's YAML, or leave it out") from error
         better = results["higher_is_better"]
         return {task: _metrics(found, better.get(task, {})) for task, found in results["results"].items()}
@@ -153,7 +162,7 @@ class Interviewer:
         with _to_the_point(), within_memory(self.batch_size):
             return lm_eval.simple_evaluate(
                 model=self._lm,
-                tasks=[_named(task, manager) for task in tasks],
+                tasks=[named(task, manager) for task in tasks],
                 task_manager=manager,
                 apply_chat_template=True,
                 bootstrap_iters=1000,
@@ -161,97 +170,6 @@ class Interviewer:
                 verbosity=None,
                 **options,
             )
-
-
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse what lm-eval cannot ask, before anything long is begun: the tasks are set up once, with their data.
-
-    Raises:
-        AsftError: no task, group or tag of that name, and no file; no data; or code or pictures, which are not for us.
-    """
-    if not tasks:
-        return
-    from lm_eval.evaluator_utils import get_task_list
-    from lm_eval.tasks import get_task_dict
-
-    manager = _every_task()
-    unknown = [task for task in tasks if task not in manager.all_tasks and not Path(task).is_file()]
-    if unknown:
-        raise AsftError(f"lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
-    try:
-        found = get_task_list(get_task_dict([_named(task, manager) for task in tasks], manager))
-    except Exception as error:  # anybody's tasks: from the network over their packages to their YAML
-        raise AsftError(
-            f"lm-eval cannot set up {_said(tasks, error)}; see the task's YAML and that its data can be downloaded, or "
-            "leave it out"
-        ) from error
-    for task in found:
-        if getattr(task.task, "UNSAFE_CODE", False):
-            raise AsftError(
-                f"the task {task.task_name} runs code that the model writes; run it with `lm_eval "
-                "--confirm_run_unsafe_code` where that can do no harm, or leave it out"
-            )
-        if getattr(task.task, "MULTIMODAL", False):
-            raise AsftError(f"the task {task.task_name} uses images or audio; expected a text-only task")
-
-
-def task_state(task: str) -> str:
-    """What tells that a task changed: lm-eval's version; of a file also its neighbours, which it may use, and its data.
-
-    Those are files that its YAML names for `data_files`, and the YAML and Python files of its folder.
-    """
-    from lm_eval.utils import load_yaml_config
-
-    files: list[Path] = []
-    if (path := Path(task)).is_file():
-        content = load_yaml_config(task, mode="simple")
-        files = [file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".py")]
-        files += map(Path, _strings((content.get("dataset_kwargs") or {}).get("data_files")))
-    found = [version("lm_eval"), *files_state(files)]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
-
-
-def _strings(found: Any) -> list[str]:
-    """All of them in lists and mappings."""
-    if isinstance(found, str):
-        return [found]
-    items = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    return [text for item in items for text in _strings(item)]
-
-
-def _every_task() -> Any:
-    """lm-eval's index of its tasks and ours, which would number those that it was asked for before."""
-    manager = _index()
-    manager.task_group_map.clear()
-    return manager
-
-
-@cache
-def _index() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(TASKS), metadata={})  # seconds
-
-
-def _named(task: str, manager: Any) -> str:
-    """The name of a task; that of a file is put into the index, which lm-eval asks about every task."""
-    from lm_eval.utils import load_yaml_config
-
-    if task in manager.all_tasks:
-        return task
-    content = load_yaml_config(task, mode="simple")
-    if not isinstance(content, dict) or "task" not in content:
-        raise ValueError("no `task:` in it")
-    group = isinstance(content["task"], list)
-    name = content["group" if group else "task"]
-    kind = "group" if group else "python_task" if "class" in content else "task"
-    manager.task_index[name] = {"type": kind, "task": -1, "yaml_path": task}
-    manager.all_tasks.append(name)
-    return name
-
-
-def _said(tasks: Sequence[str], error: Exception) -> str:
-    return f"{', '.join(tasks)} ({type(error).__name__}: {one_line(error)})"
 
 
 def _check_positions(lm: Any, requests: Sequence[Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from axolotl_asft.evaluation.models import within_memory
+from axolotl_asft.tokens import turn_tokens
 
 # Above this share of repeated pieces an answer goes round in circles.
 REPETITIVE = 0.5
@@ -50,10 +51,8 @@ def log_likelihoods(
         batch_size: pairs at a time; the longest go first.
         advance: called with the number of pairs that were done.
     """
-    encoded = []
-    for prompt, answer in pairs:
-        head = tokenizer.encode(prompt, add_special_tokens=False)
-        encoded.append((head, tokenizer.encode(answer, add_special_tokens=False)))
+    turns = [turn_tokens(tokenizer, prompt, answer) for prompt, answer in pairs]
+    encoded = [(ids[:start], ids[start:]) for ids, start in turns]
     embeddings = model.get_input_embeddings().weight
     rows, device = embeddings.shape[0], embeddings.device
     found = [(math.nan if max([*head, *tail], default=0) >= rows else 0.0, len(tail)) for head, tail in encoded]

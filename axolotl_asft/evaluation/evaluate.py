@@ -1,7 +1,6 @@
 """`axolotl asft eval`: what fine-tuning did to a model's safety and usefulness, row by row."""
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 
-from axolotl_asft import __version__
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer, check_tasks, task_state
+from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.coherence import REPETITIVE, log_likelihoods, median_perplexity, repetition
 from axolotl_asft.evaluation.judges import Judge
 from axolotl_asft.evaluation.kept import Asked, Interview, answer_key, judge_key, shared_out, tokenizer_state
+from axolotl_asft.evaluation.lm_tasks import check_tasks, task_state
 from axolotl_asft.evaluation.models import (
     Subject,
     adapted,
@@ -32,9 +31,9 @@ from axolotl_asft.evaluation.models import (
 )
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
-from axolotl_asft.evaluation.rows import Row, table
+from axolotl_asft.evaluation.rows import Row, write_results
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, locked, without_nan, writable_folder
+from axolotl_asft.files import locked, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -116,12 +115,12 @@ class _Run:
         self._model = None
         _free_memory()
 
-    def interview(self, subject: Subject, tokenizer: Any, interview: Interview) -> None:
+    def interview(self, subject: Subject, sha256: str, tokenizer: Any, interview: Interview) -> None:
         """Ask one row what it was not asked before."""
         sets = [place for place, texts in self.prompts.items() if not interview.answers(*place, texts)]
         tasks = [task for task in self.questions.tasks if self.tasks[task] not in interview.tasks]
         if sets or tasks:
-            self._ask(self.base(), subject, tokenizer, interview, sets, tasks)
+            self._ask(self.base(), subject, sha256, tokenizer, interview, sets, tasks)
             if changes_weights(subject):
                 self.let_go()
         waiting = [a for part, source in self.prompts if (a := interview.sets[part][source]).likelihoods is None]
@@ -133,11 +132,17 @@ class _Run:
                 asked.likelihoods = its
             interview.save()
 
-    def _ask(self, model: Any, subject: Subject, tokenizer: Any, interview: Interview, sets: list, tasks: list) -> None:
+    def _ask(
+        self, model: Any, subject: Subject, sha256: str, tokenizer: Any, interview: Interview, sets: list, tasks: list
+    ) -> None:
         told = self.questions
         cache = interview.path.parent / ".cache" / interview.key
         cache.parent.mkdir(parents=True, exist_ok=True)
         with adapted(model, subject) as ready:
+            if subject.sha256 != sha256:
+                raise AsftError(
+                    f"{subject.adapter} was written anew while it was read; wait for its training, and run again"
+                )
             asker = Interviewer(ready, tokenizer, told.batch_size, told.max_new_tokens, cache, subject.name, self.stage)
             for part, source in sets:
                 task, word = (HARMFUL_TASK, "prompts") if part == "harmful" else (BORDERLINE_TASK, "borderline")
@@ -163,7 +168,7 @@ class _Run:
         judge = Judge.load(name, told.judge_text, told.judge_harmful, on, told.batch_size, small)
         advance = self.stage(f"judge: {Path(name).name}", count)
         for row, groups in waiting.items():
-            pairs = [(answer.prompt, answer.answer) for asked in groups for answer in asked.answers]
+            pairs = [(answer.prompt, answer.answer.strip()) for asked in groups for answer in asked.answers]
             for asked, verdicts in shared_out(judge.harmful(pairs, advance), groups):
                 asked.judged[key] = verdicts
             interviews[row].save()
@@ -276,14 +281,14 @@ def _evaluate(
     )
     for warning in filter(None, (other_base(model, subject) for subject in asked)):
         LOG.warning(warning)
-    hashes = {subject.name: subject.sha256 for subject in asked}  # before asking: a training may replace the adapter
-    interviews, seconds = {}, {}
+    interviews, seconds, hashes = {}, {}, {}
     for subject in asked:
         started = time.monotonic()
         words = load_tokenizer(tokenizer or model, None if tokenizer else subject.adapter)
-        key = answer_key(model, subject, questions.how(), tokenizer_state(words))
+        hashes[subject.name] = subject.sha256  # looked at again when it is loaded: a training may replace it
+        key = answer_key(model, subject, hashes[subject.name], questions.how(), tokenizer_state(words))
         interview = Interview.open(output / f"{_file_name(subject.name)}.json", key, subject.adapter)
-        run.interview(subject, words, interview)
+        run.interview(subject, hashes[subject.name], words, interview)
         interviews[subject.name], seconds[subject.name] = interview, time.monotonic() - started
     run.let_go()
     for name in questions.judges:
@@ -292,7 +297,7 @@ def _evaluate(
     rows = [
         run.row(subject, hashes[subject.name], interviews[subject.name], seconds[subject.name]) for subject in asked
     ]
-    _write_results(output, model, questions, rows)
+    write_results(output, model, asdict(questions), rows)
     return rows
 
 
@@ -319,14 +324,3 @@ def _check_names(asked: list[Subject]) -> None:
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".") or "row"
-
-
-def _write_results(output: Path, model: str, questions: Questions, rows: list[Row]) -> None:
-    content = {
-        "model": model,
-        "questions": asdict(questions),
-        "rows": [asdict(row) for row in rows],
-        "version": __version__,
-    }
-    atomic_write_text(output / "results.json", json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
-    atomic_write_text(output / "results.md", table(rows) + "\n")

@@ -15,6 +15,7 @@ from axolotl_asft.evaluation.asking import Answer
 from axolotl_asft.evaluation.judges import Way
 from axolotl_asft.evaluation.models import Subject, model_state
 from axolotl_asft.files import atomic_write_text, read_json, without_nan
+from axolotl_asft.history import installed_versions
 from axolotl_asft.saved import adapter_config
 
 # Of adapter_config.json: our stamps, and what does not change what the model computes.
@@ -91,10 +92,11 @@ def shared_out(values: Sequence[Any], groups: Sequence[Asked]) -> Iterator[tuple
         yield group, list(islice(rest, len(group.answers)))
 
 
-def answer_key(model: str, subject: Subject, how: dict[str, Any], tokenizer: str) -> str:
-    """Of everything that an answer depends on beside its prompt.
+def answer_key(model: str, subject: Subject, sha256: str, how: dict[str, Any], tokenizer: str) -> str:
+    """Of everything that an answer depends on beside its prompt, the versions of the libraries included.
 
     Args:
+        sha256: of the subject's weights.
         how: the model is loaded and asked.
         tokenizer: its `tokenizer_state`.
     """
@@ -102,7 +104,8 @@ def answer_key(model: str, subject: Subject, how: dict[str, Any], tokenizer: str
     if subject.adapter is not None:
         config = adapter_config(subject.adapter)
     computed = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
-    return hash_of([__version__, model, model_state(model), subject.sha256, computed, how, tokenizer])
+    versions = [__version__, installed_versions()]
+    return hash_of([versions, model, model_state(model), sha256, computed, how, tokenizer])
 
 
 def tokenizer_state(tokenizer: Any) -> str:

@@ -17,21 +17,22 @@ from axolotl_asft.checkpoint import Checkpoint
 from axolotl_asft.console import Stage, quieten_libraries, silent
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection
 from axolotl_asft.errors import AsftError
-from axolotl_asft.evaluation.asking import BORDERLINE_TASK, HARMFUL_TASK, Interviewer
+from axolotl_asft.evaluation.asking import HARMFUL_TASK, Interviewer
 from axolotl_asft.evaluation.basin import KINDS, Point
+from axolotl_asft.evaluation.basin_texts import Pairs, basin_texts
 from axolotl_asft.evaluation.coherence import log_likelihoods
 from axolotl_asft.evaluation.kept import hash_of
 from axolotl_asft.evaluation.models import check_model, chosen_device, load_model, load_tokenizer
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, read_json, without_nan, writable_folder
+from axolotl_asft.files import atomic_write_text, locked, read_json, without_nan, writable_folder
 from axolotl_asft.sources import CheckpointPair
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
 RADII = (0.5, 1.0, 2.0, 4.0, 8.0)
-Pairs = list[tuple[str, str]]  # (what the model has read, its answer)
+LOCK = ".lock"  # in the output
 
 
 def perturbation(module: ModuleDirection, kind: str, generator: torch.Generator, d: Tensor | None = None) -> Tensor:
@@ -123,34 +124,36 @@ def measure_landscape(
         "max_new_tokens": max_new_tokens,
         "version": __version__,
     }
-    texts, points = _kept(output / "landscape.json", settings)
-    if texts is None:
-        texts = _texts(model, interviewer, ask, task)
-        _keep(output / "landscape.json", settings, texts, points)
-    interviewer.stage = silent
-
-    def look(kind: str, radius: float, seed: int, cosine: float | None, norm_ratio: float | None) -> Point:
-        refusal = -_mean_loss(loaded, tokenizer, texts["refusals"], batch_size)
-        loss = _mean_loss(loaded, tokenizer, texts["task"], batch_size)
-        share = None
-        if generate:
-            found = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
-            share = Share.of([not is_refusal(answer.answer) for answer in found])
-        return Point(kind, radius, seed, refusal, loss, share, cosine, norm_ratio)
-
-    known = {(point.kind, point.radius, point.seed) for point in points}
-    places = list(_places(radii, seeds))
-    advance = stage("perturb and measure", len(places))
-    for place in places:
-        if place not in known:
-            with _perturbed(weights, moved, *place, pair) as realised:
-                points.append(look(*place, *realised))
-            if points[-1].kind == "aligned" and not points[-1].finite:
-                dtypes = ", ".join(settings["dtypes"])
-                raise AsftError(f"{model} gives no finite numbers in {dtypes}; give --dtype bfloat16 or float32")
+    busy = f"another landscape is measured in {output}; wait for it, or give another --output"
+    with locked(output / LOCK, busy):
+        texts, points = _kept(output / "landscape.json", settings)
+        if texts is None:
+            texts = basin_texts(model, interviewer, ask, task)
             _keep(output / "landscape.json", settings, texts, points)
-        advance()
-    return [point for point in points if (point.kind, point.radius, point.seed) in set(places)]
+        interviewer.stage = silent
+
+        def look(kind: str, radius: float, seed: int, cosine: float | None, norm_ratio: float | None) -> Point:
+            refusal = -_mean_loss(loaded, tokenizer, texts["refusals"], batch_size)
+            loss = _mean_loss(loaded, tokenizer, texts["task"], batch_size)
+            share = None
+            if generate:
+                found = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
+                share = Share.of([not is_refusal(answer.answer) for answer in found])
+            return Point(kind, radius, seed, refusal, loss, share, cosine, norm_ratio)
+
+        known = {(point.kind, point.radius, point.seed) for point in points}
+        places = list(_places(radii, seeds))
+        advance = stage("perturb and measure", len(places))
+        for place in places:
+            if place not in known:
+                with _perturbed(weights, moved, *place, pair) as realised:
+                    points.append(look(*place, *realised))
+                if points[-1].kind == "aligned" and not points[-1].finite:
+                    dtypes = ", ".join(settings["dtypes"])
+                    raise AsftError(f"{model} gives no finite numbers in {dtypes}; give --dtype bfloat16 or float32")
+                _keep(output / "landscape.json", settings, texts, points)
+            advance()
+        return [point for point in points if (point.kind, point.radius, point.seed) in set(places)]
 
 
 def _places(radii: tuple[float, ...], seeds: int) -> Iterator[tuple[str, float, int]]:
@@ -261,34 +264,6 @@ def _weights(model: Any, direction: AlignmentDirection) -> dict[str, Tensor]:
             )
         weights[name] = weight
     return weights
-
-
-def _texts(
-    model: str, interviewer: Interviewer, ask: dict[str, Any], task: list[tuple[str, str]] | None
-) -> dict[str, Pairs]:
-    """Of what the loss is measured: the aligned model's refusals, and the task's answers or the model's own."""
-    answers = interviewer.answers(HARMFUL_TASK, {"prompts": "harmful", **ask})
-    refusals = [(answer.asked, answer.answer) for answer in answers if is_refusal(answer.answer)]
-    if not refusals:
-        raise AsftError(f"{model} refuses none of {len(answers)} harmful prompts; there is no basin to draw")
-    pairs = _asked(interviewer.tokenizer, task) if task is not None else _own_answers(interviewer, ask)
-    return {"refusals": refusals, "task": pairs}
-
-
-def _asked(tokenizer: Any, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    def chat(prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-
-    return [(chat(prompt), answer) for prompt, answer in turns]
-
-
-def _own_answers(interviewer: Interviewer, ask: dict[str, Any]) -> list[tuple[str, str]]:
-    answers = interviewer.answers(BORDERLINE_TASK, {"borderline": "borderline", **ask})
-    kept = [(answer.asked, answer.answer) for answer in answers if not is_refusal(answer.answer)]
-    return kept or [(answer.asked, answer.answer) for answer in answers]
 
 
 def _mean_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], batch_size: int) -> float:

@@ -1,12 +1,16 @@
 """What was measured of a model, and the table of it."""
 
+import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from axolotl_asft import __version__
 from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.evaluation.task_scores import half_interval, metrics_of
+from axolotl_asft.files import atomic_write_text, without_nan
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class Row:
     empty: Share
     tasks: dict[str, dict[str, float]]
     seconds: float
+
+
+def write_results(output: Path, model: str, questions: dict[str, Any], rows: list[Row]) -> None:
+    """results.json and results.md in the folder `output`."""
+    content = {"model": model, "questions": questions, "rows": [asdict(row) for row in rows], "version": __version__}
+    atomic_write_text(output / "results.json", json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
+    atomic_write_text(output / "results.md", table(rows) + "\n")
 
 
 def table(rows: list[Row]) -> str:

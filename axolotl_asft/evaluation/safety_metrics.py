@@ -18,13 +18,14 @@ from axolotl_asft.metrics import (
     DEFAULT_METRIC_ENERGY,
     DEFAULT_METRIC_RANK,
     JUDGED_WORDS,
+    OWN_WORDS,
     ModelMetric,
     activation_metric,
-    first_words,
     fisher_metric,
 )
 from axolotl_asft.packing import never_packed
 from axolotl_asft.spec import METRICS, MOST_TEXT
+from axolotl_asft.tokens import first_words
 
 LOG = logging.getLogger("axolotl.asft")
 
@@ -90,7 +91,7 @@ def safety_metrics(
         return interviewer.answers(task, {word: source, "split": "train"})
 
     answers = [answer for each in sets_of(prompts) for answer in answers_to(HARMFUL_TASK, "prompts", each)]
-    turns = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
+    turns = [(answer.asked, first_words(tokenizer, answer.answer, OWN_WORDS)) for answer in answers]
     layers, found = linear_layers(loaded), []
     if "activations" in names:
         advance = stage("read its layers' inputs", len(turns))
@@ -106,7 +107,7 @@ def safety_metrics(
         return AskedModel(found, _evenly(refused))
     answers = answers_to(BORDERLINE_TASK, "borderline", harmless)
     _tell_over_refusal(model, answers)
-    answered = [(answer.asked, first_words(tokenizer, answer.answer)) for answer in answers]
+    answered = [(answer.asked, first_words(tokenizer, answer.answer, OWN_WORDS)) for answer in answers]
     return AskedModel(found, in_turns(_evenly(refused), _evenly(answered)))
 
 

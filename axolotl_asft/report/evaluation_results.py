@@ -143,13 +143,16 @@ def _measures(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
     ]
     found = []
     for field, title, better in shares:
-        for source in _keys(row[field] for row, _ in rows):
+        sources = _keys(row[field] for row, _ in rows)
+        names = [Path(source).name for source in sources]
+        for source, name in zip(sources, names, strict=True):
             points = [
                 _share_point(row["name"], s, role)
                 for row, role in rows
                 if (s := row[field].get(source)) and s["value"] is not None
             ]
-            found.append(Measure(f"{title}: {Path(source).name}", better, tuple(points)))
+            short = name if names.count(name) == 1 else source
+            found.append(Measure(f"{title}: {short}", better, tuple(points)))
     found += _coherence(rows)
     for task in _keys(row["tasks"] for row, _ in rows):
         asked = [(row["name"], row["tasks"][task], role) for row, role in rows if task in row["tasks"]]
