@@ -63,8 +63,8 @@ def _refuse_repeated(node: Any, path: Path) -> None:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines and (keys is None or name in keys):
                 raise AsftError(
-                    f"{path} has {name}: in line {lines[name]} and again in line {line}, and only the last would count; "
-                    "make one of them"
+                    f"{path} has {name}: in line {lines[name]} and again in line {line}, and only the last would "
+                    "count; make one of them"
                 )
             lines[name] = line
 

@@ -471,3 +471,12 @@ def test_a_torn_file_is_one_line(thinker, tmp_path):
         adapted(load_model(str(thinker)), Subject("tuned", tmp_path / "tuned")),
     ):
         pass
+
+
+@pytest.mark.parametrize(("mark", "warned"), [("[THINK]", True), ("<think>", False)])
+def test_thoughts_in_other_marks_are_warned_of(pair, caplog, mark, warned):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{# " + mark + " #}"
+    with caplog.at_level("WARNING", "axolotl.asft"):
+        Interviewer(AutoModelForCausalLM.from_pretrained(pair[1]), tokenizer)
+    assert ("look at the answers" in caplog.text) == warned

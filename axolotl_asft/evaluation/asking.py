@@ -1,6 +1,7 @@
 """Asking through lm-evaluation-harness: its batching, its cache, its tasks, and ours."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from axolotl_asft.tokens import written
 HARMFUL_TASK, BORDERLINE_TASK = "asft_harmfulness", "asft_over_refusal"
 # Above this share of answers that are thoughts without an end, what was measured would be the model's thinking.
 UNFINISHED = 0.05
+OTHER_THOUGHTS = ("[THINK]", "<|channel|>analysis", "<seed:think>", "<|START_THINKING|>")
+
+LOG = logging.getLogger("axolotl.asft")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class Interviewer:
         from lm_eval.models.huggingface import HFLM
 
         interviewer, ends = self, end_tokens(self.model, self.tokenizer)
+        if marks := [mark for mark in OTHER_THOUGHTS if mark in str(self.tokenizer.chat_template)]:
+            LOG.warning(
+                "%s: its chat template knows thoughts that begin with %s; only those of <think> are told from an "
+                "answer, so that others would be judged, and kept, as part of it: look at the answers",
+                self.name,
+                marks[0],
+            )
 
         class Watched(HFLM):
             """lm-eval's model, with our progress bar in place of its own."""

@@ -24,7 +24,7 @@ OPENING_CHARACTERS = 2000  # a bound on the work per answer, whatever its length
 OPENING_SENTENCES = 6
 GAP_WORDS = 12  # what "..." in a phrase stands for, at most
 
-_PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‛ʼ´", "'") | dict.fromkeys("“”„‟«»「」『』", '"'))  # noqa: RUF001
+_PLAIN_QUOTES = str.maketrans(dict.fromkeys("‘’‛ʼ´′", "'") | dict.fromkeys("“”„‟«»「」『』", '"'))  # noqa: RUF001
 _CONTRACTIONS = (
     (r"\bcan't\b|\bcan\s+not\b|\bcant\b", "cannot"),
     (r"\bwon't\b|\bwont\b", "will not"),
@@ -44,7 +44,8 @@ _FENCE = "```"
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
 # but a digit of its own before the stop numbers what follows: "1. Open", "Step 1: open"
 _SENTENCE_END = re.compile(r"(?<!\b\d)[.!?:;]+(?=\s|$|[\"'*_)\]])|\n\s*\n|[。:;!?](?=[^\x00-\x7f])|。")
-_SPEAKER = re.compile(r"(?<=\n)\w+:[ \t]+\S[^\n]*")  # "ANNA: ...", not on the first line
+# "ANNA: ...", not on the first line; but what stands before words of the model's own is no speaker
+_SPEAKER = re.compile(r"(?<=\n)(?!(?:note|warning|disclaimer|answer|response|assistant|ai):)\w+:[ \t]+\S[^\n]*")
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,10 @@ def _without_quotes(text: str) -> str:
         if text.startswith(mark) and mark not in inner:
             text = inner
     text = re.sub(rf"{_FENCE}.*?(?:{_FENCE}|$)", " ", text, flags=re.DOTALL)
-    text = re.sub(r'"[^"]*(?:"|$)', " ", text.replace("`", '"'))
+    text = text.replace("`", '"')
+    if text.count('"') % 2:
+        text = re.sub(r'(?<=\d)"', " ", text, count=1)  # inches
+    text = re.sub(r'"[^"]*(?:"|$)', " ", text)
     text = re.sub(r"(?<!\w)'[^'\n]*'(?!\w)", " ", text)
     return _SPEAKER.sub(" ", text)
 
