@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def attach(
         raise AsftError(f"attach knows no {unknown[0]}; {did_you_mean(unknown[0], known, 'see its docstring')}")
     weights = {"lambda_reg": lambda_reg, "max_drift": max_drift, "anchor_weight": anchor_weight}
     for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
         if weight is not None and not (number and math.isfinite(weight) and weight >= 0):
             raise AsftError(f"{name} is {weight!r}; expected a finite number, 0 or more")
     max_drift = max_drift or None

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from axolotl_asft.console import FilePath, stages
+from axolotl_asft.console import FilePath, given_options, stages
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import refuse_to_replace_file
 from axolotl_asft.strengths import WEIGHTS_ALONE
@@ -37,8 +37,7 @@ def _refuse_idle(ctx: click.Context) -> None:
     Raises:
         AsftError: there is such an option.
     """
-    default = click.core.ParameterSource.DEFAULT
-    given = {each.name for each in ctx.command.params if ctx.get_parameter_source(str(each.name)) is not default}
+    given = given_options(ctx)
     for name in OF_A_METRIC if not ctx.params["metric_names"] else ():
         if name in given:
             raise AsftError(f"{_option(name)} goes with --metric; add --metric fisher, or leave it out")

@@ -41,11 +41,17 @@ def refuse_idle(ctx: click.Context, needs: dict[str, str]) -> None:
     Raises:
         AsftError: there is such an option.
     """
-    options = {str(each.name): each.opts[-1] for each in ctx.command.params}
-    default = click.core.ParameterSource.DEFAULT
+    spelt, given = {str(each.name): each.opts[-1] for each in ctx.command.params}, given_options(ctx)
     for name, needed in needs.items():
-        if ctx.get_parameter_source(name) is not default and not ctx.params[needed]:
-            raise AsftError(f"{options[name]} goes with {options[needed]}; give that too, or leave it out")
+        if name in given and not ctx.params[needed]:
+            raise AsftError(f"{spelt[name]} goes with {spelt[needed]}; give that too, or leave it out")
+
+
+def given_options(ctx: click.Context) -> set[str]:
+    """The names of the parameters that were given, and are not there by default."""
+    default = click.core.ParameterSource.DEFAULT
+    names = {str(each.name) for each in ctx.command.params}
+    return {name for name in names if ctx.get_parameter_source(name) is not default}
 
 
 class OneLineErrors(click.Group):

@@ -71,7 +71,9 @@ def test_v_is_optional(pair, tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(AsftError, match=r"no direction file at .*nothing.safetensors.*axolotl asft extract"):
+    with pytest.raises(
+        AsftError, match=r"no direction file at .*nothing.safetensors \(seen from .*expected a .safeten"
+    ):
         AlignmentDirection.load(tmp_path / "nothing.safetensors")
 
 

@@ -27,7 +27,7 @@ def test_both_spellings(monkeypatch):
     ("argument", "message"),
     [
         ("--asft.lambda", "--asft.lambda is not an option; did you mean --asft.lambda_reg?"),
-        ("--asft.modules=q_proj", "--asft.modules is not an option; did you mean"),
+        ("--asft.modules=q_proj", "--asft.modules is not an option, since it is a list; set it in the asft block"),
         ("--asft.zzzzzzzzzzz", "set it in the asft block of the config"),
     ],
 )

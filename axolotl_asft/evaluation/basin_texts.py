@@ -20,6 +20,8 @@ def basin_texts(model: str, interviewer: Interviewer, ask: dict[str, Any], task:
 
 
 def asked_with_the_template(tokenizer: Any, turns: Pairs) -> Pairs:
+    """(prompt, answer) of a task as a model reads and writes them, under the tokenizer's chat template."""
+
     def chat(*texts: str) -> str:
         messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
         options = {"add_generation_prompt": len(texts) == 1, "enable_thinking": False}
