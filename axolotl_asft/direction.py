@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.files import atomic_write
+from axolotl_asft.files import atomic_write, seen_from_here
 from axolotl_asft.hub import direction_path
 from axolotl_asft.penalty import projector_eigenvalues
 from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec, named
@@ -142,8 +142,8 @@ class AlignmentDirection:
         path = direction_path(path)
         if not path.is_file():
             raise AsftError(
-                f"no direction file at {path} (seen from {Path.cwd()}; paths in a config are relative to where the "
-                "command runs, not to the config); expected a .safetensors file, or owner/name on the Hub"
+                f"no direction file at {path} ({seen_from_here()}); expected a .safetensors file, or owner/name on the "
+                "Hub"
             )
         found = file_sha256(path)
         if sha256 is not None and found != sha256.lower():

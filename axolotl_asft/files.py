@@ -5,11 +5,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
+
+LOCK = ".lock"  # in an output folder, see `locked`
 
 
 class NotWritten(AsftError, OSError):
@@ -141,6 +144,18 @@ def named_folder(option: str, text: str) -> tuple[str, Path]:
     if not name or not place:
         raise AsftError(f"{option} is {text!r}; expected a folder, or NAME=DIR, as plain=out/plain")
     return name, Path(place).expanduser()
+
+
+def seen_from_here() -> str:
+    """What to say of a path in a config that leads nowhere."""
+    return f"seen from {Path.cwd()}; paths in a config are relative to where the command runs, not to the config"
+
+
+def short_names(places: Iterable[str]) -> dict[str, str]:
+    """Place -> the last part of it, or the whole where several end alike."""
+    names = {place: Path(place).name for place in places}
+    often = Counter(names.values())
+    return {place: name if often[name] == 1 else place for place, name in names.items()}
 
 
 def writable_folder(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl_asft.args import parse_block
 from axolotl_asft.errors import AsftError, did_you_mean
-from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
+from axolotl_asft.files import atomic_write_text, refuse_to_replace_file, seen_from_here
 from axolotl_asft.hub import hub_file
 from axolotl_asft.yaml_config import read_config, read_text, scalar
 
@@ -102,10 +102,7 @@ def missing_direction(direction: str | None) -> str | None:
     """What to say of a direction that is a file on this machine, and is not there yet; None of any other."""
     if direction is None or hub_file(direction) is not None or Path(direction).expanduser().exists():
         return None
-    return (
-        f"there is no file {direction} yet (seen from {Path.cwd()}; paths in a config are relative to where the "
-        "command runs, not to the config)"
-    )
+    return f"there is no file {direction} yet ({seen_from_here()})"
 
 
 def with_direction(text: str, direction: str, sha256: str | None = None) -> str:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from axolotl_asft.errors import AsftError, did_you_mean, one_line
+from axolotl_asft.files import seen_from_here
 from axolotl_asft.initialisation import takes_out
 
 FROZEN_BEFORE_PEFT = ("dpo", "ipo", "kto")  # there `unfrozen_parameters` is obeyed before the LoRA layers are made
@@ -184,7 +185,7 @@ def _no_such_folder(base_model: str) -> str | None:
     """What to say of a base_model that is written like a path and is no folder; None of any other."""
     if Path(base_model).is_dir() or not (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
         return None
-    hint = f"seen from {Path.cwd()}; paths in a config are relative to where the command runs, not to the config"
+    hint = seen_from_here()
     if base_model.startswith("~"):
         hint = "axolotl takes ~ as it stands; write the path out"
     return f"base_model: there is no folder {base_model} ({hint})"

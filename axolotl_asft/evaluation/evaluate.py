@@ -33,11 +33,9 @@ from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.rows import Row, write_results
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import locked, writable_folder
+from axolotl_asft.files import LOCK, locked, writable_folder
 
 LOG = logging.getLogger("axolotl.asft")
-
-LOCK = ".lock"  # in the output
 
 
 @dataclass(frozen=True)

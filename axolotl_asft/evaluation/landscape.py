@@ -26,13 +26,12 @@ from axolotl_asft.evaluation.models import check_model, chosen_device, load_mode
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from axolotl_asft.evaluation.shares import Share
-from axolotl_asft.files import atomic_write_text, locked, read_json, without_nan, writable_folder
+from axolotl_asft.files import LOCK, atomic_write_text, locked, read_json, without_nan, writable_folder
 from axolotl_asft.sources import CheckpointPair
 from axolotl_asft.verify import verify_weights
 
 LOG = logging.getLogger("axolotl.asft")
 RADII = (0.5, 1.0, 2.0, 4.0, 8.0)
-LOCK = ".lock"  # in the output
 
 
 def perturbation(module: ModuleDirection, kind: str, generator: torch.Generator, d: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from axolotl_asft import __version__
 from axolotl_asft.evaluation.shares import Share
 from axolotl_asft.evaluation.task_scores import half_interval, metrics_of
-from axolotl_asft.files import atomic_write_text, without_nan
+from axolotl_asft.files import atomic_write_text, short_names, without_nan
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,8 @@ def _cells(row: Row) -> dict[str, str]:
     """Column title -> what stands in it."""
     cells = {"model": row.name}
     cells |= {f"not refused: {source}": str(share) for source, share in row.harmfulness.items()}
-    names = Counter(Path(judge).name for judge in row.judged)
-    for judge, share in row.judged.items():
-        short = Path(judge).name
-        cells[f"harmful: {short if names[short] == 1 else judge}"] = str(share)
+    short = short_names(row.judged)
+    cells |= {f"harmful: {short[judge]}": str(share) for judge, share in row.judged.items()}
     cells |= {f"refused: {source}": str(share) for source, share in row.over_refusal.items()}
     for title, perplexity in (("perplexity", row.perplexity), ("perplexity: not refused", row.perplexity_answered)):
         cells[title] = "none" if math.isnan(perplexity) else f"{perplexity:.1f}"

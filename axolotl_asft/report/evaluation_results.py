@@ -9,7 +9,7 @@ from typing import Any
 from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, half_interval, metrics_of
-from axolotl_asft.files import read_json
+from axolotl_asft.files import read_json, short_names
 from axolotl_asft.saved import ADAPTER_WEIGHTS
 
 RESULTS = "results.json"
@@ -143,16 +143,13 @@ def _measures(rows: list[tuple[dict[str, Any], str]]) -> list[Measure]:
     ]
     found = []
     for field, title, better in shares:
-        sources = _keys(row[field] for row, _ in rows)
-        names = [Path(source).name for source in sources]
-        for source, name in zip(sources, names, strict=True):
+        for source, name in short_names(_keys(row[field] for row, _ in rows)).items():
             points = [
                 _share_point(row["name"], s, role)
                 for row, role in rows
                 if (s := row[field].get(source)) and s["value"] is not None
             ]
-            short = name if names.count(name) == 1 else source
-            found.append(Measure(f"{title}: {short}", better, tuple(points)))
+            found.append(Measure(f"{title}: {name}", better, tuple(points)))
     found += _coherence(rows)
     for task in _keys(row["tasks"] for row, _ in rows):
         asked = [(row["name"], row["tasks"][task], role) for row, role in rows if task in row["tasks"]]
