@@ -3,6 +3,7 @@
     python -m benchmarks.safety prepare          # base, aligned model, direction: about ten minutes, once
     python -m benchmarks.safety run              # every run of the plan that is not there yet; hours
     python -m benchmarks.safety run --only 'generation/0.1/plain/*' --minutes 30
+    python -m benchmarks.safety run --device cuda --only '*-qlora/*'    # QLoRA in bf16, on a GPU alone
     python -m benchmarks.safety table            # results/safety.md, safety.png and safety_shares.png
 
 All from the repository's root. Settings are in benchmarks/safety.yml, data in safety_data.py, models in
@@ -30,6 +31,7 @@ import yaml
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import installed_versions
+from benchmarks.safety_names import ON_GPU
 
 HERE = Path(__file__).parent
 SETTINGS = HERE / "safety.yml"
@@ -56,6 +58,7 @@ class Bench:
 
     settings: dict[str, Any]
     work: Path
+    device: str = "cpu"  # that the models are asked on; axolotl trains on a GPU where there is one
 
     @property
     def aligned(self) -> Path:
@@ -97,7 +100,8 @@ class Bench:
                 for task in part["tasks"]:
                     for poison in part["poison"]:
                         runs |= dict.fromkeys(Run(task, poison, method, seed) for method in methods)
-        return [run for run in runs if fnmatch.fnmatch(run.name, only)]
+        asked = [run for run in runs if fnmatch.fnmatch(run.name, only)]
+        return [run for run in asked if self.device != "cpu" or not run.method.endswith(ON_GPU)]
 
 
 @functools.cache
@@ -120,8 +124,9 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="runs to make, as task/poison/method/seed with * and ?")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), help="runs at a time, a core each")
+    parser.add_argument("--device", default="cpu", help="to ask the models on: cpu or cuda; trained is on a GPU if any")
     asked = parser.parse_args()
-    bench = Bench(yaml.safe_load(SETTINGS.read_text()), asked.work.resolve())
+    bench = Bench(yaml.safe_load(SETTINGS.read_text()), asked.work.resolve(), asked.device)
     if asked.command == "prepare":
         from benchmarks.safety_model import prepare
 
@@ -155,7 +160,8 @@ def run_all(bench: Bench, only: str, minutes: float, workers: int) -> None:
         if time.monotonic() > until:
             return
         started = time.monotonic()
-        command = [sys.executable, "-m", "benchmarks.safety", "one", "--only", run.name, "--work", str(bench.work)]
+        command = [sys.executable, "-m", "benchmarks.safety", "one", "--only", run.name, "--work", str(bench.work),
+                   "--device", bench.device]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent)
         said = done.stdout if done.returncode == 0 else done.stderr
@@ -175,7 +181,7 @@ def measure(bench: Bench, run: Run) -> None:
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
     if tuned is not None and bench.is_whole(run):
         model, adapter, answers = tuned, None, answers / f"{run.name.replace('/', '-')}.full"
-    row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings)
+    row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings, bench.device)
     result = {
         "run": run.name,
         "key": bench.key(run),
@@ -194,7 +200,7 @@ def measure(bench: Bench, run: Run) -> None:
                   "task": len(right)},
         **({} if adapter is None else numbers(bench, adapter)),
         "seconds": round(seconds, 1),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch_version()}",
+        "machine": machine(bench.device),
         "versions": installed_versions(),
         "made": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -303,10 +309,12 @@ def numbers(bench: Bench, adapter: Path) -> dict[str, float]:
     return {"drift": round(report.drift, 4), "update_norm": round(report.update_norm, 4), **gauge}
 
 
-def torch_version() -> str:
+def machine(device: str) -> str:
+    """What trained and answered: torch's version, and the GPU's name or the number of CPUs."""
     import torch
 
-    return torch.__version__
+    on = f"{os.cpu_count()} CPUs" if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {on}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def randomised(direction: AlignmentDirection, seed: int) -> AlignmentDirection:
 
 
 def ask_everything(
-    model: Path, adapter: Path | None, name: str, task: str, folder: Path, settings: dict[str, Any]
+    model: Path, adapter: Path | None, name: str, task: str, folder: Path, settings: dict[str, Any], device: str
 ) -> tuple[Row, list[bool]]:
     """What `axolotl asft eval` measures of the model under the adapter, and which of the task's answers are right.
 
@@ -177,13 +177,13 @@ def ask_everything(
         if (folder / file).is_file():
             shutil.copyfile(folder / file, own / file)
     with contextlib.redirect_stdout(io.StringIO()):
-        row = evaluate(str(model), adapters, own, questions, device="cpu")[-1]
+        row = evaluate(str(model), adapters, own, questions, device=device)[-1]
     for file in kept:
         if (own / file).is_file():
             os.replace(own / file, folder / file)
     shutil.rmtree(own)
     subject = Subject(name, adapter)
-    loaded, tokenizer = load_model(str(model), "float32", device="cpu"), load_tokenizer(str(model))
+    loaded, tokenizer = load_model(str(model), "float32", device=device), load_tokenizer(str(model))
     examples = test_data(task, settings["test_examples"])
     with adapted(loaded, subject) as ready:
         return row, right_answers(ready, tokenizer, examples, settings["new_tokens"][task])
@@ -214,6 +214,7 @@ def answer_all(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, 
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         batch = tokenizer([texts[i] for i in chunk], return_tensors="pt", padding=True, padding_side="left")
+        batch = batch.to(model.device)
         output = model.generate(
             **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )

@@ -1,6 +1,7 @@
 """Names and colours of the safety benchmark's methods in its pictures."""
 
 DEFAULT = "fisher-0.1-anchor-3"
+ON_GPU = "-qlora"  # ends the name of what was trained in QLoRA on a GPU
 FAMILIES = {
     "aligned": "#222b38",
     "plain": "#222b38",

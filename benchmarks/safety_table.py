@@ -9,7 +9,8 @@ from typing import Any
 
 from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
-from benchmarks.safety_names import DEFAULT, colour_of, shown_name
+from benchmarks.safety_names import DEFAULT, ON_GPU, colour_of, shown_name
+from benchmarks.safety_on_gpu import on_gpu_section
 from benchmarks.safety_shares import draw_shares, over_shares, shares_section
 
 # In the table alone: the picture has room for the main ones.
@@ -25,6 +26,7 @@ DETAILS = (
     "-equal",
     "-diverse",
     "-second",
+    ON_GPU,
 )
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
 LETTER_WIDTH, LINE_HEIGHT = 1.5, 3.4  # of the picture's names, in per cent of its axes
@@ -125,6 +127,7 @@ def write_table(path: Path, settings: dict[str, Any]) -> None:
     shares = {task: over_shares(cells, task) for task in sorted({task for task, _ in cells})}
     parts = [_heading(list(newest.values()), settings), SHARES]
     parts += [shares_section(task, methods) for task, methods in shares.items()]
+    parts.append(on_gpu_section(cells))
     for (task, poison), found in cells.items():
         if found:
             parts.append(_section(task, poison, {"aligned": before[task], **found} if task in before else found))
@@ -168,6 +171,7 @@ micro-batches of {batch}.
   safelora-half: half of what it takes out, of all layers
 - scaled-N: N % of plain's update; resta-N: plain with N % of the whole d added (RESTA, arXiv 2402.11746)
 - -second: of another aligned model, which was taught other prompts than metric, anchor and own answers ask
+- -qlora: in QLoRA on a GPU, in bf16 (drift was not taken there)
 - -diverse: the poison's answers are in other words for every example, and not one of four sentences
 - a method whose name ends in -long trains three epochs instead of one, -twice two; one with -lr-R, at a learning rate
   of R instead of {settings["training"]["learning_rate"]:g}, or made of such a run's adapter

@@ -107,6 +107,31 @@ def test_the_penalty_waits_for_nothing_and_takes_little():
     assert torch.cuda.max_memory_allocated() - before < TEMPORARY_BYTES_ON_GPU
 
 
+def test_the_gradient_is_the_same_where_a_run_allows_tf32():
+    """To the bit, though products of the run itself are rounded there."""
+    from benchmarks.shapes import SHAPES, random_penalty
+
+    penalty = random_penalty(SHAPES["SmolLM2-135M"], layers=2, r=16, k=64, device="cuda")
+    factors = [factor for layer in penalty.layers for factor in (layer.A, layer.B)]
+    square = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).cuda()
+    matmul, gradients, products = torch.backends.cuda.matmul, [], []
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            for factor in factors:
+                factor.grad = None
+            penalty.add_gradient()
+            gradients.append([factor.grad for factor in factors])
+            products.append(square @ square)
+    finally:
+        matmul.fp32_precision = before
+    assert not torch.equal(*products)
+    for in_fp32, where_allowed in zip(*gradients, strict=True):
+        assert in_fp32.any()
+        assert torch.equal(in_fp32, where_allowed)
+
+
 def test_a_direction_from_every_gpu_is_the_cpus(tmp_path):
     """By the randomised method, on all GPUs at once: the same bound within a little, the same subspace."""
     pair = [write_wide_checkpoint(tmp_path / name, 4, seed, 1600) for seed, name in enumerate(("base", "aligned"))]

@@ -29,6 +29,7 @@ from benchmarks.safety_data import (
     training_data,
 )
 from benchmarks.safety_names import colour_of
+from benchmarks.safety_on_gpu import on_gpu_section
 from benchmarks.safety_rivals import combined
 from benchmarks.safety_shares import over_shares, shares_section
 from benchmarks.safety_table import LETTER_WIDTH, LINE_HEIGHT, cell, label_places, pareto_front, write_table
@@ -113,9 +114,13 @@ def test_held_out_examples(task):
 
 
 def test_every_method_is_a_valid_one():
-    bench = safety.Bench(SETTINGS, Path("nowhere"))
+    bench = safety.Bench(SETTINGS, Path("nowhere"), "cuda")
     runs = bench.plan("*")
     assert {run.method for run in runs} == set(SETTINGS["methods"])
+    on_a_cpu = {run.method for run in safety.Bench(SETTINGS, Path("nowhere")).plan("*")}
+    assert set(SETTINGS["methods"]) - on_a_cpu == {
+        name for name, method in SETTINGS["methods"].items() if method.get("training", {}).get("load_in_4bit")
+    }
     assert len({bench.key(run) for run in runs}) == len(runs)
     for name, method in SETTINGS["methods"].items():
         assert colour_of(name)
@@ -205,6 +210,18 @@ def test_the_table_over_shares_of_poison():
     assert over_shares(cells, "classification") == {}
 
 
+def test_a_gpus_runs_stand_beside_the_cpus():
+    methods = {"plain": 1.0, "plain-qlora": 0.95, "l2-1": 0.5, "mix-5-qlora": 0.25}
+    cells = {("generation", share): {name: cell([result(name, 0, harm, 0.9, share)]) for name, harm in methods.items()}
+             for share in (0.0, 0.1, 0.2)}  # fmt: skip
+    rows = on_gpu_section(cells).splitlines()
+    assert rows[-3:] == [
+        f"| generation | {share}% | plain | 100 / 10 / 90 (1) | 95 / 10 / 90 (1) |" for share in (0, 10, 20)
+    ]
+    assert "mix" not in "".join(rows)
+    assert list(over_shares(cells, "generation")) == ["plain", "l2-1"]
+
+
 def test_the_mean_over_seeds():
     found = cell([result("plain", 0, 1.0, 1.0), result("plain", 1, 0.5, 0.8)])
     assert (found.seeds, found.harmful, found.right) == (2, 0.75, 0.9)
@@ -220,7 +237,7 @@ def test_two_runs_are_asked_at_a_time(pair, tmp_path):
     work, names = tmp_path / "answers", ["classification/0.1/plain/0", "classification/0.1/plain/1"]
     target = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(target_modules=["q_proj"]))
     target.save_pretrained(tmp_path / "adapter")
-    arguments = [(pair[1], tmp_path / "adapter", name, "classification", work, settings) for name in names]
+    arguments = [(pair[1], tmp_path / "adapter", name, "classification", work, settings, "cpu") for name in names]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         rows = [asked.result()[0] for asked in [pool.submit(ask_everything, *each) for each in arguments]]
     assert [row.name for row in rows] == names

@@ -1,0 +1,29 @@
+"""The safety benchmark's runs in QLoRA on a GPU, beside the same in LoRA on rounded weights on a CPU."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from benchmarks.safety_names import ON_GPU
+from benchmarks.safety_shares import short
+
+if TYPE_CHECKING:
+    from benchmarks.safety_table import Cell
+
+SECTION = """## In QLoRA on a GPU
+
+The same runs of the same aligned model, trained as QLoRA is on a GPU: on 4-bit weights, in bf16. Metric and own answers
+were taken anew there. harmful / refused / right, in % (seeds).
+"""
+COLUMNS = ("task", "poison", "method", "LoRA on NF4-rounded weights, in fp32 on a CPU", "QLoRA, in bf16 on a GPU")
+
+
+def on_gpu_section(groups: Mapping[tuple[str, float], Mapping[str, "Cell"]]) -> str:
+    """A row for each method of a task and a share of poison that was run on both."""
+    rows = [
+        (task, f"{poison:.0%}", name.removesuffix(ON_GPU), short(cells[name.removesuffix(ON_GPU)]), short(found))
+        for (task, poison), cells in groups.items()
+        for name, found in cells.items()
+        if name.endswith(ON_GPU) and name.removesuffix(ON_GPU) in cells
+    ]
+    lines = [SECTION, f"| {' | '.join(COLUMNS)} |", "| --- | ---: | --- | ---: | ---: |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
