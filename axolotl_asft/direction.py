@@ -1,6 +1,5 @@
 """The direction file: the alignment direction of a model, one small safetensors file."""
 
-import hashlib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.files import atomic_write, seen_from_here
+from axolotl_asft.files import atomic_write, file_sha256, pinned_sha256, seen_from_here
 from axolotl_asft.hub import direction_path
 from axolotl_asft.penalty import projector_eigenvalues
 from axolotl_asft.spec import FORMAT, FORMAT_VERSION, REMAKE, checked_spec, named
@@ -145,9 +144,7 @@ class AlignmentDirection:
                 f"no direction file at {path} ({seen_from_here()}); expected a .safetensors file, or owner/name on the "
                 "Hub"
             )
-        found = file_sha256(path)
-        if sha256 is not None and found != sha256.lower():
-            raise AsftError(f"{path} has sha256 {found}; expected {sha256} (direction_sha256); get the pinned file")
+        found = pinned_sha256(path, sha256, "direction_sha256")
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 spec = checked_spec(path, file.metadata())
@@ -197,12 +194,6 @@ def refuse_to_replace_weights(path: Path) -> None:
         return  # a damaged one
     if kind != FORMAT:
         raise AsftError(f"{path} holds other tensors, perhaps a model's, and is not replaced; give another --output")
-
-
-def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(modules: Mapping[str, ModuleDirection], path: Path, metadata: dict[str, str]) -> None:

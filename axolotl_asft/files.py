@@ -1,6 +1,7 @@
 """Writing files so that they are never seen half-written, and reading JSON that may be damaged."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -223,3 +224,24 @@ def refuse_to_replace_file(output: Path, force: bool) -> None:
     if output.is_dir():
         raise AsftError(f"{output} is a folder; expected the name of a file, give another --output")
     refuse_to_replace(output, force)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pinned_sha256(path: str | Path, expected: str | None, by: str) -> str:
+    """The sha256 of a file; where one is expected, of that file alone.
+
+    Args:
+        by: the key or option that gives the expected one.
+
+    Raises:
+        AsftError: it is another file.
+    """
+    found = file_sha256(path)
+    if expected is not None and found != expected.lower():
+        raise AsftError(f"{path} has sha256 {found}; expected {expected} ({by}); get the pinned file")
+    return found

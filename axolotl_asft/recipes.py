@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl_asft.args import parse_block
 from axolotl_asft.errors import AsftError, did_you_mean
-from axolotl_asft.files import atomic_write_text, refuse_to_replace_file, seen_from_here
+from axolotl_asft.files import atomic_write_text, pinned_sha256, refuse_to_replace_file, seen_from_here
 from axolotl_asft.hub import hub_file
 from axolotl_asft.yaml_config import read_config, read_text, scalar
 
@@ -67,7 +67,10 @@ def recipe(name: str) -> Recipe:
     known = {found.name: found for found in recipes()}
     wanted = name.removesuffix(".yml")
     if wanted not in known:
+        within = [found for found in known if wanted and wanted.lower() in found]
         hint = did_you_mean(wanted, known, "`axolotl asft recipes list` shows them", cutoff=0.4)
+        if within:
+            hint = f"expected one of {', '.join(within)}"
         raise AsftError(f"there is no recipe {name!r}; {hint}")
     return known[wanted]
 
@@ -86,11 +89,9 @@ def copy_recipe(
     if sha256 is not None and direction is None:
         raise AsftError("--sha256 pins the file of --direction; give that too")
     if sha256 is not None and direction is not None and hub_file(direction) is None:
-        from axolotl_asft.direction import file_sha256
-
         file = Path(direction).expanduser()
-        if file.is_file() and (there := file_sha256(file)) != sha256.lower():
-            raise AsftError(f"{direction} has sha256 {there}; expected {sha256} (--sha256); get the pinned file")
+        if file.is_file():
+            pinned_sha256(file, sha256, "--sha256")
     found = recipe(name)
     text = found.text.replace(found.path.name, shlex.quote(output.name))
     if direction is not None:

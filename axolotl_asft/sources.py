@@ -10,8 +10,9 @@ from torch import Tensor
 
 from axolotl_asft import fingerprint
 from axolotl_asft.checkpoint import DECODER_LAYER, Checkpoint
-from axolotl_asft.direction import file_sha256, select_modules
+from axolotl_asft.direction import select_modules
 from axolotl_asft.errors import AsftError
+from axolotl_asft.files import file_sha256
 from axolotl_asft.hub import hub_model, model_folder, named_on_the_hub
 from axolotl_asft.subspace import ROWS_AT_ONCE, LowRank
 

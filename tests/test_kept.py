@@ -20,14 +20,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from axolotl_asft.cli import asft
-from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation import evaluate as evaluation
 from axolotl_asft.evaluation.evaluate import Questions, evaluate
 from axolotl_asft.evaluation.judges import Judge
 from axolotl_asft.evaluation.kept import Interview, answer_key, tokenizer_state
 from axolotl_asft.evaluation.models import Subject, adapted, load_model, load_tokenizer, model_state, other_base
-from axolotl_asft.files import locked
+from axolotl_asft.files import file_sha256, locked
 
 QUESTIONS = Questions(limit=2, max_new_tokens=4)
 

@@ -94,6 +94,7 @@ def test_directions_of_all_spellings(direction):
     [
         (["show", "llama-8b-24gb"], "did you mean llama-3.1-8b-"),
         (["copy", "gema-2-9b-qlora"], "did you mean gemma-2-9b-qlora-16gb?"),
+        (["show", "Qwen"], "expected one of qwen-2.5-7b-dpo-qlora-24gb, qwen-2.5-7b-qlora-16gb, qwen-3"),
         (["show", "zzzzz"], "`axolotl asft recipes list` shows them"),
         (["show", "../README"], "there is no recipe"),
         (["copy", NAME, "-o", "there.yml"], "there.yml exists; give another --output, or --force"),

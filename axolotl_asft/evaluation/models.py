@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
 from axolotl_asft.evaluation.fitting import check_complete, check_layers
 from axolotl_asft.evaluation.generating import only_special_tokens
 from axolotl_asft.evaluation.resizing import resized, saved_rows
-from axolotl_asft.files import named_folder, read_json
+from axolotl_asft.files import file_sha256, named_folder, read_json
 from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.naming import model_class

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_asft.direction import file_sha256
 from axolotl_asft.errors import AsftError, one_line
 from axolotl_asft.evaluation.task_scores import HIGHER_IS_BETTER, beside, half_interval, metrics_of
-from axolotl_asft.files import read_json, short_names
+from axolotl_asft.files import file_sha256, read_json, short_names
 from axolotl_asft.saved import ADAPTER_WEIGHTS
 
 RESULTS = "results.json"
