@@ -32,6 +32,7 @@ from axolotl_asft.run_config import (
     resumed_from,
     run_processor,
     run_tokenizer,
+    unrendered_data,
     validated_config,
 )
 from axolotl_asft.spec import own_answers_in
@@ -167,6 +168,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         if strength.anchor_weight > 0:
             _try(check, lambda: text_tokenizer(tokenizer))
         check.warnings += template_warnings(tokenizer, direction.spec, dataset_templates(cfg, tokenizer))
+        check.warnings += unrendered_data(cfg)
     if check.direction["weights"] != "agree":
         check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
 
@@ -183,6 +185,8 @@ def _try(check: Check, step: Any) -> Any:
 def _loaded(check: Check, cfg: Any, key: str, files: tuple[str, ...], code_left_out: bool, load: Any) -> Any:
     """What axolotl loads beside the model; None where it cannot be, which is an error where all of it lies here.
 
+    A Python package that is missing is a warning: the machine that trains may have it.
+
     Args:
         key: of the config, that says where it lies.
         files: which hold it; where the Hub's cache has none of them, there is nothing to say.
@@ -191,7 +195,9 @@ def _loaded(check: Check, cfg: Any, key: str, files: tuple[str, ...], code_left_
     try:
         return load()
     except AsftError as error:
-        if Path(cfg[key]).is_dir():
+        if isinstance(error.__cause__, ImportError):
+            check.warnings.append(f"{error}; install what it names here too, and check again: the run needs it")
+        elif Path(cfg[key]).is_dir():
             hint = "; if it needs code from its repository, give --trust-remote-code" if code_left_out else ""
             (check.warnings if code_left_out else check.errors).append(f"{error}{hint}")
         elif _cached(cfg[key], cfg.revision_of_model, files):

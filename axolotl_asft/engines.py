@@ -14,7 +14,10 @@ REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")
 DEEPSPEED = "DEEPSPEED"  # accelerate's name for it
 ZERO_STAGES = (0, 1, 2)
 SUPPORTED = "one device, DDP, FSDP2, or DeepSpeed with ZeRO-1 or ZeRO-2"
-FSDP1 = "FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2"
+FSDP1 = (
+    "FSDP1 is not supported by the constraint (it is deprecated); set fsdp_version: 2, and in 4 bit "
+    "fsdp_config.cpu_ram_efficient_loading: false"
+)
 # They take the gradient of each weight as it comes, before the whole of it is known.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
 # They keep the weights twice, evaluate and save one of them, and a budget would see the other alone.

@@ -1,5 +1,6 @@
 """The exceptions that users meet, and how their lines are put."""
 
+import textwrap
 from collections.abc import Iterable
 
 
@@ -14,7 +15,8 @@ class WorkFailed(AsftError):
 
 def one_line(error: BaseException) -> str:
     """The text of another library's error, short enough for a line; it may quote what a file says."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())
+    return textwrap.shorten(text, 300, placeholder=" ...") if " " in text[:300] else text[:300] or type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from axolotl_asft.errors import AsftError
 from axolotl_asft.initialisation import ADDED_TO_THE_WEIGHT, takes_out
 
+STACKED = "whose update is no B A of one layer, so that the constraint cannot measure it"
+
 
 @dataclass(frozen=True)
 class FoundLayer:
@@ -81,7 +83,7 @@ def trainable_lora_layers(model: nn.Module) -> list[FoundLayer]:
             )
         found[layer.name] = layer
     if not found:
-        raise AsftError("the model has no trainable LoRA layers; set adapter: qlora or adapter: lora")
+        raise AsftError(_nothing_trains(model))
     for layer in found.values():
         _refuse_variants(layer)
     return list(found.values())
@@ -141,6 +143,21 @@ def _lora_layers(model: nn.Module) -> Iterator[FoundLayer]:
             if adapter in module.lora_A and getattr(getattr(module.lora_A[adapter], "weight", None), "ndim", 0) == 2:
                 initialisation = getattr(configs.get(adapter), "init_lora_weights", True)
                 yield FoundLayer(_plain_name(name, model), module, adapter, initialisation)
+
+
+def _nothing_trains(model: nn.Module) -> str:
+    """Why no layer trains by LoRA, and what to do about it."""
+    if frozen := [layer.name for layer in _lora_layers(model)]:
+        return (
+            f"none of the model's {len(frozen)} LoRA layers trains (first {frozen[0]}); leave out unfrozen_parameters, "
+            "which freezes every weight that it does not name, LoRA's own too"
+        )
+    if any(hasattr(module, "parameter_name") for module in model.modules() if isinstance(module, LoraLayer)):
+        return (
+            f"LoRA is on stacked weights alone (lora_target_parameters), {STACKED}; give lora_target_modules, of "
+            "attention or other linear layers"
+        )
+    return "the model has no trainable LoRA layers; set adapter: qlora or adapter: lora"
 
 
 def _plain_name(name: str, model: nn.Module) -> str:

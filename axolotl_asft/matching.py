@@ -8,7 +8,13 @@ from torch import nn
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
-from axolotl_asft.lora import FoundLayer, frozen_lora_layers, other_trainable_parameters, trainable_lora_layers
+from axolotl_asft.lora import (
+    STACKED,
+    FoundLayer,
+    frozen_lora_layers,
+    other_trainable_parameters,
+    trainable_lora_layers,
+)
 
 LOG = logging.getLogger("axolotl.asft")
 NO_SUCH_LAYER = "the direction file has no such layer"
@@ -89,7 +95,15 @@ def _gaps(found: Match, metric: str) -> Iterable[tuple[str, str]]:
         what.append(f"{len(found.others)} trainable weights that are not LoRA layers (first {found.others[0]})")
     if what:
         tower = any(part.startswith(TOWERS) for name in names for part in name.split("."))
-        how = " (freeze_mm_modules: true, where a model reads images)" if tower else ""
+        hints = ["freeze_mm_modules: true, where a model reads images"] if tower else []
+        if found.uncovered:
+            hints.append("lora_target_modules may be a regular expression for the layers that have one")
+        if any(".lora_" in name for name in found.others):
+            hints.append(
+                f"LoRA is on stacked weights, such as experts, {STACKED}: take them out of lora_target_parameters, "
+                "and of lora_target_modules what names them"
+            )
+        how = f" ({'; '.join(hints)})" if hints else ""
         yield (
             f"the penalty does not cover {' and '.join(what)}, so training can leave the alignment direction there",
             f"leave them out of training{how}",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,8 @@ from axolotl_asft.errors import AsftError, did_you_mean, one_line
 from axolotl_asft.files import seen_from_here
 from axolotl_asft.initialisation import takes_out
 
+# Types of data that a chat template renders, or that come as they are, without a prompt around them.
+NO_FORMAT = {"chat_template", "messages", "input_output", "completion", "pretrain", "llama2_chat"}
 FROZEN_BEFORE_PEFT = ("dpo", "ipo", "kto")  # there `unfrozen_parameters` is obeyed before the LoRA layers are made
 # The machine that checks need not be the one that trains: what the YAML asks of its card is taken to be there.
 CAPABLE = {"bf16": True, "fp8": True, "tf32": True, "compute_capability": "sm_90"}
@@ -114,6 +117,23 @@ def dataset_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
             with contextlib.suppress(Exception):  # one that cannot be had is axolotl's to refuse
                 found.append(get_chat_template_from_config(cfg, dataset, tokenizer))
     return found
+
+
+def unrendered_data(cfg: DictDefault) -> list[str]:
+    """A line where data ask in a format of their own, such as alpaca's, under which nothing of the model is held."""
+    if cfg.skip_prepare_dataset or cfg.rl:
+        return []
+    kinds: dict[str, Any] = {}
+    for dataset in cfg.datasets or []:
+        kind = dataset.get("type") if isinstance(dataset, dict) else None
+        if kind and not (isinstance(kind, str) and NO_FORMAT & set(re.split(r"[.:]", kind))):
+            kinds.setdefault(kind if isinstance(kind, str) else "of its own", dataset.get("path"))
+    return [
+        f"datasets: {path} is of type {kind}, whose prompts are not the chat template's: the constraint holds the "
+        "model under the template of the direction file's requests; make chats of the data (type: chat_template), or "
+        "serve the model under that template alone"
+        for kind, path in kinds.items()
+    ]
 
 
 def missing_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from axolotl.utils.freeze import freeze_layers_except
 from lora_models import UP, literal_formula_of, lora_model, untouched
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -139,6 +140,11 @@ def test_modules_that_choose_nothing_that_is_covered(pair, direction):
 def test_a_model_without_lora(pair, direction):
     with pytest.raises(AsftError, match="no trainable LoRA layers"):
         AlignmentPenalty(AutoModelForCausalLM.from_pretrained(pair[1]), direction)
+    model = lora_model(pair[1])
+    freeze_layers_except(model, ["^model.layers.*"])  # not as PEFT names them, which begin with base_model.model.
+    message = r"^none of the model's 14 LoRA layers trains \(first model.layers.0.*\); leave out unfrozen_parameters"
+    with pytest.raises(AsftError, match=message):
+        AlignmentPenalty(model, direction)
 
 
 def test_bad_options(pair, direction):

@@ -1,6 +1,7 @@
 """`axolotl asft check`: says before a run what the run would do, and fails where the run would."""
 
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from axolotl_asft.cost import estimate, tokens_asked
 from axolotl_asft.errors import AsftError
 from axolotl_asft.strengths import WEIGHTS_ALONE
 from axolotl_asft.yaml_config import read_config
+
+WANTS_TORCHVISION = "Llama4ImageProcessorFast"
 
 FLAG = "--trust-remote-code"
 
@@ -554,6 +557,12 @@ def test_a_model_of_images_without_what_prepares_them(checked, tmp_path):
     assert any(line.startswith(start) for line in checked(base_model=tmp_path / "model")[1]["errors"])
     save_what_prepares_images(tmp_path / "model", family)
     assert not any("cannot load" in line for line in checked(base_model=tmp_path / "model")[1]["errors"])
+    if importlib.util.find_spec("torchvision") is None:  # the machine that trains may have it
+        prepares = tmp_path / "model" / "preprocessor_config.json"
+        prepares.write_text(json.dumps({**json.loads(prepares.read_text()), "image_processor_type": WANTS_TORCHVISION}))
+        found = checked(base_model=tmp_path / "model")[1]
+        assert not any("cannot load" in line for line in found["errors"])
+        assert warned(found, "install what it names here too, and check again: the run needs it")
 
 
 def test_a_direction_of_another_name_and_revision():

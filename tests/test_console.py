@@ -75,3 +75,12 @@ def test_each_stage_moves_its_own_bar(monkeypatch):
         first(2)
         second()
     assert moved == [(0, 2), (1, 1)]
+
+
+def test_a_long_error_of_a_library_ends_at_a_word():
+    found = one_line(RuntimeError("a line\n" + "word " * 100))
+    assert found.startswith("a line word")
+    assert found.endswith("word ...")
+    assert len(found) <= 300
+    assert one_line(RuntimeError("x" * 500)) == "x" * 300
+    assert one_line(RuntimeError()) == "RuntimeError"

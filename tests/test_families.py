@@ -177,6 +177,17 @@ def test_experts_as_one_parameter_are_uncovered(tmp_path, family, parameter):
     direction = extract_direction(tmp_path / "base", tmp_path / "aligned", rank=4)
     aligned = model_class.from_pretrained(tmp_path / "aligned", dtype=torch.float32)
     model = get_peft_model(aligned, LoraConfig(r=4, target_modules=targets, target_parameters=[parameter]))
-    with pytest.raises(AsftError, match=r"4 trainable weights that are not LoRA layers \(first model.layers.0.mlp.exp"):
+    first = r"4 trainable weights that are not LoRA layers \(first model.layers.0.mlp.exp"
+    with pytest.raises(
+        AsftError, match=first + ".* take them out of lora_target_parameters, and of lora_target_modules"
+    ):
         AlignmentPenalty(model, direction)
+    alone = get_peft_model(
+        model_class.from_pretrained(tmp_path / "aligned"),
+        LoraConfig(r=4, target_modules=[], target_parameters=[parameter]),
+    )
+    with pytest.raises(
+        AsftError, match=r"^LoRA is on stacked weights alone \(lora_target_parameters\).*; give lora_target_m"
+    ):
+        AlignmentPenalty(alone, direction)
     assert len(AlignmentPenalty(model, direction, on_uncovered="warn").layers) == 8
