@@ -12,8 +12,6 @@ from torch.distributed.tensor import DTensor
 from axolotl_asft.errors import AsftError
 from axolotl_asft.initialisation import ADDED_TO_THE_WEIGHT, takes_out
 
-STACKED = "whose update is no B A of one layer, so that the constraint cannot measure it"
-
 
 @dataclass(frozen=True)
 class FoundLayer:
@@ -150,12 +148,12 @@ def _nothing_trains(model: nn.Module) -> str:
     if frozen := [layer.name for layer in _lora_layers(model)]:
         return (
             f"none of the model's {len(frozen)} LoRA layers trains (first {frozen[0]}); leave out unfrozen_parameters, "
-            "which freezes every weight that it does not name, LoRA's own too"
+            "where the config has it: it freezes every weight that it does not name, LoRA's own too"
         )
     if any(hasattr(module, "parameter_name") for module in model.modules() if isinstance(module, LoraLayer)):
         return (
-            f"LoRA is on stacked weights alone (lora_target_parameters), {STACKED}; give lora_target_modules, of "
-            "attention or other linear layers"
+            "LoRA is on stacked weights alone (lora_target_parameters), which the constraint cannot measure; give "
+            "lora_target_modules, of attention or other linear layers"
         )
     return "the model has no trainable LoRA layers; set adapter: qlora or adapter: lora"
 

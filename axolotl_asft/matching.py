@@ -8,13 +8,7 @@ from torch import nn
 
 from axolotl_asft.direction import AlignmentDirection, ModuleDirection, select_modules
 from axolotl_asft.errors import AsftError
-from axolotl_asft.lora import (
-    STACKED,
-    FoundLayer,
-    frozen_lora_layers,
-    other_trainable_parameters,
-    trainable_lora_layers,
-)
+from axolotl_asft.lora import FoundLayer, frozen_lora_layers, other_trainable_parameters, trainable_lora_layers
 
 LOG = logging.getLogger("axolotl.asft")
 NO_SUCH_LAYER = "the direction file has no such layer"
@@ -100,8 +94,8 @@ def _gaps(found: Match, metric: str) -> Iterable[tuple[str, str]]:
             hints.append("lora_target_modules may be a regular expression for the layers that have one")
         if any(".lora_" in name for name in found.others):
             hints.append(
-                f"LoRA is on stacked weights, such as experts, {STACKED}: take them out of lora_target_parameters, "
-                "and of lora_target_modules what names them"
+                "LoRA is also on what is no linear layer, such as experts in one weight, convolutions or embeddings: "
+                "take that out of lora_target_parameters and lora_target_modules"
             )
         how = f" ({'; '.join(hints)})" if hints else ""
         yield (

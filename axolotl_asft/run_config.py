@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,7 +127,7 @@ def unrendered_data(cfg: DictDefault) -> list[str]:
     kinds: dict[str, Any] = {}
     for dataset in cfg.datasets or []:
         kind = dataset.get("type") if isinstance(dataset, dict) else None
-        if kind and not (isinstance(kind, str) and NO_FORMAT & set(re.split(r"[.:]", kind))):
+        if kind and not (isinstance(kind, str) and _may_be_rendered(kind)):
             kinds.setdefault(kind if isinstance(kind, str) else "of its own", dataset.get("path"))
     return [
         f"datasets: {path} is of type {kind}, whose prompts are not the chat template's: the constraint holds the "
@@ -134,6 +135,13 @@ def unrendered_data(cfg: DictDefault) -> list[str]:
         "serve the model under that template alone"
         for kind, path in kinds.items()
     ]
+
+
+def _may_be_rendered(kind: str) -> bool:
+    """Whether data of a type come in the chat template, or without any; of a module of the user's, nobody can tell."""
+    parts = re.split(r"[.:]", kind)
+    is_theirs = "." in kind and find_spec(f"axolotl.prompt_strategies.{parts[0]}") is None
+    return is_theirs or bool(NO_FORMAT & set(parts))
 
 
 def missing_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:

@@ -135,6 +135,7 @@ def test_check_foresees_mistral_common(pair, dataset, anchored_file, mistral, tm
         ("chat_template.argilla", None),
         ("input_output", None),
         ("completion", None),
+        ("my_own.chats", None),
         (None, None),
     ],
 )
