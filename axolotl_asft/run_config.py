@@ -132,7 +132,7 @@ def unrendered_data(cfg: DictDefault) -> list[str]:
     return [
         f"datasets: {path} is of type {kind}, whose prompts are not the chat template's: the constraint holds the "
         "model under the template of the direction file's requests; make chats of the data (type: chat_template), or "
-        "serve the model under that template alone"
+        "the direction again with that format as the tokenizer's chat template"
         for kind, path in kinds.items()
     ]
 
