@@ -18,6 +18,7 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.resuming import last_checkpoint, mark_checkpoint, peak_before, refuse_resumed
 from axolotl_asft.step_gradient import StepGradient
+from axolotl_asft.strengths import Strengths
 from axolotl_asft.trained import Trained
 
 LOG = logging.getLogger("axolotl.asft")
@@ -73,6 +74,11 @@ class Constraint:
         if self._create_model_card is not None:
             trainer.create_model_card = self.create_model_card  # type: ignore[method-assign]
         trainer.add_callback(_EveryStepConstrained(self))
+
+    @property
+    def holds_answers(self) -> bool:
+        """Whether what the aligned model said to prompts is held, so that their chat template matters."""
+        return Strengths(self.lambda_reg, self.max_drift, self.anchor_weight).holds_answers(self.penalty.metric)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's own; with the last micro-batch of an optimizer step, the constraint's gradients."""

@@ -16,7 +16,9 @@ class WorkFailed(AsftError):
 def one_line(error: BaseException) -> str:
     """The text of another library's error, short enough for a line; it may quote what a file says."""
     text = " ".join(str(error).split())
-    return textwrap.shorten(text, 300, placeholder=" ...") if " " in text[:300] else text[:300] or type(error).__name__
+    if " " in text[:300]:
+        return textwrap.shorten(text, 300, placeholder=" ...")
+    return text[:300] or type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:

@@ -23,7 +23,6 @@ from axolotl_asft.initialisation import takes_out
 from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.report.drawing import INSTALL
 from axolotl_asft.startup import is_installed
-from axolotl_asft.strengths import Strengths
 from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import refuse_repeated_keys, written_config
@@ -131,10 +130,8 @@ class AsftPlugin(BasePlugin):
 
         templates = dataset_templates(cfg, getattr(trainer, "processing_class", None))
         self._constraint = attach(trainer, direction, block.lambda_reg, chat_templates=templates, **options)
-        held = self._constraint
-        if Strengths(held.lambda_reg, held.max_drift, held.anchor_weight).holds_answers(held.penalty.metric):
-            for line in unrendered_data(cfg):
-                LOG.warning("AsFT: %s", line)
+        for line in unrendered_data(cfg) if self._constraint.holds_answers else []:
+            LOG.warning("AsFT: %s", line)
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),
             "direction_file": _seen_from(cfg.output_dir, block.direction),

@@ -67,10 +67,10 @@ def recipe(name: str) -> Recipe:
     known = {found.name: found for found in recipes()}
     wanted = name.removesuffix(".yml")
     if wanted not in known:
-        within = [found for found in known if wanted and wanted.lower() in found]
-        hint = did_you_mean(wanted, known, "`axolotl asft recipes list` shows them", cutoff=0.4)
-        if within:
+        if within := [found for found in known if wanted and wanted.lower() in found]:
             hint = f"expected one of {', '.join(within)}"
+        else:
+            hint = did_you_mean(wanted, known, "`axolotl asft recipes list` shows them", cutoff=0.4)
         raise AsftError(f"there is no recipe {name!r}; {hint}")
     return known[wanted]
 

@@ -214,9 +214,8 @@ def answer_all(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, 
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         batch = tokenizer([texts[i] for i in chunk], return_tensors="pt", padding=True, padding_side="left")
-        batch = batch.to(model.device)
         output = model.generate(
-            **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            **batch.to(model.device), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
         written = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chunk, written, strict=True):

@@ -27,9 +27,8 @@ def over_shares(groups: Mapping[tuple[str, float], Mapping[str, "Cell"]], task: 
     for (name, poison), cells in groups.items():
         if name == task:
             for method, cell in cells.items():
-                if method.endswith(ON_GPU):
-                    continue
-                found.setdefault(method, {})[poison] = cell
+                if not method.endswith(ON_GPU):
+                    found.setdefault(method, {})[poison] = cell
     return {method: cells for method, cells in found.items() if len(cells) >= LEAST}
 
 

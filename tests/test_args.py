@@ -37,10 +37,7 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
 
     def attach(trainer, direction, lambda_reg, chat_templates, **options):
         received.update(options, direction=direction, lambda_reg=lambda_reg)
-        held = {"lambda_reg": lambda_reg, "max_drift": None, "anchor_weight": 0.0}
-        return SimpleNamespace(
-            history=SimpleNamespace(header={}), penalty=SimpleNamespace(metric=options["metric"]), **held
-        )
+        return SimpleNamespace(history=SimpleNamespace(header={}), holds_answers=False)
 
     monkeypatch.setattr(plugin, "attach", attach)
     trainer = SimpleNamespace(add_callback=lambda callback: None)

@@ -153,10 +153,8 @@ def test_check_and_a_run_tell_of_them(pair, anchored_file, tmp_path, weight):
     data = tmp_path / "data.jsonl"
     data.write_text('{"instruction": "the cat sees", "input": "", "output": "a dog"}\n' * 16)
     block = {"direction": str(anchored_file), "anchor_weight": weight}
-    config = write_config(tmp_path, pair[1], data, block, max_steps=1)
-    content = yaml.safe_load(config.read_text())
-    content["datasets"] = [{"path": str(data), "type": "alpaca"}]
-    config.write_text(yaml.safe_dump(content))
+    datasets = [{"path": str(data), "type": "alpaca"}]
+    config = write_config(tmp_path, pair[1], data, block, max_steps=1, datasets=datasets)
     said = "is of type alpaca, whose prompts are not the chat template's"
     assert any(said in line for line in check_config(config).warnings) == bool(weight)
     result = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
