@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ MEASURES = {
 }
 
 
-def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty, cfg: Any) -> list[str]:
-    """What the block asks for, a sentence each."""
+def in_plain_words(
+    block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty, cfg: Any, formats: Sequence[str]
+) -> list[str]:
+    """What the block asks for, a sentence each.
+
+    Args:
+        formats: in which the anchor asks beside the chat template.
+    """
     metric = str(penalty.metric)
     chosen = "" if block.metric else ", since the direction file holds it" if metric != "weights" else ""
     lines = [f"metric {metric}{chosen}: the penalty measures {MEASURES[metric]}"]
@@ -56,13 +63,16 @@ def in_plain_words(block: AsftArgs, strength: Strengths, penalty: AlignmentPenal
         )
     if strength.anchor_weight > 0:
         unasked = ", since the direction file holds the answers" if block.anchor_weight is None else ""
-        asked = tokens_asked(own_answers_in(penalty.direction.spec))
+        asked = tokens_asked(own_answers_in(penalty.direction.spec), formats)
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
             f"anchor_weight {strength.anchor_weight:g}{unasked}: at every step {TEXTS} of the aligned model's stored "
             f"answers are scored, and the divergence from them is added to the loss, in nats per token; about {asked} "
             f"more tokens per step, where the task has up to {most:,}"
         )
+        for text in formats:
+            unasked = "" if block.prompt_formats else ", as the data put theirs"
+            lines.append(f"prompt_formats: each answer's request is put as {text!r} too{unasked}")
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
     steps = cfg.gradient_accumulation_steps
@@ -83,6 +93,8 @@ def on_settings(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty,
     """Settings that let the run start and may not do what was meant, a line each."""
     found = _on_strength(strength, penalty, cfg)
     direction = penalty.direction
+    if block.prompt_formats and strength.anchor_weight == 0:
+        found.append("prompt_formats has no effect without an anchor_weight")
     held = [name for name in direction.spec.get("metrics", {}) if name != penalty.metric]
     if held and penalty.metric == "weights":
         found.append(f"the direction file holds the metric {held[0]}, which is not used; set metric: {held[0]}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.prompt_formats import OTHER_TEMPLATE, filled, plain_requests
 from axolotl_asft.quiet import without_adapter, without_noise
 from axolotl_asft.spec import own_answers_in
 from axolotl_asft.templates import text_tokenizer
@@ -70,19 +71,28 @@ class AnswerAnchor:
     without forgetting (Li and Hoiem 2016, arXiv 1606.09282), of what a model says when it is asked for harm.
     """
 
-    def __init__(self, tokenizer: Any, answers: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, tokenizer: Any, answers: Sequence[tuple[str, str]], formats: Sequence[str] = ()) -> None:
         """
         Args:
             tokenizer: the model's.
             answers: (request as the model reads it, with the chat template; its answer), of `own_answers_of`.
+            formats: in which each of the requests is asked too (`axolotl_asft.prompt_formats`).
 
         Raises:
-            AsftError: the trainer has no tokenizer, or one that reads no chat template's text.
+            AsftError: the trainer has no tokenizer, or one that reads no chat template's text; there are formats, and
+                its chat template is not that of the requests.
         """
         if tokenizer is None:
             raise AsftError("anchor_weight needs the trainer's tokenizer; give it as processing_class, or set 0")
         tokenizer = text_tokenizer(tokenizer)
-        self._texts = [_encoded(tokenizer, request, answer) for request, answer in answers]
+        plain = plain_requests(tokenizer, [request for request, _ in answers]) if formats else []
+        if plain is None:
+            raise AsftError(OTHER_TEMPLATE)
+        self._texts = []  # of each answer in the chat template, then in the formats, so that a step asks in all of them
+        for place, (request, answer) in enumerate(answers):
+            self._texts.append(_encoded(tokenizer, request, answer))
+            self._texts += [_joined(tokenizer, filled(text, plain[place]), answer) for text in formats]
+        self._ways = 1 + len(formats)
         self._remembered: list[Places] = []
         self._at_once = TEXTS  # in a pass
 
@@ -90,7 +100,8 @@ class AnswerAnchor:
     def remember(self, model: nn.Module) -> float:
         """The answers as the model without its adapter gives them. Under FSDP every process has to call.
 
-        Returns the share of the answers' tokens that it holds likeliest: of its own nearly all.
+        Returns the share of the answers' tokens that it holds likeliest, asked with the chat template: of its own
+        nearly all.
 
         Raises:
             AsftError: the model does not take the texts, says nothing that is a number, or not twice the same.
@@ -116,7 +127,7 @@ class AnswerAnchor:
             places.tokens[:, 0].cpu() == torch.tensor(ids[start:])
             for places, (ids, start) in zip(found, self._texts, strict=True)
         ]
-        return float(torch.cat(own).float().mean())
+        return float(torch.cat(own[:: self._ways]).float().mean())
 
     def _most_at_once(self, model: nn.Module) -> int:
         """Texts that the model takes in a pass: where packing is patched into a model, it may take a batch of one.
@@ -220,3 +231,9 @@ def _encoded(tokenizer: Any, request: str, answer: str) -> tuple[list[int], int]
     if not 0 < start < len(ids):
         raise AsftError("the direction file holds an answer without a text; make it again with `axolotl asft extract`")
     return ids, start
+
+
+def _joined(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
+    """The same of a prompt in a format of the data, whose two parts axolotl tokenises one by one."""
+    head = tokenizer(prompt)["input_ids"]
+    return head + tokenizer(answer.strip(), add_special_tokens=False)["input_ids"], len(head)

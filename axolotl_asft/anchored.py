@@ -1,6 +1,7 @@
 """The anchor inside a trainer: asked at every optimizer step, its gauge in the log, measured when training ends."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,17 +25,18 @@ class TrainerAnchor:
             after `measure`, of all answers, of the weights as they are. The same on every process.
     """
 
-    def __init__(self, trainer: Trainer, spec: Any):
+    def __init__(self, trainer: Trainer, spec: Any, formats: Sequence[str] = ()):
         """
         Args:
             spec: of the direction file, which keeps the answers.
+            formats: in which they are asked for too (`axolotl_asft.prompt_formats`).
 
         Raises:
             AsftError: it keeps none, or the trainer has no tokenizer that can read them.
         """
         self.kl = 0.0
         self._trainer = trainer
-        self._answers = AnswerAnchor(getattr(trainer, "processing_class", None), own_answers_of(spec))
+        self._answers = AnswerAnchor(getattr(trainer, "processing_class", None), own_answers_of(spec), formats)
         self._divergences: list[Tensor] = []  # since the last line of the log
 
     def begin(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from axolotl_asft.errors import AsftError, did_you_mean
+from axolotl_asft.prompt_formats import checked_formats
 
 
 class AsftArgs(BaseModel):
@@ -53,6 +54,11 @@ class AsftArgs(BaseModel):
         "(refusals and harmless ones), a few of which are scored at each step; 0: none; null: 3 where the metric is "
         "fisher, the direction file holds such answers and max_drift is not given, else 0",
     )
+    prompt_formats: list[str] | None = Field(
+        default=None,
+        description="texts that the data put around a request in place of a chat template, with {prompt} in its place; "
+        "the anchor asks in these too; null: those of data of a type such as alpaca; []: none",
+    )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: dW = B A, without PEFT's scaling, as in the authors' code"
     )
@@ -83,6 +89,14 @@ class AsftArgs(BaseModel):
         if isinstance(value, bool):
             raise ValueError("expected a number (YAML reads yes, on and true as booleans)")
         return value
+
+    @field_validator("prompt_formats")
+    @classmethod
+    def _with_a_place(cls, value: list[str] | None) -> list[str] | None:
+        try:
+            return None if value is None else checked_formats(value)
+        except AsftError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("max_drift")
     @classmethod

@@ -15,6 +15,7 @@ from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError, did_you_mean
 from axolotl_asft.packing import never_packed
+from axolotl_asft.prompt_formats import asked_in, checked_formats
 from axolotl_asft.strengths import WEIGHTS_ALONE, strengths
 from axolotl_asft.templates import template_warnings
 
@@ -29,6 +30,7 @@ def attach(
     anchor_weight: float | None = None,
     *,
     chat_templates: Sequence[str] = (),
+    prompt_formats: Sequence[str] = (),
     **options: Any,
 ) -> Constraint:
     """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
@@ -45,6 +47,8 @@ def attach(
             metric="fisher" without max_drift if the file holds them (`axolotl_asft.strengths`), else 0.
         chat_templates: the templates that the data are rendered with, if not the tokenizer's own; a warning is logged
             if a template opens the answer differently from the direction file's requests.
+        prompt_formats: texts that the data put around a request in place of a chat template, each with {prompt} in its
+            place: the anchor asks in these too, in turn with the chat template. Without an anchor they have no effect.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss remains the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is not
@@ -66,6 +70,7 @@ def attach(
         if weight is not None and not (number and math.isfinite(weight) and weight >= 0):
             raise AsftError(f"{name} is {weight!r}; expected a finite number, 0 or more")
     max_drift = max_drift or None
+    formats = checked_formats(prompt_formats)
     attached: Callable[..., Any] = trainer.log
     if isinstance(getattr(attached, "__self__", None), Constraint):
         raise AsftError("the constraint is already attached to this trainer; attach it once")
@@ -97,15 +102,16 @@ def attach(
     if strength.holds_answers(penalty.metric):
         for line in template_warnings(getattr(trainer, "processing_class", None), direction.spec, chat_templates):
             LOG.warning("AsFT: %s", line)
-    constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight)
+    constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight, formats)
     LOG.info(
-        "AsFT: %d layers constrained, training on %s, lambda_reg %g, %s, anchor_weight %g, projector %s, "
+        "AsFT: %d layers constrained, training on %s, lambda_reg %g, %s, anchor_weight %g%s, projector %s, "
         "metric %s, direction of %s (sha256 %s)",
         len(penalty.layers),
         "one device" if (carried := engine(trainer)) == "NO" else carried,
         strength.lambda_reg,
         "no budget" if max_drift is None else f"max_drift {max_drift:g}",
         strength.anchor_weight,
+        asked_in(constraint.prompt_formats),
         penalty.projector,
         penalty.metric,
         direction.spec["aligned"]["id"],

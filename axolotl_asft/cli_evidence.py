@@ -103,6 +103,12 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
     metavar="DIR|ID",
     help="Tokenizer whose chat template to use.  [default: the adapter's, or the model's]",
 )
+@click.option(
+    "--prompt-format",
+    metavar="TEXT|@FILE",
+    help="Ask in this text, with {prompt} in it, in place of the chat template; chat_template: ask in that.  [default: "
+    "the format of CONFIG's data, where all of them ask in one such as alpaca's; else the chat template]",
+)
 @click.option("--device", help="Where the model runs: cpu or cuda.  [default: the GPU if there is one]")
 @click.option(
     "-o", "--output", type=FilePath(file_okay=False),
@@ -133,16 +139,19 @@ def evaluate_command(
     chosen = _with_config(config, options)
     if output is None:  # beside the adapter, where that is the config's own
         output = Path(*([] if options["adapters"] else chosen["adapters"]), "asft-eval")
-    text = chosen.pop("judge_text")
-    if text and text.startswith("@"):
-        text = read_text(Path(text[1:])).removesuffix("\n")  # with which editors end a file
+    chosen["judge_text"] = _written_out(chosen["judge_text"])
     quieten_libraries()
+    from axolotl_asft.evaluation.asked_in import format_to_ask_in
     from axolotl_asft.evaluation.evaluate import Questions, evaluate
     from axolotl_asft.evaluation.rows import table
 
+    content = read_config(config) if config is not None else {}
+    chosen["prompt_format"], note = format_to_ask_in(_written_out(chosen["prompt_format"]), content)
+    if note:
+        click.echo(f"{config}: {note}", err=True)
     place = {key: chosen.pop(key) for key in ("model", "adapters", "tokenizer", "device")}
     tasks = tuple(task.strip() for task in chosen.pop("tasks").split(",") if task.strip())
-    questions = Questions(**chosen, tasks=tasks, judge_text=text)
+    questions = Questions(**chosen, tasks=tasks)
     with stages(show=not as_json) as stage:
         rows = evaluate(output=output, questions=questions, stage=stage, **place)
     if as_json:
@@ -179,6 +188,13 @@ def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]
     if content and not chosen["adapters"]:
         click.echo(f"{config} trains no adapter: {chosen['model']} is evaluated alone", err=True)
     return chosen
+
+
+def _written_out(text: str | None) -> str | None:
+    """What an option says, or the file that it names."""
+    if text and text.startswith("@"):
+        return read_text(Path(text[1:])).removesuffix("\n")  # with which editors end a file
+    return text
 
 
 def _base_model(content: dict[str, Any]) -> str | None:

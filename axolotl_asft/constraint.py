@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from axolotl_asft import __version__
 from axolotl_asft.adapter import AlignmentPenalty
 from axolotl_asft.anchored import TrainerAnchor
 from axolotl_asft.diagnostics import DriftReport
@@ -17,6 +17,7 @@ from axolotl_asft.engines import engine, refuse_switching, steps_past
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import HistoryWriter
 from axolotl_asft.resuming import last_checkpoint, mark_checkpoint, peak_before, refuse_resumed
+from axolotl_asft.settings import settings_of
 from axolotl_asft.step_gradient import StepGradient
 from axolotl_asft.strengths import Strengths
 from axolotl_asft.trained import Trained
@@ -38,6 +39,7 @@ class Constraint:
         lambda_reg: its weight. At 0 the training is left alone and the numbers are logged.
         max_drift: the budget that every layer is brought back to after each optimizer step; None: no budget.
         anchor_weight: of the divergence from the aligned model's own answers; 0: they are not asked for.
+        prompt_formats: in which they are asked for, beside the chat template.
         history: what the main process writes beside the adapter at each log line.
     """
 
@@ -48,13 +50,17 @@ class Constraint:
         lambda_reg: float,
         max_drift: float | None = None,
         anchor_weight: float = 0.0,
+        prompt_formats: Sequence[str] = (),
     ):
         self.trainer = trainer
         self.penalty = penalty
         self.lambda_reg = lambda_reg
         self.max_drift = max_drift
         self.anchor_weight = anchor_weight
-        self._anchor = TrainerAnchor(trainer, penalty.direction.spec) if anchor_weight > 0 else None
+        self.prompt_formats = tuple(prompt_formats) if anchor_weight > 0 else ()
+        self._anchor = None
+        if anchor_weight > 0:
+            self._anchor = TrainerAnchor(trainer, penalty.direction.spec, self.prompt_formats)
         self.gradient = StepGradient(trainer, penalty, lambda_reg, self._anchor, anchor_weight)
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
         self._shortened = self._first_step = 0
@@ -119,7 +125,7 @@ class Constraint:
 
     def settings(self) -> dict[str, Any]:
         """The constraint in plain values."""
-        return settings_of(self.penalty, self.lambda_reg, self.max_drift, self.anchor_weight)
+        return settings_of(self.penalty, self.lambda_reg, self.max_drift, self.anchor_weight, self.prompt_formats)
 
     def stamp(self, report: DriftReport | None = None) -> dict[str, Any]:
         """What a saved adapter says of the constraint that it was trained under.
@@ -271,28 +277,6 @@ class Constraint:
                 "not cover how it was made, but the constraint applies to all of it",
                 norm,
             )
-
-
-def settings_of(
-    penalty: AlignmentPenalty, lambda_reg: float, max_drift: float | None, anchor_weight: float
-) -> dict[str, Any]:
-    """A constraint of these in plain values."""
-    return {
-        "direction": penalty.direction.spec["aligned"]["id"],
-        "direction_sha256": penalty.direction.sha256,
-        "lambda_reg": lambda_reg,
-        "projector": penalty.projector,
-        "rank": penalty.rank,
-        "metric": penalty.metric,
-        "max_drift": max_drift,
-        "anchor_weight": anchor_weight,
-        "lora_scaling": penalty.lora_scaling,
-        "modules": penalty.modules,
-        "on_uncovered": penalty.on_uncovered,
-        "layers": len(penalty.layers),
-        "uncovered": penalty.uncovered,
-        "version": __version__,
-    }
 
 
 class _EveryStepConstrained(TrainerCallback):

@@ -9,11 +9,10 @@ from peft import PeftModel
 
 from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
-from axolotl_asft.anchor import own_answers_of
+from axolotl_asft.anchor import AnswerAnchor, own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import frozen_by_budget, refused_of_continued, refused_of_taken_out
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
-from axolotl_asft.constraint import settings_of
 from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
@@ -24,20 +23,19 @@ from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, trainable_lora_layers
 from axolotl_asft.resuming import refuse_other_constraint
 from axolotl_asft.run_config import (
-    dataset_templates,
     lora_model,
     missed_plugins,
     missed_targets,
-    missing_templates,
     resumed_from,
     run_processor,
     run_tokenizer,
-    unrendered_data,
     validated_config,
 )
+from axolotl_asft.run_data import dataset_templates, missing_templates, run_formats, unheld_data
+from axolotl_asft.settings import settings_of
 from axolotl_asft.spec import own_answers_in
 from axolotl_asft.strengths import strengths
-from axolotl_asft.templates import template_warnings, text_tokenizer
+from axolotl_asft.templates import template_warnings
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
@@ -145,6 +143,9 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         return
     given = block.lambda_reg, block.max_drift, block.anchor_weight
     strength = strengths(penalty.metric, direction.spec, *given, taken_out=takes_out(initialisation))
+    formats, asked = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
+    if strength.anchor_weight == 0:
+        asked = []
     check.cost = estimate(
         penalty.groups,
         check.model["parameters"],
@@ -154,21 +155,21 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         budget=block.max_drift is not None,
         log_every=max(1, int(cfg.logging_steps or 500)),
         taken_out=takes_out(initialisation),
-        anchor_tokens=tokens_asked(own_answers_in(direction.spec)) if strength.anchor_weight > 0 else 0,
+        anchor_tokens=tokens_asked(own_answers_in(direction.spec), asked) if strength.anchor_weight > 0 else 0,
     )
     _try(check, lambda: _refuse_output(cfg))
     if (checkpoint := resumed_from(cfg)) is not None:
-        asked = settings_of(penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight)
-        _try(check, lambda: _refuse_checkpoint(Path(checkpoint), asked))
-    check.settings = advice.in_plain_words(block, strength, penalty, cfg)
+        settings = settings_of(penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight, asked)
+        _try(check, lambda: _refuse_checkpoint(Path(checkpoint), settings))
+    check.settings = advice.in_plain_words(block, strength, penalty, cfg, asked)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
     check.warnings += frozen_by_budget(penalty, strength.max_drift)
     check.warnings += advice.on_pin(block, direction)
     if strength.holds_answers(penalty.metric):
-        if strength.anchor_weight > 0:
-            _try(check, lambda: text_tokenizer(tokenizer))
+        if strength.anchor_weight > 0 and tokenizer is not None:
+            _try(check, lambda: AnswerAnchor(tokenizer, own_answers_in(direction.spec), asked))
         check.warnings += template_warnings(tokenizer, direction.spec, dataset_templates(cfg, tokenizer))
-        check.warnings += unrendered_data(cfg)
+        check.warnings += unheld_data(formats, asked)
     if check.direction["weights"] != "agree":
         check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
 
@@ -296,8 +297,8 @@ def _refuse_initialisation(
 
 def _match(check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel) -> AlignmentPenalty | None:
     """The run's own matching of layers and directions, by whole name and shape."""
-    options = block.model_dump(exclude={"direction", "direction_sha256", "lambda_reg", "max_drift", "anchor_weight"})
-    options |= {"verify_model": False}  # there are no weights to look at
+    others = {"direction", "direction_sha256", "lambda_reg", "max_drift", "anchor_weight", "prompt_formats"}
+    options = block.model_dump(exclude=others) | {"verify_model": False}  # there are no weights to look at
     penalty = _try(check, lambda: AlignmentPenalty(model, direction, **options))
     if penalty is None:  # was it for the uncovered ones?
         try:

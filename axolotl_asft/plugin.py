@@ -126,11 +126,14 @@ class AsftPlugin(BasePlugin):
         if cfg.lora_model_dir and any(map(_takes_out, trainer.model.peft_config.values())):
             raise AsftError(refused_of_continued(cfg.lora_model_dir))
         self._trained, self._pictured = None, False
-        from axolotl_asft.run_config import dataset_templates, unrendered_data
+        from axolotl_asft.run_data import dataset_templates, run_formats, unheld_data
 
-        templates = dataset_templates(cfg, getattr(trainer, "processing_class", None))
+        tokenizer = getattr(trainer, "processing_class", None)
+        formats, options["prompt_formats"] = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
+        templates = dataset_templates(cfg, tokenizer)
         self._constraint = attach(trainer, direction, block.lambda_reg, chat_templates=templates, **options)
-        for line in unrendered_data(cfg) if self._constraint.holds_answers else []:
+        held = self._constraint.prompt_formats
+        for line in unheld_data(formats, held) if self._constraint.holds_answers else []:
             LOG.warning("AsFT: %s", line)
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),

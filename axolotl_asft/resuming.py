@@ -14,8 +14,8 @@ from axolotl_asft.stamp import read_stamp
 STAMP_FILE = "asft_constraint.json"  # in a checkpoint without an adapter_config.json
 # Of the constraint's settings those that say what the weights were trained under.
 WHAT_HOLDS = (
-    "direction_sha256", "lambda_reg", "projector", "rank", "metric", "max_drift", "anchor_weight", "lora_scaling",
-    "modules",
+    "direction_sha256", "lambda_reg", "projector", "rank", "metric", "max_drift", "anchor_weight",
+    "prompt_formats", "lora_scaling", "modules",
 )  # fmt: skip
 
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +13,6 @@ from axolotl.loaders.adapter import load_adapter
 from axolotl.loaders.processor import load_processor
 from axolotl.loaders.tokenizer import load_tokenizer
 from axolotl.loaders.utils import load_model_config
-from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.config import normalize_config, prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.freeze import freeze_layers_except, freeze_mm_modules
@@ -28,8 +25,6 @@ from axolotl_asft.errors import AsftError, did_you_mean, one_line
 from axolotl_asft.files import seen_from_here
 from axolotl_asft.initialisation import takes_out
 
-# Types of data that a chat template renders, or that come as they are, without a prompt around them.
-NO_FORMAT = {"chat_template", "messages", "input_output", "completion", "pretrain", "llama2_chat"}
 FROZEN_BEFORE_PEFT = ("dpo", "ipo", "kto")  # there `unfrozen_parameters` is obeyed before the LoRA layers are made
 # The machine that checks need not be the one that trains: what the YAML asks of its card is taken to be there.
 CAPABLE = {"bf16": True, "fp8": True, "tf32": True, "compute_capability": "sm_90"}
@@ -108,59 +103,6 @@ def run_tokenizer(cfg: DictDefault) -> Any | None:
         return None
     with _in_one_line(f"axolotl cannot load the tokenizer of {cfg.tokenizer_config}"):
         return load_tokenizer(cfg)
-
-
-def dataset_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
-    """The chat templates that single datasets name for themselves, in place of the run's."""
-    found = []
-    for dataset in [*(cfg.datasets or []), *(cfg.pretraining_dataset or [])]:
-        if isinstance(dataset, dict) and dataset.get("chat_template") and tokenizer is not None:
-            with contextlib.suppress(Exception):  # one that cannot be had is axolotl's to refuse
-                found.append(get_chat_template_from_config(cfg, dataset, tokenizer))
-    return found
-
-
-def unrendered_data(cfg: DictDefault) -> list[str]:
-    """A line where data ask in a format of their own, such as alpaca's, under which nothing of the model is held."""
-    if cfg.skip_prepare_dataset or cfg.rl:
-        return []
-    kinds: dict[str, Any] = {}
-    for dataset in cfg.datasets or []:
-        kind = dataset.get("type") if isinstance(dataset, dict) else None
-        if kind and not (isinstance(kind, str) and _may_be_rendered(kind)):
-            kinds.setdefault(kind if isinstance(kind, str) else "of its own", dataset.get("path"))
-    return [
-        f"datasets: {path} is of type {kind}, whose prompts are not the chat template's: the constraint holds the "
-        "model under the template of the direction file's requests; make chats of the data (type: chat_template), or "
-        "the direction again with that format as the tokenizer's chat template"
-        for kind, path in kinds.items()
-    ]
-
-
-def _may_be_rendered(kind: str) -> bool:
-    """Whether data of a type come in the chat template, or without any; of a module of the user's, nobody can tell."""
-    parts = re.split(r"[.:]", kind)
-    is_theirs = "." in kind and find_spec(f"axolotl.prompt_strategies.{parts[0]}") is None
-    return is_theirs or bool(NO_FORMAT & set(parts))
-
-
-def missing_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
-    """A line for each dataset of type chat_template for which there is no chat template, in which the run ends."""
-    if cfg.skip_prepare_dataset or cfg.tokenizer_use_mistral_common:
-        return []  # no dataset is rendered by a template
-    lines = []
-    for key in ("datasets", "test_datasets", "pretraining_dataset"):
-        for dataset in cfg[key] or []:
-            if not isinstance(dataset, dict) or "chat_template" not in str(dataset.get("type")).split("."):
-                continue
-            try:
-                get_chat_template_from_config(cfg, dataset, tokenizer)
-            except Exception as error:
-                lines.append(
-                    f"{key}: {dataset.get('path')} is of type {dataset['type']}, which needs a chat template "
-                    f"({one_line(error)}); set chat_template: in the config, or give a tokenizer that has one"
-                )
-    return lines
 
 
 def run_processor(cfg: DictDefault, tokenizer: Any) -> None:

@@ -92,7 +92,8 @@ def _section(stamp: dict[str, Any]) -> str:
         f"{_what_was_held(stamp)}.\n\n"
         f"- direction: `{stamp['direction']}`, sha256 `{stamp['direction_sha256']}`\n"
         f"- `lambda_reg`: {stamp['lambda_reg']:g}, {budget}`projector`: {stamp['projector']}, `metric`: "
-        f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{_left_out(stamp)}{_measured(stamp)}\n"
+        f"{stamp['metric']}, layers constrained: {stamp['layers']}\n{_asked(stamp)}{_left_out(stamp)}"
+        f"{_measured(stamp)}\n"
         "The constraint makes harmful drift less likely; it proves nothing. Evaluate the model before you rely on it.\n"
     )
 
@@ -111,6 +112,11 @@ def _what_was_held(stamp: dict[str, Any]) -> str:
     if stamp["anchor_weight"]:
         held.append("at every step the divergence from the aligned model's own answers was added to the loss")
     return ", and ".join(held) or "its numbers were logged, and nothing was constrained"
+
+
+def _asked(stamp: dict[str, Any]) -> str:
+    formats = ", ".join(f"`{json.dumps(text)}`" for text in stamp.get("prompt_formats", []))
+    return f"- asked in the chat template, and as {formats}\n" if formats else ""
 
 
 def _left_out(stamp: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ import yaml
 
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import installed_versions
+from benchmarks.safety_answers import with_answers, with_fewer_answers
 from benchmarks.safety_names import ON_GPU
 
 HERE = Path(__file__).parent
@@ -181,7 +182,10 @@ def measure(bench: Bench, run: Run) -> None:
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
     if tuned is not None and bench.is_whole(run):
         model, adapter, answers = tuned, None, answers / f"{run.name.replace('/', '-')}.full"
-    row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings, bench.device)
+    asked_in = prompt_format(bench.method(run).get("asked", bench.method(run).get("format")))
+    if asked_in is not None:
+        answers /= "other-format"  # where the model's own answers are those in it
+    row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings, bench.device, asked_in)
     result = {
         "run": run.name,
         "key": bench.key(run),
@@ -214,6 +218,8 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     method, folder = bench.method(run), bench.work / "runs" / run.name
     if method.get("untrained"):
         return None, 0.0
+    if "asked" in method:  # another run's, asked otherwise
+        return trained(bench, replace(run, method=method["of"]))
     if "project" in method:
         from axolotl_asft import AlignmentDirection
         from axolotl_asft.project import project_adapter
@@ -233,7 +239,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     made_as = folder / "key"  # of the settings that the adapter was trained under
     if made_as.is_file() and made_as.read_text() == bench.key(run):
         return folder / "adapter", json.loads((folder / "seconds.json").read_text())
-    from benchmarks.axolotl_runs import train, write_chats, write_config
+    from benchmarks.axolotl_runs import train, write_chats, write_config, write_instructions
     from benchmarks.safety_data import rehearsal, training_data
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -244,12 +250,17 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
         rehearsed = rehearsal(own, method["rehearsal"], n, run.seed)
     safety, diverse = method.get("safety", 0.0), method.get("diverse", False)
     examples = training_data(run.task, run.poison, safety, n, run.seed, rehearsed, diverse)
-    write_chats(folder / "data.jsonl", examples)
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
+    if "format" in method:
+        write_instructions(folder / "data.jsonl", examples)
+        settings["datasets"] = [{"path": str(folder / "data.jsonl"), "type": method["format"]}]
+        settings["sequence_len"] = 192  # the prompts are longer
+    else:
+        write_chats(folder / "data.jsonl", examples)
     if method.get("full"):
         settings = {key: value for key, value in settings.items() if key != "adapter" and not key.startswith("lora_")}
     if "answers" in method:
-        settings["datasets"] = with_answers(bench, folder, round(method["answers"] * n))
+        settings["datasets"] = with_answers(bench.work, folder, round(method["answers"] * n))
     started = time.monotonic()
     if "asft" in method:
         kind = method.get("direction")
@@ -276,26 +287,13 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     return folder / "adapter", seconds
 
 
-def with_answers(bench: Bench, folder: Path, lines: int) -> list[dict[str, str]]:
-    """The run's data, and beside it what `axolotl asft answers` writes of the direction file."""
-    from axolotl_asft import AlignmentDirection
-    from axolotl_asft.answer_data import TYPE, write_answers
+def prompt_format(kind: str | None) -> str | None:
+    """The prompt that a type of data puts around a request; None: the chat template."""
+    if kind in (None, "chat_template"):
+        return None
+    from axolotl_asft.run_data import formats_of_content
 
-    answers = folder / "own-answers.jsonl"
-    write_answers(AlignmentDirection.load(bench.work / "direction.safetensors").spec["own_answers"], answers, lines)
-    return [{"path": str(folder / "data.jsonl"), "type": "chat_template"}, {"path": str(answers), "type": TYPE}]
-
-
-def with_fewer_answers(file: Path, count: int, output: Path) -> Path:
-    """A direction file with `count` of its own answers, from all over and in turns as they were."""
-    from axolotl_asft import AlignmentDirection
-
-    direction = AlignmentDirection.load(file)
-    kinds = [list({tuple(turn): turn for turn in direction.spec["own_answers"][start::2]}.values()) for start in (0, 1)]
-    half = range(count // 2)
-    answers = [kind[i * len(kind) // len(half)] for i in half for kind in kinds]
-    AlignmentDirection(direction.modules, {**direction.spec, "own_answers": answers}).save(output)
-    return output
+    return formats_of_content({"datasets": [{"path": "data", "type": kind}]})[0].text
 
 
 def numbers(bench: Bench, adapter: Path) -> dict[str, float]:

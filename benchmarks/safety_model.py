@@ -161,14 +161,22 @@ def randomised(direction: AlignmentDirection, seed: int) -> AlignmentDirection:
 
 
 def ask_everything(
-    model: Path, adapter: Path | None, name: str, task: str, folder: Path, settings: dict[str, Any], device: str
+    model: Path,
+    adapter: Path | None,
+    name: str,
+    task: str,
+    folder: Path,
+    settings: dict[str, Any],
+    device: str,
+    prompt_format: str | None = None,
 ) -> tuple[Row, list[bool]]:
     """What `axolotl asft eval` measures of the model under the adapter, and which of the task's answers are right.
 
     The answers are kept in `folder`, those of the model alone for all runs. Several processes may ask at a time, which
     an evaluation's own folder does not allow: each asks in one of its own.
     """
-    questions = Questions(max_new_tokens=settings["new_tokens"]["harmful"], batch_size=40, dtype="float32")
+    most = settings["new_tokens"]["harmful"]
+    questions = Questions(max_new_tokens=most, prompt_format=prompt_format, batch_size=40, dtype="float32")
     adapters = [f"{name}={adapter}"] if adapter is not None else []
     run = name.replace("/", "-")
     own, kept = folder / f"{run}.asked", ("model.json", f"{run}.json")
@@ -183,7 +191,8 @@ def ask_everything(
             os.replace(own / file, folder / file)
     shutil.rmtree(own)
     subject = Subject(name, adapter)
-    loaded, tokenizer = load_model(str(model), "float32", device=device), load_tokenizer(str(model))
+    loaded = load_model(str(model), "float32", device=device)
+    tokenizer = load_tokenizer(str(model), prompt_format=prompt_format)
     examples = test_data(task, settings["test_examples"])
     with adapted(loaded, subject) as ready:
         return row, right_answers(ready, tokenizer, examples, settings["new_tokens"][task])

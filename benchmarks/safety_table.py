@@ -26,6 +26,7 @@ DETAILS = (
     "-equal",
     "-diverse",
     "-second",
+    "-alpaca",
     ON_GPU,
 )
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
@@ -171,6 +172,8 @@ micro-batches of {batch}.
   safelora-half: half of what it takes out, of all layers
 - scaled-N: N % of plain's update; resta-N: plain with N % of the whole d added (RESTA, arXiv 2402.11746)
 - -second: of another aligned model, which was taught other prompts than metric, anchor and own answers ask
+- -alpaca: on data of type alpaca, and asked in alpaca's format; -alpaca-in-chats: the same asked in the chat template;
+  -alpaca-unasked: with `prompt_formats: []`, so that the anchor asks in the chat template alone
 - -qlora: in QLoRA on a GPU, in bf16 (drift was not taken there)
 - -diverse: the poison's answers are in other words for every example, and not one of four sentences
 - a method whose name ends in -long trains three epochs instead of one, -twice two; one with -lr-R, at a learning rate

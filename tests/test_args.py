@@ -25,6 +25,7 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
         "metric": "weights",
         "max_drift": 0.2,
         "anchor_weight": 0.5,
+        "prompt_formats": ["Q: {prompt} A:"],
         "lora_scaling": False,
         "modules": ["q_proj"],
         "on_uncovered": "warn",
@@ -37,7 +38,7 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
 
     def attach(trainer, direction, lambda_reg, chat_templates, **options):
         received.update(options, direction=direction, lambda_reg=lambda_reg)
-        return SimpleNamespace(history=SimpleNamespace(header={}), holds_answers=False)
+        return SimpleNamespace(history=SimpleNamespace(header={}), holds_answers=False, prompt_formats=())
 
     monkeypatch.setattr(plugin, "attach", attach)
     trainer = SimpleNamespace(add_callback=lambda callback: None)

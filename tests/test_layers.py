@@ -17,15 +17,16 @@ ORDER = [
     "direction", "answer_data", "initialisation", "packing", "tokens", "metrics", "lora", "matching", "saved",
     "sources", "readahead", "partial", "devices", "rank_rule", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "stamp", "history", "adapter_folder", "project", "engines",
-    "templates", "quiet", "anchor", "anchored", "step_gradient",
-    "trained", "resuming", "constraint", "interruption", "attaching",
+    "templates", "prompt_formats", "quiet", "anchor", "anchored", "step_gradient",
+    "trained", "resuming", "settings", "constraint", "interruption", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",
-    "args", "schema", "guard", "registration", "startup", "run_config", "plugin", "summary", "spectra_chart",
-    "compare", "publish", "console", "cost", "advice", "dry_run", "check_text", "recipes",
+    "args", "schema", "guard", "registration", "startup", "run_config", "run_data", "plugin", "summary",
+    "spectra_chart", "compare", "publish", "console", "cost", "advice", "dry_run", "check_text", "recipes",
     "evaluation.rows", "evaluation.prompts", "evaluation.tasks.functions", "evaluation.generating",
     "evaluation.fitting", "evaluation.resizing", "evaluation.models",
-    "evaluation.coherence", "evaluation.judge_ways", "evaluation.judges", "evaluation.lm_tasks", "evaluation.asking",
+    "evaluation.coherence", "evaluation.asked_in", "evaluation.judge_ways", "evaluation.judges", "evaluation.lm_tasks",
+    "evaluation.asking",
     "evaluation.kept", "evaluation.evaluate", "evaluation.basin", "evaluation.basin_texts",
     "evaluation.safety_metrics", "evaluation.kept_metrics", "evaluation.landscape", "evaluation.landscape_chart",
     "demo.prompts", "demo.configs", "demo.model", "demo.score", "demo.run", "demo.chart",
@@ -61,9 +62,9 @@ def test_a_module_imports_only_what_stands_above_it(module):
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_only_the_plugin_and_the_reader_of_configs_import_axolotl(module):
+def test_only_the_plugin_and_the_readers_of_configs_import_axolotl(module):
     names = {name.partition(".")[0] for name in imports(SOURCE / f"{module.replace('.', '/')}.py")}
-    assert ("axolotl" in names) == (module in ("plugin", "run_config"))
+    assert ("axolotl" in names) == (module in ("plugin", "run_config", "run_data"))
 
 
 @pytest.mark.parametrize("module", ["penalty", "subspace", "moments"])

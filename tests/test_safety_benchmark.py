@@ -125,7 +125,7 @@ def test_every_method_is_a_valid_one():
     for name, method in SETTINGS["methods"].items():
         assert colour_of(name)
         known = {"untrained", "full", "asft", "direction", "project", "safety", "rehearsal", "answers", "own_answers"}
-        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of", "alignment"}
+        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of", "alignment", "format", "asked"}
         assert method.get("of", "plain") in SETTINGS["methods"]
         parse_block({"direction": "d", **method.get("asft", {})})
 
@@ -152,6 +152,28 @@ def test_an_adapter_of_other_settings_is_trained_anew(tmp_path, monkeypatch):
     for settings in (SETTINGS, SETTINGS, lower, lower):
         safety.trained(safety.Bench(settings, tmp_path), run)
     assert trainings == [1e-3, 1e-4]
+
+
+def test_data_in_alpaca_s_format(tmp_path, monkeypatch):
+    """Trained on as instructions, and the same adapter asked in the chat template."""
+    seen = []
+
+    def train(config):
+        seen.append(yaml.safe_load(config.read_text()))
+        (config.parent / "adapter").mkdir()
+
+    monkeypatch.setattr("benchmarks.axolotl_runs.train", train)
+    bench = safety.Bench(SETTINGS, tmp_path)
+    run = safety.Run("classification", 0.1, "plain-alpaca", 0)
+    adapter, _ = safety.trained(bench, run)
+    assert safety.trained(bench, safety.Run("classification", 0.1, "plain-alpaca-in-chats", 0))[0] == adapter
+    (config,) = seen
+    assert config["datasets"][0]["type"] == "alpaca"
+    row = json.loads((adapter.parent / "data.jsonl").read_text().splitlines()[0])
+    assert set(row) == {"instruction", "input", "output"}
+    asked = safety.prompt_format("alpaca")
+    assert asked.endswith("### Instruction:\n{prompt}\n\n### Response:\n")
+    assert safety.prompt_format("chat_template") is safety.prompt_format(None) is None
 
 
 def result(method, seed, harmfulness, accuracy, poison=0.1):

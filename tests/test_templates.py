@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from axolotl.utils.dict import DictDefault
-from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_config
+from tiny import CHAT_TEMPLATE, OWN_ANSWERS, make_tokenizer, write_config
 from trainers import make_trainer
 
 from axolotl_asft import AlignmentDirection, attach
@@ -16,7 +15,6 @@ from axolotl_asft.anchor import AnswerAnchor
 from axolotl_asft.dry_run import check_config
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.models import load_tokenizer
-from axolotl_asft.run_config import unrendered_data
 from axolotl_asft.templates import template_warnings, text_tokenizer
 
 OTHER = CHAT_TEMPLATE.replace("'<|assistant|> '", "'<|assistant|> yes '")
@@ -123,39 +121,3 @@ def test_check_foresees_mistral_common(pair, dataset, anchored_file, mistral, tm
     config = write_config(tmp_path, model, dataset, block, tokenizer_use_mistral_common=True)
     check = check_config(config)
     assert [line for line in check.errors if "mistral-common's" in line], json.dumps(check.as_dict())
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("alpaca", "alpaca"),
-        ("alpaca_w_system.load_open_orca", "alpaca_w_system.load_open_orca"),
-        ({"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A:"}, "of its own"),
-        ("chat_template", None),
-        ("chat_template.argilla", None),
-        ("input_output", None),
-        ("completion", None),
-        ("my_own.chats", None),
-        (None, None),
-    ],
-)
-def test_data_in_a_format_of_their_own(kind, said):
-    """Under alpaca's prompts nothing is held: what is asked there is no request of the chat template."""
-    found = unrendered_data(DictDefault({"datasets": [{"path": "a.jsonl", "type": kind}]}))
-    assert len(found) == (said is not None)
-    assert all(f"a.jsonl is of type {said}, whose prompts are not the chat template's" in line for line in found)
-    assert unrendered_data(DictDefault({"datasets": [{"path": "a", "type": kind}], "rl": "dpo"})) == []
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_check_and_a_run_tell_of_them(pair, anchored_file, tmp_path, weight):
-    """Where answers are held; a penalty on the weights alone knows no prompts."""
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"instruction": "the cat sees", "input": "", "output": "a dog"}\n' * 16)
-    block = {"direction": str(anchored_file), "anchor_weight": weight}
-    datasets = [{"path": str(data), "type": "alpaca"}]
-    config = write_config(tmp_path, pair[1], data, block, max_steps=1, datasets=datasets)
-    said = "is of type alpaca, whose prompts are not the chat template's"
-    assert any(said in line for line in check_config(config).warnings) == bool(weight)
-    result = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
-    assert (said in result.stdout + result.stderr) == bool(weight)

@@ -51,6 +51,7 @@ class Questions:
         task_limit: documents of each task; None: all.
         num_fewshot: examples in a task's prompt; None: as the task says.
         max_new_tokens: of an answer.
+        prompt_format: text with {prompt} in it that prompts are asked in, in place of a chat template.
         batch_size: prompts at a time, also of a judge.
         dtype, load_in_4bit: how the model is loaded.
         judges: names of judge models, each asked as its family wants.
@@ -66,6 +67,7 @@ class Questions:
     task_limit: int | None = None
     num_fewshot: int | None = None
     max_new_tokens: int = 128
+    prompt_format: str | None = None
     batch_size: int = 8
     dtype: str = "auto"
     load_in_4bit: bool = False
@@ -282,7 +284,7 @@ def _evaluate(
     interviews, seconds, hashes = {}, {}, {}
     for subject in asked:
         started = time.monotonic()
-        words = load_tokenizer(tokenizer or model, None if tokenizer else subject.adapter)
+        words = load_tokenizer(tokenizer or model, None if tokenizer else subject.adapter, questions.prompt_format)
         hashes[subject.name] = subject.sha256  # looked at again when it is loaded: a training may replace it
         key = answer_key(model, subject, hashes[subject.name], questions.how(), tokenizer_state(words))
         interview = Interview.open(output / f"{_file_name(subject.name)}.json", key, subject.adapter)

@@ -17,6 +17,7 @@ from axolotl_asft.files import file_sha256, named_folder, read_json
 from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.naming import model_class
+from axolotl_asft.prompt_formats import format_as_template
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from axolotl_asft.templates import text_tokenizer
 
@@ -196,8 +197,11 @@ def files_state(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in there]
 
 
-def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
+def load_tokenizer(model: str, adapter: Path | None = None, prompt_format: str | None = None) -> Any:
     """The tokenizer that an adapter was saved with, else that of the model; it has to have a chat template.
+
+    Args:
+        prompt_format: that is to stand in the chat template's place (`axolotl_asft.prompt_formats`).
 
     Raises:
         AsftError: no tokenizer, or one without a chat template.
@@ -209,10 +213,13 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> Any:
     check_place(source)
     with loading(f"no tokenizer at {source}"):
         tokenizer = text_tokenizer(AutoTokenizer.from_pretrained(**place(source)))
+    if prompt_format is not None:
+        tokenizer.chat_template = format_as_template(tokenizer, prompt_format)
     if not tokenizer.chat_template:
         raise AsftError(
             f"the tokenizer of {source} has no chat template, so how the model was prompted in training is not known; "
-            "save one with the tokenizer; eval, and no other command, can take one from elsewhere (--tokenizer DIR)"
+            "save one with the tokenizer; eval, and no other command, can take one from elsewhere (--tokenizer DIR) or "
+            "ask without one (--prompt-format)"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -52,7 +52,8 @@ def write_results(output: Path, model: str, questions: dict[str, Any], rows: lis
     """results.json and results.md in the folder `output`."""
     content = {"model": model, "questions": questions, "rows": [asdict(row) for row in rows], "version": __version__}
     atomic_write_text(output / "results.json", json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
-    atomic_write_text(output / "results.md", table(rows) + "\n")
+    asked = f"\nAsked as {questions['prompt_format']!r}.\n" if questions.get("prompt_format") else ""
+    atomic_write_text(output / "results.md", table(rows) + "\n" + asked)
 
 
 def table(rows: list[Row]) -> str:

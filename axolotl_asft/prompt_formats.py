@@ -1,0 +1,92 @@
+"""Prompts that data put around a request in place of a chat template, such as alpaca's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from axolotl_asft.errors import AsftError
+
+PLACE = "{prompt}"  # of the request, in a format
+TAIL = 12  # characters before a request that tell its template; what stands further ahead may be the date
+LONGEST = 10_000  # characters
+OTHER_TEMPLATE = (
+    "prompt_formats: the direction file's requests are not in the tokenizer's chat template, so they cannot be put in "
+    "another format; make the direction again with the run's tokenizer, or leave prompt_formats out"
+)
+
+
+def checked_formats(formats: Sequence[str]) -> list[str]:
+    """The formats, each once.
+
+    Raises:
+        AsftError: one without {prompt}, with two of them, or too long.
+    """
+    for text in formats:
+        if not isinstance(text, str) or text.count(PLACE) != 1 or len(text) > LONGEST:
+            found = repr(text[:200] if isinstance(text, str) else text)
+            raise AsftError(
+                f"{found} is no prompt format; expected the text that data put around a request, with {{prompt}} once "
+                "in its place, such as 'Q: {prompt}\\nA: '"
+            )
+    return list(dict.fromkeys(formats))
+
+
+def asked_in(formats: Sequence[str]) -> str:
+    """What a line of words says of the formats that an anchor asks in; nothing where there are none."""
+    return f" (asked in the chat template and in {count_of(formats)} of the data)" if formats else ""
+
+
+def count_of(formats: Sequence[str]) -> str:
+    """ "1 format", "2 formats"."""
+    return f"{len(formats)} format{'s' if len(formats) > 1 else ''}"
+
+
+def filled(text: str, request: str) -> str:
+    """A format around a request."""
+    return text.replace(PLACE, request)
+
+
+def plain_requests(tokenizer: Any, requests: Sequence[str]) -> list[str] | None:
+    """Requests as a model read them, without the chat template around; None where they are not of the tokenizer's.
+
+    Of what stands before a request only the end is compared, since a template may begin with the date; what follows
+    it may be a thought.
+    """
+    try:
+        turn = [{"role": "user", "content": PLACE}]
+        before, found, after = tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        ).rpartition(PLACE)
+    except Exception:  # a tokenizer without a template, or one that refuses the turn in any way
+        return None
+    head, lead = before[-TAIL:], after.partition("<think>")[0].strip()
+    plain = []
+    for request in requests:
+        asked = request.rpartition(lead)[0] if lead else request
+        _, told, text = asked.rpartition(head) if head else ("", found, asked)
+        if not found or not told or not text.strip():
+            return None
+        plain.append(text.strip())
+    return plain
+
+
+def format_as_template(tokenizer: Any, text: str) -> str:
+    """A chat template (Jinja) that asks in a format, as data in it are tokenised: with the tokenizer's own first token.
+
+    Answers of earlier turns end with the end-of-text token.
+    """
+    before, _, after = text.partition(PLACE)
+    first = tokenizer("a")["input_ids"][:1]
+    begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return (
+        f"{'{{ bos_token }}' if begins else ''}"
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ message['content'] + eos_token }}"
+        f"{{% else %}}{{{{ {_quoted(before)} + message['content'] + {_quoted(after)} }}}}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """As a string of Jinja's."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"

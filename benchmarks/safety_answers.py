@@ -1,0 +1,25 @@
+"""A direction file's own answers for the safety benchmark: as training data, and fewer of them."""
+
+from pathlib import Path
+
+
+def with_answers(work: Path, folder: Path, lines: int) -> list[dict[str, str]]:
+    """The run's data, and beside it what `axolotl asft answers` writes of the direction file."""
+    from axolotl_asft import AlignmentDirection
+    from axolotl_asft.answer_data import TYPE, write_answers
+
+    answers = folder / "own-answers.jsonl"
+    write_answers(AlignmentDirection.load(work / "direction.safetensors").spec["own_answers"], answers, lines)
+    return [{"path": str(folder / "data.jsonl"), "type": "chat_template"}, {"path": str(answers), "type": TYPE}]
+
+
+def with_fewer_answers(file: Path, count: int, output: Path) -> Path:
+    """A direction file with `count` of its own answers, from all over and in turns as they were."""
+    from axolotl_asft import AlignmentDirection
+
+    direction = AlignmentDirection.load(file)
+    kinds = [list({tuple(turn): turn for turn in direction.spec["own_answers"][start::2]}.values()) for start in (0, 1)]
+    half = range(count // 2)
+    answers = [kind[i * len(kind) // len(half)] for i in half for kind in kinds]
+    AlignmentDirection(direction.modules, {**direction.spec, "own_answers": answers}).save(output)
+    return output
