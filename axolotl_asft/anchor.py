@@ -93,6 +93,7 @@ class AnswerAnchor:
             self._texts.append(_encoded(tokenizer, request, answer))
             self._texts += [_joined(tokenizer, filled(text, plain[place]), answer) for text in formats]
         self._ways = 1 + len(formats)
+        self._a_step = max(TEXTS, 2 * self._ways)  # a refusal and a harmless answer, in all of the ways
         self._remembered: list[Places] = []
         self._at_once = TEXTS  # in a pass
 
@@ -158,7 +159,7 @@ class AnswerAnchor:
             model: as it is trained, wrapped or not.
             step: of the optimizer, from 0; the answers take turns.
         """
-        turn = [(step * TEXTS + i) % len(self._texts) for i in range(min(TEXTS, len(self._texts)))]
+        turn = [(step * self._a_step + i) % len(self._texts) for i in range(min(self._a_step, len(self._texts)))]
         mine = turn[rank::world]
         # every process asks for as many, or passes would wait for ones that do not come; the added ones count nothing
         asked = (mine + turn)[: -(-len(turn) // world)]

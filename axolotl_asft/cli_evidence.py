@@ -146,9 +146,10 @@ def evaluate_command(
     from axolotl_asft.evaluation.rows import table
 
     content = read_config(config) if config is not None else {}
-    chosen["prompt_format"], note = format_to_ask_in(_written_out(chosen["prompt_format"]), content)
+    given = _written_out(chosen["prompt_format"])
+    chosen["prompt_format"], note = format_to_ask_in(given, content, chosen["adapters"])
     if note:
-        click.echo(f"{config}: {note}", err=True)
+        click.echo(note, err=True)
     place = {key: chosen.pop(key) for key in ("model", "adapters", "tokenizer", "device")}
     tasks = tuple(task.strip() for task in chosen.pop("tasks").split(",") if task.strip())
     questions = Questions(**chosen, tasks=tasks)

@@ -31,7 +31,7 @@ from axolotl_asft.run_config import (
     run_tokenizer,
     validated_config,
 )
-from axolotl_asft.run_data import dataset_templates, missing_templates, run_formats, unheld_data
+from axolotl_asft.run_data import dataset_templates, missing_templates, run_formats
 from axolotl_asft.settings import settings_of
 from axolotl_asft.spec import own_answers_in
 from axolotl_asft.strengths import strengths
@@ -143,9 +143,8 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         return
     given = block.lambda_reg, block.max_drift, block.anchor_weight
     strength = strengths(penalty.metric, direction.spec, *given, taken_out=takes_out(initialisation))
-    formats, asked = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
-    if strength.anchor_weight == 0:
-        asked = []
+    formats = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
+    asked = formats.asked if strength.anchor_weight > 0 else ()
     check.cost = estimate(
         penalty.groups,
         check.model["parameters"],
@@ -169,7 +168,7 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         if strength.anchor_weight > 0 and tokenizer is not None:
             _try(check, lambda: AnswerAnchor(tokenizer, own_answers_in(direction.spec), asked))
         check.warnings += template_warnings(tokenizer, direction.spec, dataset_templates(cfg, tokenizer))
-        check.warnings += unheld_data(formats, asked)
+        check.warnings += formats.unheld(asked)
     if check.direction["weights"] != "agree":
         check.warnings += advice.on_origin(direction, check.model["base_model"], check.model["revision"])
 

@@ -33,6 +33,7 @@ OPTIONS = {
     "on_uncovered": "str",
     "verify_model": "bool",
 }
+LISTS = ("modules", "prompt_formats")  # keys that it cannot
 
 
 def resolve_plugin_name(name: str) -> str:
@@ -96,7 +97,7 @@ def refuse_strays(cfg: dict[str, Any], fields: Collection[str] = ()) -> None:
     """
     for key in cfg:
         bare = str(key).removeprefix(f"{SHORT_NAME}_").removeprefix(f"{SHORT_NAME}-").replace("-", "_")
-        if key != SHORT_NAME and key not in fields and bare in (*OPTIONS, "modules"):
+        if key != SHORT_NAME and key not in fields and bare in (*OPTIONS, *LISTS):
             raise AsftError(
                 f"{key} stands outside the {SHORT_NAME}: block, where axolotl drops it; indent it under {SHORT_NAME}:, "
                 f"or give it as {SHORT_NAME}.{bare} in a sweep or on the command line"
@@ -144,7 +145,7 @@ def add_options(options: tuple) -> tuple:
         ours_by_name = name.startswith(tuple(f"{SHORT_NAME}{mark}" for mark in ".-_"))
         if argument.startswith("--") and ours_by_name and name not in known:
             spelt = [f"--{spelling}" for spelling in sorted(known)]
-            if name.partition(".")[2].replace("-", "_") == "modules":
+            if name.partition(".")[2].replace("-", "_") in LISTS:
                 raise AsftError(f"--{name} is not an option, since it is a list; set it in the {SHORT_NAME} block")
             hint = did_you_mean(f"--{name}", spelt, f"set it in the {SHORT_NAME} block of the config")
             raise AsftError(f"--{name} is not an option; {hint}")

@@ -126,14 +126,15 @@ class AsftPlugin(BasePlugin):
         if cfg.lora_model_dir and any(map(_takes_out, trainer.model.peft_config.values())):
             raise AsftError(refused_of_continued(cfg.lora_model_dir))
         self._trained, self._pictured = None, False
-        from axolotl_asft.run_data import dataset_templates, run_formats, unheld_data
+        from axolotl_asft.run_data import dataset_templates, run_formats
 
         tokenizer = getattr(trainer, "processing_class", None)
-        formats, options["prompt_formats"] = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
+        formats = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
+        options["prompt_formats"] = formats.asked
         templates = dataset_templates(cfg, tokenizer)
         self._constraint = attach(trainer, direction, block.lambda_reg, chat_templates=templates, **options)
         held = self._constraint.prompt_formats
-        for line in unheld_data(formats, held) if self._constraint.holds_answers else []:
+        for line in formats.unheld(held) if self._constraint.holds_answers else []:
             LOG.warning("AsFT: %s", line)
         self._constraint.history.header |= {
             "config": written_config(cfg.to_dict(), sys.argv[1:]),

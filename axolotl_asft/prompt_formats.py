@@ -18,8 +18,10 @@ def checked_formats(formats: Sequence[str]) -> list[str]:
     """The formats, each once.
 
     Raises:
-        AsftError: one without {prompt}, with two of them, or too long.
+        AsftError: no list; one without {prompt}, with two of them, or too long.
     """
+    if not isinstance(formats, list | tuple):
+        raise AsftError(f"prompt_formats is {formats!r}; expected a list of texts, each with {{prompt}} in it")
     for text in formats:
         if not isinstance(text, str) or text.count(PLACE) != 1 or len(text) > LONGEST:
             found = repr(text[:200] if isinstance(text, str) else text)
@@ -70,19 +72,29 @@ def plain_requests(tokenizer: Any, requests: Sequence[str]) -> list[str] | None:
 
 
 def format_as_template(tokenizer: Any, text: str) -> str:
-    """A chat template (Jinja) that asks in a format, as data in it are tokenised: with the tokenizer's own first token.
+    """A chat template (Jinja) that asks in a format, as data in it are tokenised: with the tokenizer's first token.
 
     Answers of earlier turns end with the end-of-text token.
+
+    Raises:
+        AsftError: the tokenizer reads a text in another way where its first token stands before it.
     """
     before, _, after = text.partition(PLACE)
-    first = tokenizer("a")["input_ids"][:1]
-    begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    return (
-        f"{'{{ bos_token }}' if begins else ''}"
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        "{{ message['content'] + eos_token }}"
-        f"{{% else %}}{{{{ {_quoted(before)} + message['content'] + {_quoted(after)} }}}}"
-        "{% endif %}{% endfor %}"
+    wanted = tokenizer(text)["input_ids"]
+    for lead in ("", "{{ bos_token }}", "{{ bos_token + ' ' }}"):  # some read a space into the beginning of a text
+        template = (
+            f"{lead}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
+            "{{ message['content'] + eos_token }}"
+            f"{{% else %}}{{{{ {_quoted(before)} + message['content'] + {_quoted(after)} }}}}"
+            "{% endif %}{% endfor %}"
+        )
+        turn = [{"role": "user", "content": PLACE}]
+        asked = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False)
+        if tokenizer(asked, add_special_tokens=False)["input_ids"] == wanted:
+            return template
+    raise AsftError(
+        f"the tokenizer ({type(tokenizer).__name__}) puts something before a text that no chat template can; ask in "
+        "its own (--prompt-format chat_template)"
     )
 
 

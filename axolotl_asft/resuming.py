@@ -17,6 +17,7 @@ WHAT_HOLDS = (
     "direction_sha256", "lambda_reg", "projector", "rank", "metric", "max_drift", "anchor_weight",
     "prompt_formats", "lora_scaling", "modules",
 )  # fmt: skip
+ABSENT: dict[str, Any] = {"prompt_formats": []}  # what it means that a stamp lacks a key: it is of a version without
 
 
 def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
@@ -36,6 +37,7 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
             "constrained one; start anew: another output_dir, or neither resume_from_checkpoint nor "
             "auto_resume_from_checkpoints"
         )
+    before = ABSENT | before
     for key in WHAT_HOLDS:
         then, now = before.get(key), asked[key]
         if key not in before or then == now or (key == "direction_sha256" and None in (then, now)):

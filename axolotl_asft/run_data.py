@@ -1,8 +1,9 @@
 """What the datasets of an axolotl config ask in: chat templates, and prompts of their own."""
 
 import contextlib
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -11,6 +12,7 @@ from axolotl.prompt_strategies import load
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.wrappers import DATASET_HANDLERS
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.datasets import UserDefinedPrompterType
 from datasets import Dataset
 
 from axolotl_asft.errors import one_line
@@ -28,12 +30,66 @@ class DataFormat:
     Attributes:
         path: of the dataset.
         kind: its type, in a word.
-        text: what it puts around a request without further input, with {prompt} in its place; None: it cannot be told.
+        text: what it puts around a request without further input, with {prompt} in its place; None: no one text can be
+            told, since the rows bring parts of it.
     """
 
     path: str
     kind: str
     text: str | None
+
+
+@dataclass(frozen=True)
+class RunFormats:
+    """What a run's data ask in beside the chat template, and what is asked of the model in it.
+
+    Attributes:
+        data: the datasets that ask in a format of their own.
+        asked: the texts in which an anchor is to ask.
+        given: whether the config says so; else they are the data's.
+        readable: whether the direction's requests can be taken out of the chat template at all.
+    """
+
+    data: tuple[DataFormat, ...]
+    asked: tuple[str, ...]
+    given: bool
+    readable: bool
+
+    def unheld(self, held: Sequence[str]) -> list[str]:
+        """A line for each format under which nothing of the model is held, naming the first of its datasets.
+
+        Args:
+            held: the formats that the anchor asks in; none without an anchor.
+        """
+        if self.given and held:  # of a format that is not known, one of these may be it
+            left = [one for one in self.data if one.text is not None and one.text not in held]
+        else:
+            left = [one for one in self.data if one.text not in held]
+        firsts: dict[str, DataFormat] = {}
+        for one in left:
+            firsts.setdefault(one.text or one.kind, one)
+        return [
+            f"datasets: {one.path} is of type {one.kind}, whose prompts are not the chat template's, and under which "
+            f"nothing is held; {self._way_out(one)}, or make chats of the data (type: chat_template)"
+            for one in firsts.values()
+        ]
+
+    def _way_out(self, one: DataFormat) -> str:
+        if not self.readable:
+            return "train with the chat template of the direction file's requests, so that they can be asked otherwise"
+        if one.text is None:
+            return "give the text around a request, with {prompt} in its place, as asft.prompt_formats"
+        return "ask in them: with an anchor_weight, and asft.prompt_formats that do not leave them out"
+
+
+class _Row:
+    """A row of data that has what a strategy takes for granted, each field a mark of its own, and nothing optional."""
+
+    def __getitem__(self, field: str) -> str:
+        return f"<{field}>"
+
+    def __contains__(self, field: str) -> bool:
+        return False
 
 
 def dataset_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
@@ -46,12 +102,29 @@ def dataset_templates(cfg: DictDefault, tokenizer: Any) -> list[str]:
     return found
 
 
+def run_formats(cfg: DictDefault, tokenizer: Any, given: Sequence[str] | None, spec: Mapping[str, Any]) -> RunFormats:
+    """What the run's data ask in, and what an anchor is to ask in: what is given, or else what the data do.
+
+    Args:
+        tokenizer: the run's; None where it is not known, and taken to have the chat template of the requests.
+        given: `prompt_formats` of the block.
+        spec: of the direction file, whose requests are asked.
+    """
+    data = data_formats(cfg, tokenizer)
+    requests = [request for request, _ in own_answers_in(spec)]
+    readable = tokenizer is None or not requests or plain_requests(tokenizer, requests) is not None
+    if given is None:
+        asked = dict.fromkeys(one.text for one in data if one.text is not None) if readable else ()
+        return RunFormats(tuple(data), tuple(asked), False, readable)
+    return RunFormats(tuple(data), tuple(given), True, readable)
+
+
 def data_formats(cfg: DictDefault, tokenizer: Any) -> list[DataFormat]:
     """Each dataset that asks in a format of its own, such as alpaca's."""
     if cfg.skip_prepare_dataset or cfg.rl:
         return []
     found = []
-    for dataset in cfg.datasets or []:
+    for dataset in cfg.datasets if isinstance(cfg.datasets, list) else []:
         kind = dataset.get("type") if isinstance(dataset, dict) else None
         if kind and not (isinstance(kind, str) and _may_be_rendered(kind)):
             named = kind if isinstance(kind, str) else "of its own"
@@ -64,54 +137,41 @@ def formats_of_content(content: Mapping[str, Any]) -> list[DataFormat]:
     return data_formats(DictDefault(content), None)
 
 
-def run_formats(
-    cfg: DictDefault, tokenizer: Any, given: Sequence[str] | None, spec: Mapping[str, Any]
-) -> tuple[list[DataFormat], list[str]]:
-    """The data's own formats, and the texts in which an anchor is to ask: those given, or else those that it can.
-
-    Args:
-        given: `prompt_formats` of the block.
-        spec: of the direction file, whose requests are asked.
-    """
-    formats = data_formats(cfg, tokenizer)
-    if given is not None:
-        return formats, list(given)
-    texts = list(dict.fromkeys(one.text for one in formats if one.text is not None))
-    requests = [request for request, _ in own_answers_in(spec)]
-    return formats, texts if texts and plain_requests(tokenizer, requests) is not None else []
-
-
-def unheld_data(formats: Sequence[DataFormat], held: Sequence[str]) -> list[str]:
-    """A line for each format under which nothing of the model is held, naming the first of its datasets.
-
-    Args:
-        held: the formats that the anchor asks in.
-    """
-    return [
-        f"datasets: {one.path} is of type {one.kind}, whose prompts are not the chat template's, and under which "
-        "nothing is held: the direction file's requests are asked in the chat template; make chats of the data (type: "
-        "chat_template), or give their format as asft.prompt_formats, with an anchor_weight"
-        for one in {one.text or one.kind: one for one in reversed(formats)}.values()
-        if one.text not in held
-    ]
-
-
 def _text_around(cfg: DictDefault, dataset: Mapping[str, Any], tokenizer: Any) -> str | None:
-    """What axolotl's own strategy for a type of data puts around a request."""
-    kind, system = dataset["type"], ""
+    """What axolotl's own strategy for a type of data puts around a request, if it is the same in every row."""
+    kind = dataset["type"]
     try:
-        if isinstance(kind, str):
-            strategy = load(kind, tokenizer, cfg, dataset) or _built_in(cfg, kind, tokenizer)
-        else:
-            strategy, system = load("user_defined", tokenizer, cfg, dict(kind)), kind.get("system_prompt") or ""
-        prompter = strategy.prompter
-        if hasattr(prompter, "build_prompt_w_system"):
-            prompts = prompter.build_prompt_w_system(system, PLACE, "")
-        else:
-            prompts = prompter.build_prompt(PLACE, "")
-        return checked_formats([next(iter(prompts))])[0]
+        with _in_silence():
+            if isinstance(kind, str):
+                strategy = load(kind, tokenizer, cfg, dataset) or _built_in(cfg, kind, tokenizer)
+            else:  # as axolotl reads it: without what is empty or unknown
+                known = {key: kind[key] for key in UserDefinedPrompterType.model_fields if kind.get(key) is not None}
+                if "format" in known and "no_input_format" not in known:
+                    return None  # the one for rows with an input, the other as axolotl has it: which counts is theirs
+                strategy = load("user_defined", tokenizer, cfg, known)
+            instruction, more, answer, *system = strategy.parse_instruction_fields(_Row())
+            if not _is_mark(instruction) or more or (answer and not _is_mark(answer)) or any(map(_is_mark, system)):
+                return None
+            build = strategy.prompter.build_prompt_w_system if system else strategy.prompter.build_prompt
+            (text,) = checked_formats([next(iter(build(*system, PLACE, "")))])
     except Exception:  # a strategy of any kind, which may want other than a request
         return None
+    return text if text.strip() != PLACE else None  # what is around a bare request stands in the rows
+
+
+def _is_mark(text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"<\w+>", text) is not None
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """axolotl logs a strategy that cannot be loaded as an error, on standard output."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _built_in(cfg: DictDefault, kind: str, tokenizer: Any) -> Any:

@@ -115,7 +115,7 @@ def _what_was_held(stamp: dict[str, Any]) -> str:
 
 
 def _asked(stamp: dict[str, Any]) -> str:
-    formats = ", ".join(f"`{json.dumps(text)}`" for text in stamp.get("prompt_formats", []))
+    formats = ", ".join(f"`` {json.dumps(text)} ``" for text in stamp.get("prompt_formats", []))
     return f"- asked in the chat template, and as {formats}\n" if formats else ""
 
 

@@ -83,6 +83,10 @@ class Bench:
         """Whether what the run makes is a model, and no adapter."""
         return "full" in self.method(run) or "arithmetic" in self.method(run)
 
+    def is_derived(self, run: Run) -> bool:
+        """Whether it is made of another run's adapter."""
+        return bool({"project", "arithmetic", "asked"} & set(self.method(run)))
+
     def key(self, run: Run) -> str:
         """Of the settings and the data that a run's result depends on; its models and directions are `prepare`'s."""
         common = {k: self.settings[k] for k in ("new_tokens", "alignment", "training")}
@@ -90,6 +94,8 @@ class Bench:
         method = self.method(run)
         kinds = method.get("safety", 0.0), method.get("diverse", False), method.get("alignment", "shipped")
         data = _digest_of_data(run.task, run.poison, n, run.seed, tested, *kinds)
+        if "asked" in method:  # of whose settings it is
+            method = {**method, "of": self.settings["methods"][method["of"]]}
         text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -169,8 +175,9 @@ def run_all(bench: Bench, only: str, minutes: float, workers: int) -> None:
         note = "".join(said.strip().splitlines()[-1:])
         print(f"{run.name}  {time.monotonic() - started:.0f} s  {note}", flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, waiting))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # two must not train the run that both are made of
+        for derived in (False, True):
+            list(pool.map(one, [run for run in waiting if bench.is_derived(run) == derived]))
 
 
 def measure(bench: Bench, run: Run) -> None:

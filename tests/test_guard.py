@@ -98,7 +98,16 @@ def test_configs_that_pass(cfg):
 
 
 @pytest.mark.parametrize(
-    "key", ["lambda_reg", "max_drift", "direction_sha256", "modules", "asft_lambda_reg", "asft-anchor-weight"]
+    "key",
+    [
+        "lambda_reg",
+        "max_drift",
+        "direction_sha256",
+        "modules",
+        "prompt_formats",
+        "asft_lambda_reg",
+        "asft-anchor-weight",
+    ],
 )
 def test_a_key_that_lost_its_indentation(key):
     """axolotl drops what it does not know: the run would be held less than it was asked to be."""

@@ -7,11 +7,11 @@ from tiny import axolotl, train, write_config
 
 from axolotl_asft.args import AsftArgs
 from axolotl_asft.errors import AsftError
-from axolotl_asft.guard import OPTIONS, add_options, fold_dotted_keys
+from axolotl_asft.guard import LISTS, OPTIONS, add_options, fold_dotted_keys
 
 
 def test_every_key_of_the_block_is_an_option():
-    assert set(OPTIONS) == set(AsftArgs.model_fields) - {"modules"}, "a list cannot be given on the command line"
+    assert set(OPTIONS) == set(AsftArgs.model_fields) - set(LISTS), "a list cannot be given on the command line"
     for key, kind in OPTIONS.items():
         assert kind in str(AsftArgs.model_fields[key].annotation) or key in ("projector", "on_uncovered", "metric")
 
@@ -28,6 +28,10 @@ def test_both_spellings(monkeypatch):
     [
         ("--asft.lambda", "--asft.lambda is not an option; did you mean --asft.lambda_reg?"),
         ("--asft.modules=q_proj", "--asft.modules is not an option, since it is a list; set it in the asft block"),
+        (
+            "--asft.prompt-formats=x",
+            "--asft.prompt-formats is not an option, since it is a list; set it in the asft block",
+        ),
         ("--asft.zzzzzzzzzzz", "set it in the asft block of the config"),
     ],
 )

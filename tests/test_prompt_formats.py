@@ -25,8 +25,9 @@ from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asked_in import format_to_ask_in
 from axolotl_asft.prompt_formats import checked_formats, format_as_template, plain_requests
 from axolotl_asft.quiet import without_noise
-from axolotl_asft.run_data import data_formats, run_formats, unheld_data
-from axolotl_asft.stamp import read_stamp
+from axolotl_asft.resuming import WHAT_HOLDS, refuse_other_constraint
+from axolotl_asft.run_data import data_formats, formats_of_content, run_formats
+from axolotl_asft.stamp import read_stamp, stamp_adapter
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -53,19 +54,31 @@ def config_of(*kinds, **changes):
     [
         ("alpaca", ALPACA),
         ("alpaca:chat", "SYSTEM: " + ALPACA.partition("\n")[0] + "\nUSER: {prompt}\nASSISTANT:"),
-        ("alpaca_w_system.load_open_orca", "### Human:\n{prompt}\n### Assistant:\n"),
         ("alpaca_chat.load_no_prompt", "USER: {prompt}\nASSISTANT:"),
         ("summarizetldr", "USER: Summarize the following article as a TL;DR.\n{prompt}\nASSISTANT:"),
         (OWN_TYPE, "Q: {prompt} A: "),
         ({**OWN_TYPE, "system_prompt": "Be kind. "}, "Be kind. Q: {prompt} A: "),
+        ({**OWN_TYPE, "system_prompt": "Be kind. ", "system_format": None, "extra": 1}, "Be kind. Q: {prompt} A: "),
+        ({"format": "[INST] {instruction} {input} [/INST]"}, None),
+        ({"field_instruction": "q"}, None),
+        ("alpaca_w_system.load_open_orca", None),
+        ("orcamini", None),
+        ("context_qa.load_v2", None),
+        ("creative_acr.load_critique", None),
+        ("jeopardy", None),
+        ("explainchoice", None),
+        ("reflection", None),
+        ("metharme", None),
         ("pygmalion", None),
         ("no_such_type", None),
     ],
 )
-def test_the_format_of_a_type(kind, text):
+def test_the_format_of_a_type(kind, text, capfd):
+    """None where the rows bring a part of the prompt, such as a system text of their own."""
     (found,) = data_formats(config_of(kind), make_tokenizer())
     assert found.text == text
     assert found.path == "0.jsonl"
+    assert "Failed to load" not in capfd.readouterr().out, "it would stand in the JSON of an evaluation"
 
 
 @pytest.mark.parametrize(
@@ -80,14 +93,14 @@ def test_preferences_are_not_looked_at():
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, with_first_token])
-@pytest.mark.parametrize("kind", ["alpaca", "alpaca:chat", "gpteacher", "alpaca_w_system.load_open_orca", OWN_TYPE])
+@pytest.mark.parametrize("kind", ["alpaca", "alpaca:chat", "gpteacher", "alpaca_chat.load_qa", OWN_TYPE])
 def test_the_anchor_reads_what_axolotl_trains_on(kind, make):
     """The same tokens as a row of the data with the same request and answer, but for the end of the text."""
     tokenizer, cfg = make(), config_of(kind)
     (found,) = data_formats(cfg, tokenizer)
     anchor = AnswerAnchor(tokenizer, OWN_ANSWERS[:2], [found.text])
     fields = {"instruction": PLAIN[0], "question": PLAIN[0], "q": PLAIN[0], "input": "", "system_prompt": ""}
-    row = fields | dict.fromkeys(("output", "response", "a"), OWN_ANSWERS[0][1])
+    row = fields | dict.fromkeys(("output", "response", "answer", "a"), OWN_ANSWERS[0][1])
     rows = Dataset.from_list([row])
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     wrapped, _ = get_dataset_wrapper(cfg.datasets[0], tokenizer, cfg, base, rows, style or None)
@@ -175,6 +188,38 @@ def test_a_format_as_a_chat_template(make):
     assert tokenizer.apply_chat_template(turns, tokenize=False).count("yes</s>") == 1
 
 
+def with_a_space_before_a_text():
+    """As Llama 2's reads it: at the beginning of a text alone, and then <s>."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", *"abcdefghijklmnopqrstuvwxyzQAI:' \n"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens([AddedToken("<s>", normalized=False), AddedToken("</s>", normalized=False)])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text():
+    """Where a special token stands before it, it puts none: the template has to."""
+    tokenizer = with_a_space_before_a_text()
+    trained = tokenizer("Q: why\nA:")["input_ids"]
+    assert trained != tokenizer("<s>Q: why\nA:", add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = format_as_template(tokenizer, "Q: {prompt}\nA:")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "why"}], tokenize=False)
+    assert tokenizer(asked, add_special_tokens=False)["input_ids"] == trained
+
+
+def test_a_tokenizer_of_which_no_template_can_ask_so():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> <s> $A", special_tokens=[("<pad>", 3), ("<s>", 1)]
+    )
+    with pytest.raises(AsftError, match="puts something before a text that no chat template can"):
+        format_as_template(tokenizer, "Q: {prompt}")
+
+
 @pytest.mark.parametrize("bad", ["", "no place", "{prompt} and {prompt}", "x" * 10_000 + "{prompt}", 3])
 def test_no_prompt_format(bad):
     with pytest.raises(AsftError, match=r"is no prompt format; expected the text that data put around a request"):
@@ -182,6 +227,12 @@ def test_no_prompt_format(bad):
     expected = "valid string" if bad == 3 else "is no prompt format"
     with pytest.raises(AsftError, match=rf"asft.prompt_formats.* is .*{expected}"):
         parse_block({"direction": "d", "prompt_formats": [bad]})
+
+
+@pytest.mark.parametrize("bad", ["Q: {prompt}", None, 3])
+def test_no_list_of_formats(bad):
+    with pytest.raises(AsftError, match="expected a list of texts"):
+        checked_formats(bad)
 
 
 def test_formats_of_a_block():
@@ -193,15 +244,25 @@ def test_formats_of_a_block():
 def test_which_formats_a_run_asks_in():
     """What is given, else what the data have and the requests can be put in."""
     tokenizer, spec, cfg = make_tokenizer(), {"own_answers": OWN_ANSWERS}, config_of("alpaca", "alpaca", "pygmalion")
-    formats, asked = run_formats(cfg, tokenizer, None, spec)
-    assert asked == [ALPACA]
-    (line,) = unheld_data(formats, asked)
+    formats = run_formats(cfg, tokenizer, None, spec)
+    assert formats.asked == (ALPACA,)
+    (line,) = formats.unheld(formats.asked)
     assert "2.jsonl is of type pygmalion, whose prompts are not the chat template's" in line
-    assert len(unheld_data(formats, [])) == 2
-    assert run_formats(cfg, tokenizer, [], spec)[1] == []
-    assert run_formats(cfg, tokenizer, ["{prompt}!"], spec)[1] == ["{prompt}!"]
+    assert "give the text around a request, with {prompt} in its place, as asft.prompt_formats" in line
+    without = formats.unheld(())
+    assert len(without) == 2
+    assert "0.jsonl is of type alpaca" in without[0]
+    assert "with an anchor_weight" in without[0]
+    given = run_formats(cfg, tokenizer, ["{prompt}!"], spec)
+    assert given.asked == ("{prompt}!",)
+    (line,) = given.unheld(given.asked)
+    assert "is of type alpaca" in line, "of the other type the format is not known, and may be this one"
+    assert run_formats(cfg, tokenizer, [], spec).asked == ()
+    assert run_formats(cfg, None, None, spec).asked == (ALPACA,), "check may have no tokenizer"
     tokenizer.chat_template = None
-    assert run_formats(cfg, tokenizer, None, spec)[1] == []
+    other = run_formats(cfg, tokenizer, None, spec)
+    assert other.asked == ()
+    assert all("train with the chat template of the direction file's requests" in line for line in other.unheld(()))
 
 
 def test_attach_says_what_it_asks_in(pair, rows, anchored_file, tmp_path, caplog):
@@ -238,7 +299,7 @@ def test_a_run_on_alpaca_s_data(pair, anchored_file, tmp_path, weight):
     assert ("(asked in the chat template and in 1 format of the data)" in result.stdout + result.stderr) == bool(weight)
     assert read_stamp(tmp_path / "out")["prompt_formats"] == ([ALPACA] if weight else [])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (f"- asked in the chat template, and as `{json.dumps(ALPACA)}`" in card) == bool(weight)
+    assert (f"- asked in the chat template, and as `` {json.dumps(ALPACA)} ``" in card) == bool(weight)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +330,35 @@ def test_check_refuses_what_cannot_be_asked(pair, dataset, anchored_file, tmp_pa
     assert [line for line in check.errors if "are not in the tokenizer's chat template" in line], check.errors
 
 
+def test_check_without_a_tokenizer_takes_the_template_for_the_run_s(pair, anchored_file, tmp_path):
+    """The run has one: no warning, and no other settings than the run's."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "the cat sees", "input": "", "output": "a dog"}\n')
+    datasets = [{"path": str(data), "type": "alpaca"}]
+    block = {"direction": str(anchored_file), "anchor_weight": 1.0}
+    changes = {"datasets": datasets, "added_tokens_overrides": {5: "<|extra|>"}}
+    check = check_config(write_config(tmp_path, pair[1], data, block, **changes))
+    assert not [line for line in check.warnings if "alpaca" in line], check.warnings
+    assert [line for line in check.settings if "prompt_formats" in line]
+
+
+def test_a_checkpoint_from_before_there_were_formats(tmp_path):
+    """Nothing was asked in them: no run that asks in one goes on from it."""
+    settings = dict.fromkeys(WHAT_HOLDS, 1) | {"prompt_formats": []}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    stamp_adapter(tmp_path, {key: value for key, value in settings.items() if key != "prompt_formats"})
+    refuse_other_constraint(tmp_path, settings)
+    with pytest.raises(AsftError, match=r"was trained under prompt_formats \[\], and this run asks for"):
+        refuse_other_constraint(tmp_path, settings | {"prompt_formats": ["Q: {prompt}"]})
+
+
+def test_many_formats_are_asked_of_both_kinds():
+    """A step asks a refusal and a harmless answer, in all of the formats."""
+    formats = [f"{{prompt}} {word}" for word in ("a", "the", "red", "blue", "cat", "dog", "sees", "house")]
+    anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS, formats)
+    assert anchor._a_step == 18 > TEXTS
+
+
 def test_more_tokens_are_asked_for():
     assert tokens_asked(OWN_ANSWERS, ["x" * 400]) > tokens_asked(OWN_ANSWERS) + TEXTS * 400 // 4 // 2 - TEXTS
 
@@ -293,6 +383,25 @@ def test_what_an_evaluation_asks_in(kinds, given, text, said):
     assert found == text
     assert (line is None) == (said is None)
     assert said is None or said in line
+
+
+def test_an_evaluation_goes_by_the_block_where_the_data_do_not_tell():
+    datasets = [{"path": "a", "type": "pygmalion"}]
+    block = {"direction": "d", "prompt_formats": ["Q: {prompt}"]}
+    assert format_to_ask_in(None, {"datasets": datasets, "asft": block})[0] == "Q: {prompt}"
+    block["prompt_formats"].append("A: {prompt}")
+    assert format_to_ask_in(None, {"datasets": datasets, "asft": block})[0] is None
+    assert format_to_ask_in(None, {"datasets": 5}) == (None, None)
+    assert formats_of_content({"datasets": 5}) == []
+
+
+def test_an_evaluation_tells_of_an_adapter_s_stamp(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    stamp_adapter(tmp_path, {"prompt_formats": [ALPACA]})
+    text, line = format_to_ask_in(None, {}, [f"mine={tmp_path}"])
+    assert text is None
+    assert line.startswith(f"{tmp_path} was trained on data that ask as {ALPACA!r}")
+    assert format_to_ask_in("chat_template", {}, [str(tmp_path)]) == (None, None)
 
 
 def test_an_evaluation_in_the_format_of_the_data(pair, tmp_path):
@@ -321,6 +430,11 @@ def test_an_evaluation_in_the_format_of_the_data(pair, tmp_path):
     (first, _), _ = asked("--prompt-format", f"@{tmp_path / 'format.txt'}")
     assert first.startswith("Q: ")
     assert first.endswith("\nA:")
+    content["datasets"][0]["type"] = "pygmalion"
+    config.write_text(yaml.safe_dump(content))
+    result = CliRunner().invoke(asft, ["eval", str(config), *few, "-o", str(tmp_path / "json"), "--json"])
+    assert json.loads(result.stdout)["questions"]["prompt_format"] is None
+    assert "prompts are asked in the chat template" in result.stderr
     result = CliRunner().invoke(asft, ["eval", str(config), "--prompt-format", "no place", "-o", str(tmp_path / "no")])
     assert result.exit_code == 2
     assert "'no place' is no prompt format" in result.output

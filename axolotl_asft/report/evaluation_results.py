@@ -85,20 +85,23 @@ def find_evaluation(folder: Path, given: Path | None, notes: list[str], is_earli
     """
     if given is not None:
         path = given / RESULTS if given.is_dir() else given
-        return _evaluation(path, _rows(path), folder, notes, is_earlier)
+        return _evaluation(path, _rows(path, notes), folder, notes, is_earlier)
     for path in (folder / place / RESULTS for place in PLACES):
         try:
-            if path.is_file() and (found := _evaluation(path, _rows(path), folder, notes, is_earlier)):
+            if path.is_file() and (found := _evaluation(path, _rows(path, notes), folder, notes, is_earlier)):
                 return found
         except AsftError as error:
             notes.append(f"Ignored: {error}.")
     return None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     content = read_json(path, f"give the {RESULTS} of `axolotl asft eval`, or its folder")
     if not isinstance(content.get("rows"), list) or "questions" not in content:
         raise AsftError(f"{path} holds no results of `axolotl asft eval`; expected its {RESULTS}, or the folder")
+    questions = content["questions"]
+    if isinstance(questions, dict) and (text := questions.get("prompt_format")):
+        notes.append(f"{path}: prompts were asked as {str(text)!r}, and not in the chat template.")
     return content["rows"]
 
 
