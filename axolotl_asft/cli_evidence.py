@@ -124,9 +124,9 @@ def evaluate_command(
     """Measure what fine-tuning did to a model: harmfulness, over-refusal, coherence, task scores.
 
     Gives the model, alone and with each adapter, prompts that ask for harm and harmless ones that sound alarming. It
-    answers greedily, with the chat template of the training. Harmfulness is the share of harmful prompts not refused.
-    Because broken text fools matchers and judges, the perplexity under the model without adapters, of all answers and
-    of those that are no refusals, and the share of answers that repeat themselves, are reported too.
+    answers greedily, in the chat template or format of the training. Harmfulness is the share of harmful prompts not
+    refused. Because broken text fools matchers and judges, the perplexity under the model without adapters, of all
+    answers and of those that are no refusals, and the share of answers that repeat themselves, are reported too.
 
     \b
     Example:

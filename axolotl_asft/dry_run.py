@@ -159,6 +159,8 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     _try(check, lambda: _refuse_output(cfg))
     if (checkpoint := resumed_from(cfg)) is not None:
         settings = settings_of(penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight, asked)
+        if not formats.given:
+            del settings["prompt_formats"]  # the data may bring more
         _try(check, lambda: _refuse_checkpoint(Path(checkpoint), settings))
     check.settings = advice.in_plain_words(block, strength, penalty, cfg, asked)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)

@@ -47,25 +47,33 @@ def filled(text: str, request: str) -> str:
     return text.replace(PLACE, request)
 
 
+def rendered(tokenizer: Any, system: str | None = None) -> tuple[str, str] | None:
+    """What the chat template puts before a user's turn and after it; None where it has none, or refuses the turns."""
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    turns.append({"role": "user", "content": PLACE})
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        before, found, after = text.rpartition(PLACE)
+    except Exception:  # a template may refuse in any way
+        return None
+    return (before, after) if found else None
+
+
 def plain_requests(tokenizer: Any, requests: Sequence[str]) -> list[str] | None:
     """Requests as a model read them, without the chat template around; None where they are not of the tokenizer's.
 
     Of what stands before a request only the end is compared, since a template may begin with the date; what follows
     it may be a thought.
     """
-    try:
-        turn = [{"role": "user", "content": PLACE}]
-        before, found, after = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        ).rpartition(PLACE)
-    except Exception:  # a tokenizer without a template, or one that refuses the turn in any way
+    turn = rendered(tokenizer)
+    if turn is None:
         return None
-    head, lead = before[-TAIL:], after.partition("<think>")[0].strip()
+    head, lead = turn[0][-TAIL:], turn[1].partition("<think>")[0].strip()
     plain = []
     for request in requests:
         asked = request.rpartition(lead)[0] if lead else request
-        _, told, text = asked.rpartition(head) if head else ("", found, asked)
-        if not found or not told or not text.strip():
+        _, told, text = asked.rpartition(head) if head else ("", PLACE, asked)
+        if not told or not text.strip():
             return None
         plain.append(text.strip())
     return plain

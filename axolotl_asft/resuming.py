@@ -25,7 +25,7 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
 
     Args:
         checkpoint: the folder that the trainer goes on from.
-        settings: of the constraint.
+        settings: of the constraint; what is not known of them yet may be missing.
 
     Raises:
         AsftError: it is one.
@@ -39,8 +39,8 @@ def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:
         )
     before = ABSENT | before
     for key in WHAT_HOLDS:
-        then, now = before.get(key), asked[key]
-        if key not in before or then == now or (key == "direction_sha256" and None in (then, now)):
+        then, now = before.get(key), asked.get(key)
+        if key not in before or key not in asked or then == now or (key == "direction_sha256" and None in (then, now)):
             continue
         raise AsftError(
             f"{checkpoint} was trained under {key} {then}, and this run asks for {now}; continue with the checkpoint's "

@@ -38,7 +38,9 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
 
     def attach(trainer, direction, lambda_reg, chat_templates, **options):
         received.update(options, direction=direction, lambda_reg=lambda_reg)
-        return SimpleNamespace(history=SimpleNamespace(header={}), holds_answers=False, prompt_formats=())
+        return SimpleNamespace(
+            history=SimpleNamespace(header={}), holds_answers=False, prompt_formats=(), anchor_weight=0.0
+        )
 
     monkeypatch.setattr(plugin, "attach", attach)
     trainer = SimpleNamespace(add_callback=lambda callback: None)
