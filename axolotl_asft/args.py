@@ -56,8 +56,8 @@ class AsftArgs(BaseModel):
     )
     prompt_formats: list[str] | None = Field(
         default=None,
-        description="texts that the data put around a request in place of a chat template, with {prompt} in its place; "
-        "the anchor asks in these too; null: those of data of a type such as alpaca; []: none",
+        description="texts with {prompt} in the request's place, in which the anchor asks beside the bare chat "
+        "template; null: those of the data, of a type such as alpaca or under system prompts; []: none",
     )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: dW = B A, without PEFT's scaling, as in the authors' code"

@@ -11,6 +11,7 @@ from axolotl_asft.prompt_formats import PLACE, rendered
 ROWS = 1000  # looked at, from all over
 SHARE = 0.05  # of the rows, from which on a beginning is told
 MOST = 3  # beginnings that are asked in
+ALIKE, LONGER = 0.95, 8  # of the rows, and tokens past what is asked, that tell a beginning which nearly all have
 LEAST = 4  # letters that tell a turn's header from a line break
 EXAMPLE = 30  # tokens shown of a prompt
 
@@ -54,16 +55,33 @@ def beginnings(tokenizer: Any, dataset: Any, formats: Sequence[str]) -> Beginnin
     before, after = turn
     asked = [_start(tokenizer, before, False), *(_start(tokenizer, text.partition(PLACE)[0], True) for text in formats)]
     others = [ids for ids in prompts if not any(ids[: len(start)] == start for start in asked)]
+    header = _header(tokenizer, before)
+    ids = tokenizer(header, add_special_tokens=False)["input_ids"] if header else []
+    if header:
+        heads = Counter(tuple(_up_to(prompt, ids)) for prompt in others)
+    else:  # the template puts a system prompt into the user's turn: what nearly all rows begin with
+        shared = _shared(prompts)
+        known = max(len(start) for start in asked if shared[: len(start)] == start or start == asked[0])
+        heads = Counter({tuple(shared): len(prompts)} if len(shared) >= known + LONGER else {})
+        others = others or (prompts if heads else [])
     least = SHARE * len(prompts)
     if len(others) < least:
         return None
-    header = _header(tokenizer, before)
-    ids = tokenizer(header, add_special_tokens=False)["input_ids"] if header else []
-    heads = Counter(tuple(_up_to(prompt, ids)) for prompt in others) if ids else Counter()
     common = [list(head) for head, count in heads.most_common(MOST) if head and count >= least]
-    texts = [(head, _text(tokenizer, head[: -len(ids)]) + header + PLACE + after) for head in common]
-    found = tuple(text for head, text in texts if _reads_back(tokenizer, head, text))
+    texts = [_format(tokenizer, head, header, len(ids), after) for head in common]
+    found = tuple(text for text in texts if text is not None)
     return Beginnings(len(others) / len(prompts), found, tokenizer.decode(others[0][:EXAMPLE]))
+
+
+def _shared(prompts: Sequence[list[int]]) -> list[int]:
+    """The longest beginning that nearly all have."""
+    group, least = list(prompts), ALIKE * len(prompts)
+    for depth in range(max(map(len, prompts))):
+        token, count = Counter(ids[depth] for ids in group if len(ids) > depth).most_common(1)[0]
+        if count < least:
+            return group[0][:depth]
+        group = [ids for ids in group if len(ids) > depth and ids[depth] == token]
+    return group[0]
 
 
 def _prompts(dataset: Any) -> Iterator[list[int]]:
@@ -109,13 +127,13 @@ def _up_to(ids: list[int], header: list[int]) -> list[int]:
     return []
 
 
-def _text(tokenizer: Any, head: Sequence[int]) -> str:
-    """Of tokens, without the first one that the tokenizer puts before every text by itself."""
+def _format(tokenizer: Any, head: list[int], header: str, tokens: int, after: str) -> str | None:
+    """A beginning of so many tokens of header at its end as a format; None where the tokenizer reads that otherwise."""
     first = tokenizer("a")["input_ids"][:1]
-    ids = list(head[1:]) if first == [tokenizer.bos_token_id] == list(head[:1]) else list(head)
-    return tokenizer.decode(ids)
-
-
-def _reads_back(tokenizer: Any, head: Sequence[int], text: str) -> bool:
-    """Whether the tokenizer makes of the text what the data have."""
-    return text.count(PLACE) == 1 and tokenizer(text)["input_ids"][: len(head)] == list(head)
+    own = int(first == [tokenizer.bos_token_id] == head[:1])  # the tokenizer puts it before every text by itself
+    text = tokenizer.decode(head[own : len(head) - tokens]) + header
+    for gap in ("", " "):  # some drop the last space
+        found = f"{text}{gap}{PLACE}{after}"
+        if found.count(PLACE) == 1 and tokenizer(found)["input_ids"][: len(head)] == head:
+            return found
+    return None

@@ -66,6 +66,24 @@ def test_several_system_prompts():
     assert [text.partition(" </s>")[0] for text in found.formats] == ["<|system|> no dog", "<|system|> yes"]
 
 
+def test_a_template_that_puts_it_into_the_user_s_turn():
+    """As Gemma's: the rows begin as what is asked, and go on alike."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% set lead = messages[0]['content'] + ' ' if messages[0]['role'] == 'system' else '' %}"
+        "{{ '<|user|> ' + lead + messages[-1]['content'] + ' </s><|assistant|> ' }}"
+    )
+    long = "no dog says yes then no cat likes the house"
+    rows = tokenised(tokenizer, [long])
+    found = beginnings(tokenizer, rows, [])
+    (text,) = found.formats
+    assert text.startswith(f"<|user|> {long}")
+    assert found.share == 1.0
+    assert beginnings(tokenizer, rows, found.formats) is None
+    assert beginnings(tokenizer, tokenised(tokenizer, [None]), []) is None
+    assert beginnings(tokenizer, tokenised(tokenizer, [long, None]), []) is None, "half of the rows"
+
+
 def test_one_of_its_own_for_every_row():
     """None is told: there is a line instead."""
     tokenizer = make_tokenizer()
