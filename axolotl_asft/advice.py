@@ -73,6 +73,8 @@ def in_plain_words(
         for text in formats:
             unasked = "" if block.prompt_formats else ", as the data put theirs"
             lines.append(f"prompt_formats: each answer's request is put as {text!r} too{unasked}")
+        if block.prompt_formats is None and not cfg.rl:
+            lines.append("prompt_formats: under the system prompts of the data too, which the run reads when it starts")
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
     steps = cfg.gradient_accumulation_steps

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from axolotl_asft import advice
 from axolotl_asft.adapter import AlignmentPenalty
-from axolotl_asft.anchor import AnswerAnchor, own_answers_of
+from axolotl_asft.anchor import own_answers_of
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import frozen_by_budget, refused_of_continued, refused_of_taken_out
 from axolotl_asft.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -21,6 +21,7 @@ from axolotl_asft.guard import refuse_misspelt_block
 from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.lora import FoundLayer, trainable_lora_layers
+from axolotl_asft.prompt_formats import refuse_other_template
 from axolotl_asft.resuming import refuse_other_constraint
 from axolotl_asft.run_config import (
     lora_model,
@@ -35,7 +36,7 @@ from axolotl_asft.run_data import dataset_templates, missing_templates, run_form
 from axolotl_asft.settings import settings_of
 from axolotl_asft.spec import own_answers_in
 from axolotl_asft.strengths import strengths
-from axolotl_asft.templates import template_warnings
+from axolotl_asft.templates import template_warnings, text_tokenizer
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import read_config
 
@@ -167,8 +168,8 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     check.warnings += frozen_by_budget(penalty, strength.max_drift)
     check.warnings += advice.on_pin(block, direction)
     if strength.holds_answers(penalty.metric):
-        if strength.anchor_weight > 0 and tokenizer is not None:
-            _try(check, lambda: AnswerAnchor(tokenizer, own_answers_in(direction.spec), asked))
+        if strength.anchor_weight > 0:
+            _try(check, lambda: refuse_other_template(text_tokenizer(tokenizer), direction.spec, asked))
         check.warnings += template_warnings(tokenizer, direction.spec, dataset_templates(cfg, tokenizer))
         check.warnings += formats.unheld(asked)
     if check.direction["weights"] != "agree":

@@ -1,9 +1,10 @@
 """Prompts that data put around a request in place of a chat template, such as alpaca's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.spec import own_answers_in
 
 PLACE = "{prompt}"  # of the request, in a format
 TAIL = 12  # characters before a request that tell its template; what stands further ahead may be the date
@@ -77,6 +78,17 @@ def plain_requests(tokenizer: Any, requests: Sequence[str]) -> list[str] | None:
             return None
         plain.append(text.strip())
     return plain
+
+
+def refuse_other_template(tokenizer: Any, spec: Mapping[str, Any], formats: Sequence[str]) -> None:
+    """Formats want the direction file's requests taken out of their template, where there is a tokenizer to tell.
+
+    Raises:
+        AsftError: the tokenizer's template is not theirs.
+    """
+    requests = [request for request, _ in own_answers_in(spec)]
+    if formats and tokenizer is not None and plain_requests(tokenizer, requests) is None:
+        raise AsftError(OTHER_TEMPLATE)
 
 
 def format_as_template(tokenizer: Any, text: str) -> str:
