@@ -94,7 +94,7 @@ def _prompts(dataset: Any) -> Iterator[list[int]]:
         row = dataset[i * len(dataset) // count]
         start = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
         if start:
-            yield list(row["input_ids"][:start])
+            yield [int(token) for token in row["input_ids"][:start]]
 
 
 def _header(tokenizer: Any, before: str) -> str:

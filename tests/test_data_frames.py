@@ -37,6 +37,12 @@ def test_a_system_prompt():
     assert beginnings(tokenizer, tokenised(tokenizer, ["no dog says yes"]), found.formats) is None, "now it is asked"
 
 
+def test_rows_as_tensors():
+    tokenizer = make_tokenizer()
+    rows = tokenised(tokenizer, ["no dog says yes"]).with_format("torch")
+    assert beginnings(tokenizer, rows, []).formats == (SYSTEM,)
+
+
 def test_the_anchor_asks_under_it():
     """The tokens of a row with the same request and answer."""
     tokenizer = make_tokenizer()
