@@ -61,8 +61,9 @@ def beginnings(tokenizer: Any, dataset: Any, formats: Sequence[str]) -> Beginnin
         heads = Counter(tuple(_up_to(prompt, ids)) for prompt in others)
     else:  # the template puts a system prompt into the user's turn: what nearly all rows begin with
         shared = _shared(prompts)
-        known = max(len(start) for start in asked if shared[: len(start)] == start or start == asked[0])
-        heads = Counter({tuple(shared): len(prompts)} if len(shared) >= known + LONGER else {})
+        known = max(len(start) for start in asked if shared[: len(start)] == start or start is asked[0])
+        is_chat = shared[: len(asked[0])] == asked[0]
+        heads = Counter({tuple(shared): len(prompts)} if is_chat and len(shared) >= known + LONGER else {})
         others = others or (prompts if heads else [])
     least = SHARE * len(prompts)
     if len(others) < least:
@@ -76,12 +77,14 @@ def beginnings(tokenizer: Any, dataset: Any, formats: Sequence[str]) -> Beginnin
 def _shared(prompts: Sequence[list[int]]) -> list[int]:
     """The longest beginning that nearly all have."""
     group, least = list(prompts), ALIKE * len(prompts)
-    for depth in range(max(map(len, prompts))):
-        token, count = Counter(ids[depth] for ids in group if len(ids) > depth).most_common(1)[0]
+    depth = 0
+    while counts := Counter(ids[depth] for ids in group if len(ids) > depth):
+        token, count = counts.most_common(1)[0]
         if count < least:
-            return group[0][:depth]
+            break
         group = [ids for ids in group if len(ids) > depth and ids[depth] == token]
-    return group[0]
+        depth += 1
+    return group[0][:depth]
 
 
 def _prompts(dataset: Any) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from test_prompt_formats import with_first_token
 from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_config
 
 from axolotl_asft.anchor import AnswerAnchor
-from axolotl_asft.data_frames import beginnings
+from axolotl_asft.data_frames import _shared, beginnings
 from axolotl_asft.stamp import read_stamp
 
 PROMPTS = ["the cat sees a dog", "a red house", "blue dog", "then the tree", "no", "yes a dog", "likes a cat", "red"]
@@ -88,6 +88,23 @@ def test_a_template_that_puts_it_into_the_user_s_turn():
     assert beginnings(tokenizer, rows, found.formats) is None
     assert beginnings(tokenizer, tokenised(tokenizer, [None]), []) is None
     assert beginnings(tokenizer, tokenised(tokenizer, [long, None]), []) is None, "half of the rows"
+
+
+def test_the_longest_beginning():
+    assert _shared([[1, 2, 3]] * 19 + [[1, 2, 4, 5]]) == [1, 2, 3]
+    assert _shared([[1, 2, 3]] * 18 + [[1, 2, 4, 5]] * 2) == [1, 2]
+    assert _shared([[1, 2]] * 30 + [[4, 5, 6]]) == [1, 2], "the longest of all is not among those alike"
+    assert _shared([[1], [2]]) == []
+
+
+def test_instructions_alike_on_such_a_template_are_no_chats():
+    """They begin as the format that is asked, and go on alike: what ends a chat's turn does not end theirs."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ '<|user|> ' + messages[-1]['content'] + ' </s><|assistant|> ' }}"
+    ids = [tokenizer(f"red blue no dog says yes then no cat likes the house {prompt} then") for prompt in PROMPTS]
+    ids = [row["input_ids"] for row in ids]
+    rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
+    assert beginnings(tokenizer, rows, ["red blue {prompt} then"]) is None
 
 
 def test_one_of_its_own_for_every_row():
