@@ -136,7 +136,8 @@ def evaluate_command(
       axolotl asft eval config.yml --harmful walledai/AdvBench --harmful my.jsonl
     """
     refuse_idle(ctx, IDLE_WITHOUT)
-    chosen = _with_config(config, options)
+    content = read_config(config) if config is not None else {}
+    chosen = _with_config(config, content, options)
     if output is None:  # beside the adapter, where that is the config's own
         output = Path(*([] if options["adapters"] else chosen["adapters"]), "asft-eval")
     chosen["judge_text"] = _written_out(chosen["judge_text"])
@@ -145,7 +146,6 @@ def evaluate_command(
     from axolotl_asft.evaluation.evaluate import Questions, evaluate
     from axolotl_asft.evaluation.rows import table
 
-    content = read_config(config) if config is not None else {}
     given = _written_out(chosen["prompt_format"])
     chosen["prompt_format"], note = format_to_ask_in(given, content, chosen["adapters"])
     if note:
@@ -162,10 +162,9 @@ def evaluate_command(
     click.echo(f"Shares with 95 % intervals. Answers, results.json and results.md are in {output}/.")
 
 
-def _with_config(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+def _with_config(config: Path | None, content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options, with model, adapter and quantisation from an axolotl config where they were not given."""
     chosen = dict(options)
-    content = read_config(config) if config is not None else {}
     if not chosen["model"]:
         chosen["model"] = _base_model(content)
     if not chosen["model"]:

@@ -35,12 +35,8 @@ def checked_formats(formats: Sequence[str]) -> list[str]:
 
 def asked_in(formats: Sequence[str]) -> str:
     """What a line of words says of the formats that an anchor asks in; nothing where there are none."""
-    return f" (asked in the chat template and in {count_of(formats)} of the data)" if formats else ""
-
-
-def count_of(formats: Sequence[str]) -> str:
-    """ "1 format", "2 formats"."""
-    return f"{len(formats)} format{'s' if len(formats) > 1 else ''}"
+    count = f"{len(formats)} format{'s' if len(formats) > 1 else ''}"
+    return f" (asked in the chat template and in {count} of the data)" if formats else ""
 
 
 def filled(text: str, request: str) -> str:
