@@ -37,12 +37,18 @@ MEASURES = {
 
 
 def in_plain_words(
-    block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty, cfg: Any, formats: Sequence[str]
+    block: AsftArgs,
+    strength: Strengths,
+    penalty: AlignmentPenalty,
+    cfg: Any,
+    formats: Sequence[str],
+    general: Sequence[str],
 ) -> list[str]:
     """What the block asks for, a sentence each.
 
     Args:
         formats: in which the anchor asks beside the chat template.
+        general: in which it asks besides, whatever the data.
     """
     metric = str(penalty.metric)
     chosen = "" if block.metric else ", since the direction file holds it" if metric != "weights" else ""
@@ -63,7 +69,7 @@ def in_plain_words(
         )
     if strength.anchor_weight > 0:
         unasked = ", since the direction file holds the answers" if block.anchor_weight is None else ""
-        asked = tokens_asked(own_answers_in(penalty.direction.spec), formats)
+        asked = tokens_asked(own_answers_in(penalty.direction.spec), formats, general)
         most = cfg.micro_batch_size * cfg.gradient_accumulation_steps * cfg.sequence_len
         lines.append(
             f"anchor_weight {strength.anchor_weight:g}{unasked}: at every step {TEXTS} of the aligned model's stored "
@@ -75,6 +81,11 @@ def in_plain_words(
             lines.append(f"prompt_formats: each answer's request is put as {text!r} too{unasked}")
         if block.prompt_formats is None and not cfg.rl:
             lines.append("prompt_formats: under the system prompts of the data too, which the run reads when it starts")
+        if general:
+            lines.append(
+                f"general_formats true: under general system prompts and in later turns of a conversation too "
+                f"({len(general)} forms, by turns with the others)"
+            )
     if not block.lora_scaling:
         lines.append("lora_scaling false: dW is B A without PEFT's scaling, as in the authors' code")
     steps = cfg.gradient_accumulation_steps
@@ -95,8 +106,9 @@ def on_settings(block: AsftArgs, strength: Strengths, penalty: AlignmentPenalty,
     """Settings that let the run start and may not do what was meant, a line each."""
     found = _on_strength(strength, penalty, cfg)
     direction = penalty.direction
-    if block.prompt_formats and strength.anchor_weight == 0:
-        found.append("prompt_formats has no effect without an anchor_weight")
+    for key in ("prompt_formats", "general_formats"):
+        if getattr(block, key) and strength.anchor_weight == 0:
+            found.append(f"{key} has no effect without an anchor_weight")
     held = [name for name in direction.spec.get("metrics", {}) if name != penalty.metric]
     if held and penalty.metric == "weights":
         found.append(f"the direction file holds the metric {held[0]}, which is not used; set metric: {held[0]}")

@@ -71,12 +71,19 @@ class AnswerAnchor:
     without forgetting (Li and Hoiem 2016, arXiv 1606.09282), of what a model says when it is asked for harm.
     """
 
-    def __init__(self, tokenizer: Any, answers: Sequence[tuple[str, str]], formats: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        answers: Sequence[tuple[str, str]],
+        formats: Sequence[str] = (),
+        general: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             tokenizer: the model's.
             answers: (request as the model reads it, with the chat template; its answer), of `own_answers_of`.
-            formats: in which each of the requests is asked too (`axolotl_asft.prompt_formats`).
+            formats: in which the requests are asked too, by turns (`axolotl_asft.prompt_formats`).
+            general: in which they are asked besides, whatever the data (`axolotl_asft.general_formats`).
 
         Raises:
             AsftError: the trainer has no tokenizer, or one that reads no chat template's text; there are formats, and
@@ -85,15 +92,18 @@ class AnswerAnchor:
         if tokenizer is None:
             raise AsftError("anchor_weight needs the trainer's tokenizer; give it as processing_class, or set 0")
         tokenizer = text_tokenizer(tokenizer)
-        plain = plain_requests(tokenizer, [request for request, _ in answers]) if formats else []
+        plain = plain_requests(tokenizer, [request for request, _ in answers]) if formats or general else []
         if plain is None:
             raise AsftError(OTHER_TEMPLATE)
-        self._texts = []  # of each answer in the chat template, then in the formats, so that a step asks in all of them
-        for place, (request, answer) in enumerate(answers):
-            self._texts.append(_encoded(tokenizer, request, answer))
-            self._texts += [_joined(tokenizer, filled(text, plain[place]), answer) for text in formats]
-        self._ways = 1 + len(formats)
-        self._a_step = max(TEXTS, 2 * self._ways)  # a refusal and a harmless answer, in all of the ways
+        self._texts, self._in_template = [], []
+        for place, text in asked_ways(len(answers), formats, general):
+            request, answer = answers[place]
+            asked = request if text is None else filled(text, plain[place])
+            if text in formats:
+                self._texts.append(_joined(tokenizer, asked, answer))
+            else:
+                self._texts.append(_encoded(tokenizer, asked, answer))
+            self._in_template.append(text is None)
         self._remembered: list[Places] = []
         self._at_once = TEXTS  # in a pass
 
@@ -126,9 +136,10 @@ class AnswerAnchor:
         self._remembered = found
         own = [
             places.tokens[:, 0].cpu() == torch.tensor(ids[start:])
-            for places, (ids, start) in zip(found, self._texts, strict=True)
+            for places, (ids, start), is_own in zip(found, self._texts, self._in_template, strict=True)
+            if is_own
         ]
-        return float(torch.cat(own[:: self._ways]).float().mean())
+        return float(torch.cat(own).float().mean())
 
     def _most_at_once(self, model: nn.Module) -> int:
         """Texts that the model takes in a pass: where packing is patched into a model, it may take a batch of one.
@@ -159,7 +170,7 @@ class AnswerAnchor:
             model: as it is trained, wrapped or not.
             step: of the optimizer, from 0; the answers take turns.
         """
-        turn = [(step * self._a_step + i) % len(self._texts) for i in range(min(self._a_step, len(self._texts)))]
+        turn = [(step * TEXTS + i) % len(self._texts) for i in range(min(TEXTS, len(self._texts)))]
         mine = turn[rank::world]
         # every process asks for as many, or passes would wait for ones that do not come; the added ones count nothing
         asked = (mine + turn)[: -(-len(turn) // world)]
@@ -209,6 +220,21 @@ class AnswerAnchor:
         rows = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
         places = torch.tensor([place for ids, start in texts for place in range(start - 1, len(ids) - 1)])
         return list(logits[rows, places].split(counts))  # at once: each slice would have a gradient as large as logits
+
+
+def asked_ways(
+    answers: int, formats: Sequence[str] = (), general: Sequence[str] = ()
+) -> Iterator[tuple[int, str | None]]:
+    """What is asked for, in turn: (answer, the text around its request; None: the chat template).
+
+    Each pair of answers, a refusal and a harmless one, in the chat template, in one of the data's formats and in one of
+    the general ones: however many these are, they share as many texts as the chat template has.
+    """
+    for first in range(0, answers, 2):
+        for texts in ((None,), formats, general):
+            if texts:
+                way = texts[first // 2 % len(texts)]
+                yield from ((place, way) for place in range(first, min(first + 2, answers)))
 
 
 def own_answers_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:

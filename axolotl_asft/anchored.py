@@ -25,18 +25,19 @@ class TrainerAnchor:
             after `measure`, of all answers, of the weights as they are. The same on every process.
     """
 
-    def __init__(self, trainer: Trainer, spec: Any, formats: Sequence[str] = ()):
+    def __init__(self, trainer: Trainer, spec: Any, formats: Sequence[str] = (), general: Sequence[str] = ()):
         """
         Args:
             spec: of the direction file, which keeps the answers.
             formats: in which they are asked for too (`axolotl_asft.prompt_formats`).
+            general: in which they are asked for besides (`axolotl_asft.general_formats`).
 
         Raises:
             AsftError: it keeps none, or the trainer has no tokenizer that can read them.
         """
         self.kl = 0.0
         self._trainer = trainer
-        self._answers = AnswerAnchor(getattr(trainer, "processing_class", None), own_answers_of(spec), formats)
+        self._answers = AnswerAnchor(getattr(trainer, "processing_class", None), own_answers_of(spec), formats, general)
         self._divergences: list[Tensor] = []  # since the last line of the log
 
     def begin(self) -> None:

@@ -59,6 +59,12 @@ class AsftArgs(BaseModel):
         description="texts with {prompt} in the request's place, in which the anchor asks beside the bare chat "
         "template; null: those of the data, of a type such as alpaca or under system prompts; []: none",
     )
+    general_formats: bool | None = Field(
+        default=None,
+        description="the anchor also asks under a few general system prompts and in later turns of a conversation, "
+        "as a model is asked once it serves; null: true where there is an anchor and the chat template is the "
+        "direction's; false: not",
+    )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: dW = B A, without PEFT's scaling, as in the authors' code"
     )

@@ -14,6 +14,7 @@ from axolotl_asft.constraint import Constraint
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import engine, refuse_unsupported
 from axolotl_asft.errors import AsftError, did_you_mean
+from axolotl_asft.general_formats import general_to_ask
 from axolotl_asft.packing import never_packed
 from axolotl_asft.prompt_formats import asked_in, checked_formats
 from axolotl_asft.strengths import WEIGHTS_ALONE, strengths
@@ -31,6 +32,7 @@ def attach(
     *,
     chat_templates: Sequence[str] = (),
     prompt_formats: Sequence[str] = (),
+    general_formats: bool | None = None,
     **options: Any,
 ) -> Constraint:
     """Train with L = L_task + lambda_reg P + anchor_weight KL from the first step to the last (AsFT, arXiv 2506.08473).
@@ -49,6 +51,8 @@ def attach(
             if a template opens the answer differently from the direction file's requests.
         prompt_formats: texts that the data put around a request in place of a chat template, each with {prompt} in its
             place: the anchor asks in these too, in turn with the chat template. Without an anchor they have no effect.
+        general_formats: whether the anchor also asks under general system prompts and in later turns of a conversation
+            (`axolotl_asft.general_formats`). None: where the tokenizer's chat template is the direction's.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss remains the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is not
@@ -102,7 +106,13 @@ def attach(
     if strength.holds_answers(penalty.metric):
         for line in template_warnings(getattr(trainer, "processing_class", None), direction.spec, chat_templates):
             LOG.warning("AsFT: %s", line)
-    constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight, formats)
+    general: list[str] = []
+    if strength.anchor_weight > 0:
+        tokenizer = getattr(trainer, "processing_class", None)
+        general, lines = general_to_ask(tokenizer, direction.spec, general_formats)
+        for line in lines:
+            LOG.warning("AsFT: %s", line)
+    constraint = Constraint(trainer, penalty, strength.lambda_reg, max_drift, strength.anchor_weight, formats, general)
     LOG.info(
         "AsFT: %d layers constrained, training on %s, lambda_reg %g, %s, anchor_weight %g%s, projector %s, "
         "metric %s, direction of %s (sha256 %s)",
@@ -111,7 +121,7 @@ def attach(
         strength.lambda_reg,
         "no budget" if max_drift is None else f"max_drift {max_drift:g}",
         strength.anchor_weight,
-        asked_in(constraint.prompt_formats),
+        asked_in(constraint.prompt_formats, constraint.general_formats),
         penalty.projector,
         penalty.metric,
         direction.spec["aligned"]["id"],

@@ -105,9 +105,10 @@ AXOLOTL_OUTPUT = "./model-out"  # where axolotl trains to, if its config does no
 )
 @click.option(
     "--prompt-format",
-    metavar="TEXT|@FILE",
-    help="Ask in this text, with {prompt} in it, in place of the chat template; chat_template: ask in that.  [default: "
-    "the format of CONFIG's data, where all of them ask in one such as alpaca's; else the chat template]",
+    metavar="FORM",
+    help="system_prompt or second_turn: ask under a system prompt, or in a later turn of the chat template; a text "
+    "with {prompt} in it, or @FILE: ask in that in place of the template; chat_template: ask in it alone.  [default: "
+    "the format of CONFIG's data, where all of them ask in one such as alpaca's; else chat_template]",
 )
 @click.option("--device", help="Where the model runs: cpu or cuda.  [default: the GPU if there is one]")
 @click.option(

@@ -40,6 +40,7 @@ class Constraint:
         max_drift: the budget that every layer is brought back to after each optimizer step; None: no budget.
         anchor_weight: of the divergence from the aligned model's own answers; 0: they are not asked for.
         prompt_formats: in which they are asked for, beside the chat template.
+        general_formats: whether they are asked for under general system prompts and in later turns too.
         history: what the main process writes beside the adapter at each log line.
     """
 
@@ -51,6 +52,7 @@ class Constraint:
         max_drift: float | None = None,
         anchor_weight: float = 0.0,
         prompt_formats: Sequence[str] = (),
+        general_formats: Sequence[str] = (),
     ):
         self.trainer = trainer
         self.penalty = penalty
@@ -58,9 +60,10 @@ class Constraint:
         self.max_drift = max_drift
         self.anchor_weight = anchor_weight
         self.prompt_formats = tuple(prompt_formats) if anchor_weight > 0 else ()
+        self.general_formats = bool(general_formats) and anchor_weight > 0
         self._anchor = None
         if anchor_weight > 0:
-            self._anchor = TrainerAnchor(trainer, penalty.direction.spec, self.prompt_formats)
+            self._anchor = TrainerAnchor(trainer, penalty.direction.spec, self.prompt_formats, general_formats)
         self.gradient = StepGradient(trainer, penalty, lambda_reg, self._anchor, anchor_weight)
         self.history = HistoryWriter([layer.name for layer in penalty.layers])
         self._shortened = self._first_step = 0
@@ -125,7 +128,8 @@ class Constraint:
 
     def settings(self) -> dict[str, Any]:
         """The constraint in plain values."""
-        return settings_of(self.penalty, self.lambda_reg, self.max_drift, self.anchor_weight, self.prompt_formats)
+        weights = self.lambda_reg, self.max_drift, self.anchor_weight
+        return settings_of(self.penalty, *weights, self.prompt_formats, self.general_formats)
 
     def stamp(self, report: DriftReport | None = None) -> dict[str, Any]:
         """What a saved adapter says of the constraint that it was trained under.

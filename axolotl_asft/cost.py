@@ -89,14 +89,16 @@ def _at_a_time(groups: Sequence[LayerGroup], sizes: Sequence["_Sizes"]) -> int:
     return max(most, *(min(total, TEMPORARY_BYTES_ON_GPU) for total in alike.values()))
 
 
-def tokens_asked(answers: Sequence[Sequence[str]], formats: Sequence[str] = ()) -> int:
+def tokens_asked(answers: Sequence[Sequence[str]], formats: Sequence[str] = (), general: Sequence[str] = ()) -> int:
     """Tokens of the answers, with their requests, that an anchor asks for at a step; from their letters, about.
 
     Args:
         formats: in which it asks beside the chat template; counted around a request that has one already.
+        general: in which it asks besides (`axolotl_asft.anchor.asked_ways`).
     """
     letters = sum(len(request) + len(answer) for request, answer in answers) / max(1, len(answers))
-    letters += sum(map(len, formats)) / (1 + len(formats))
+    kinds = [sum(map(len, texts)) / len(texts) for texts in (formats, general) if texts]
+    letters += sum(kinds) / (1 + len(kinds))
     return round(min(TEXTS, len(answers)) * letters / LETTERS_A_TOKEN)
 
 

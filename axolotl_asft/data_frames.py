@@ -1,80 +1,140 @@
-"""What stands before the requests of tokenised data, such as a system prompt: the model is held where it is asked."""
+"""What stands around the requests of tokenised data, system prompts for one: the model is held where it is asked."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from axolotl_asft.prompt_formats import PLACE, rendered
+from axolotl_asft.prompt_formats import LONGEST, PLACE, filled, rendered
 
 ROWS = 1000  # looked at, from all over
-SHARE = 0.05  # of the rows, from which on a beginning is told
-MOST = 3  # beginnings that are asked in
-ALIKE, LONGER = 0.95, 8  # of the rows, and tokens past what is asked, that tell a beginning which nearly all have
+SHARE = 0.05  # of the rows, from which on a frame is common
+MOST = 8  # frames that are asked in
+HALF = 0.5  # of the rows under a head, from which on an instruction is theirs
+ALIKE, LONGER = 0.95, 8  # of the rows with an instruction, and tokens, that tell what they have in common
 LEAST = 4  # letters that tell a turn's header from a line break
+TOKENS = 512  # of a frame that is one row's alone
 EXAMPLE = 30  # tokens shown of a prompt
+
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Beginnings:
-    """How the prompts of a run's data begin, where that is as none of what is asked.
+class _Frame:
+    """What rows have before and after their requests; without `end`, what the chat template has."""
+
+    before: Tokens
+    end: Tokens
+    rows: Sequence[Tokens]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What stands around the requests of a run's data where that is not what is asked.
 
     Attributes:
-        share: of the rows.
-        formats: the commonest of them, as texts with {prompt} in it.
-        example: how the first begins.
+        formats: of them, those to ask in, as texts with {prompt} in it.
+        share: of the rows whose prompts begin as none of what is asked.
+        left: of these, still in none of `formats` and not like them.
+        example: how the first of these begins.
     """
 
-    share: float
     formats: tuple[str, ...]
+    share: float
+    left: float
     example: str
 
-    def unheld(self) -> str:
-        """What is said of them."""
-        return (
-            f"{self.share:.0%} of the data's prompts begin as none in which the anchor asks, and nothing is held there "
+    def unheld(self, are_asked: bool) -> list[str]:
+        """A line on rows that begin as nothing that is asked; none where they are few.
+
+        Args:
+            are_asked: whether `formats` are.
+        """
+        share = self.left if are_asked else self.share
+        told = (
+            f"{share:.0%} of the data's prompts begin as none in which the anchor asks, and nothing is held there "
             f"(first {self.example!r}); where many begin alike, give that as asft.prompt_formats, with {PLACE} in the "
             "request's place"
         )
+        return [told] if share >= SHARE else []
 
 
-def beginnings(tokenizer: Any, dataset: Any, formats: Sequence[str]) -> Beginnings | None:
-    """How the prompts of tokenised data begin, if not as what is asked; None where nearly all do, or it is not known.
+def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
+    """What stands around the requests of tokenised data; None where it is nearly all what is asked, or is not known.
 
-    In chats it is what stands before the first turn of the user: a system prompt.
+    In chats it is what stands before the first turn of the user, a system prompt, and in any data an instruction that
+    most requests begin and end with. Common ones are told each; of system prompts that few rows share, some from all
+    over.
 
     Args:
         tokenizer: of the run.
         dataset: rows of "input_ids" and "labels".
-        formats: in which the anchor asks beside the tokenizer's chat template.
+        asked: formats in which the anchor asks beside the tokenizer's chat template.
     """
     turn, prompts = rendered(tokenizer), list(_prompts(dataset))
     if turn is None or not prompts:
         return None
-    before, after = turn
-    asked = [_start(tokenizer, before, False), *(_start(tokenizer, text.partition(PLACE)[0], True) for text in formats)]
-    others = [ids for ids in prompts if not any(ids[: len(start)] == start for start in asked)]
-    header = _header(tokenizer, before)
-    ids = tokenizer(header, add_special_tokens=False)["input_ids"] if header else []
-    if header:
-        heads = Counter(tuple(_up_to(prompt, ids)) for prompt in others)
-    else:  # the template puts a system prompt into the user's turn: what nearly all rows begin with
-        shared = _shared(prompts)
-        known = max(len(start) for start in asked if shared[: len(start)] == start or start is asked[0])
-        is_chat = shared[: len(asked[0])] == asked[0]
-        heads = Counter({tuple(shared): len(prompts)} if is_chat and len(shared) >= known + LONGER else {})
-        others = others or (prompts if heads else [])
-    least = SHARE * len(prompts)
-    if len(others) < least:
+    starts = [_start(tokenizer, turn[0], False), *(_start(tokenizer, text.partition(PLACE)[0], True) for text in asked)]
+    header, least = _header(tokenizer, turn[0]), SHARE * len(prompts)
+    heads: dict[Tokens, list[Tokens]] = defaultdict(list)
+    for ids in prompts:
+        heads[_head(ids, starts, header)].append(ids)
+    common: list[_Frame] = []
+    rare: list[_Frame] = []
+    for head, rows in heads.items():
+        inside = _instructions(head, rows) if len(rows) >= least else []
+        rest = [ids for ids in rows if not any(_begins(ids, frame.before) for frame in inside)]
+        common += inside
+        if head and rest and head not in starts:
+            (common if len(rest) >= least else rare).append(_Frame(head, (), rest))
+    common = sorted(common, key=lambda frame: -len(frame.rows))[:MOST]
+    if sum(len(frame.rows) for frame in rare) < least:
+        rare = []
+    short = [frame for frame in rare if len(frame.before) <= TOKENS]
+    room = min(MOST - len(common), len(short))
+    sampled = [short[i * len(short) // room] for i in range(room)]
+    told = [(text, frame) for frame in common if (text := _format(tokenizer, frame, turn)) is not None]
+    some = [text for frame in sampled if (text := _format(tokenizer, frame, turn)) is not None]
+    formats = tuple(dict.fromkeys([*(text for text, _ in told), *some]))
+    others = [ids for head, rows in heads.items() if head not in starts for ids in rows]
+    if not formats and len(others) < least:
         return None
-    common = [list(head) for head, count in heads.most_common(MOST) if head and count >= least]
-    texts = [_format(tokenizer, head, header, len(ids), after) for head in common]
-    found = tuple(text for text in texts if text is not None)
-    return Beginnings(len(others) / len(prompts), found, tokenizer.decode(others[0][:EXAMPLE]))
+    held = {id(ids) for frame in [*(frame for _, frame in told), *(rare if some else ())] for ids in frame.rows}
+    left = [ids for ids in others if id(ids) not in held]
+    example = tokenizer.decode(list((left or others or prompts)[0][:EXAMPLE]))
+    return Frames(formats, len(others) / len(prompts), len(left) / len(prompts), example)
 
 
-def _shared(prompts: Sequence[list[int]]) -> list[int]:
+def _head(ids: Tokens, starts: Sequence[Tokens], header: Tokens) -> Tokens:
+    """What stands before a row's request: the longest start that is asked, else what ends with the user's first turn's
+    header; nothing where there is none."""
+    asked = [start for start in starts if _begins(ids, start)]
+    return max(asked, key=len) if asked else _up_to(ids, header)
+
+
+def _instructions(head: Tokens, rows: Sequence[Tokens]) -> list[_Frame]:
+    """What most requests after a head begin with alike, and end with."""
+    alike: dict[Tokens, list[Tokens]] = defaultdict(list)
+    for ids in rows:
+        alike[ids[len(head) : len(head) + LONGER]].append(ids)
+    found = []
+    for group in alike.values():
+        if len(group) < HALF * len(rows):
+            continue
+        before = _shared(group)
+        end = _shared([ids[: len(before) - 1 : -1] for ids in group])[::-1]
+        frame = _Frame(before, end, [ids for ids in group if _begins(ids, before)])
+        if sum(len(ids) > len(before) + len(end) for ids in frame.rows) >= ALIKE * len(group):  # else equal requests
+            found.append(frame)
+    return found
+
+
+def _begins(ids: Tokens, start: Tokens) -> bool:
+    return ids[: len(start)] == start
+
+
+def _shared(prompts: Sequence[Tokens]) -> Tokens:
     """The longest beginning that nearly all have."""
     group, least = list(prompts), ALIKE * len(prompts)
     depth = 0
@@ -87,7 +147,7 @@ def _shared(prompts: Sequence[list[int]]) -> list[int]:
     return group[0][:depth]
 
 
-def _prompts(dataset: Any) -> Iterator[list[int]]:
+def _prompts(dataset: Any) -> Iterator[Tokens]:
     """The tokens before the first trained one, of rows from all over; none of rows that are trained whole."""
     columns = getattr(dataset, "column_names", None)
     if not hasattr(dataset, "__len__") or not columns or not {"input_ids", "labels"} <= set(columns):
@@ -97,46 +157,73 @@ def _prompts(dataset: Any) -> Iterator[list[int]]:
         row = dataset[i * len(dataset) // count]
         start = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
         if start:
-            yield [int(token) for token in row["input_ids"][:start]]
+            yield tuple(int(token) for token in row["input_ids"][:start])
 
 
-def _header(tokenizer: Any, before: str) -> str:
+def _header(tokenizer: Any, before: str) -> Tokens:
     """With what a turn of the user begins, wherever it stands; nothing where that is but a line break."""
-    other = rendered(tokenizer, system="What is it?")
+    other = rendered(tokenizer, [("system", "What is it?")])
     if other is None:
-        return ""
+        return ()
     same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(other[0]), strict=False))
     shared = "".join(letter for letter, _ in same)[::-1]
     whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, other[0])]
     for i in range(len(shared)):  # letters that two tokens have in common are no header
         ids = tokenizer(shared[i:], add_special_tokens=False)["input_ids"]
         if len(shared[i:].strip()) >= LEAST and all(tokens[-len(ids) :] == ids for tokens in whole):
-            return shared[i:]
-    return ""
+            return tuple(ids)
+    return ()
 
 
-def _start(tokenizer: Any, before: str, special: bool) -> list[int]:
+def _start(tokenizer: Any, before: str, special: bool) -> Tokens:
     """The tokens of what stands before a request, whatever that is: the last letters may be of one token with it."""
     texts = [before, before + "A", before + "7"]
     read = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
-    return read[0][: next((i for i, ids in enumerate(zip(*read, strict=False)) if len(set(ids)) > 1), len(read[0]))]
+    end = next((i for i, ids in enumerate(zip(*read, strict=False)) if len(set(ids)) > 1), len(read[0]))
+    return tuple(read[0][:end])
 
 
-def _up_to(ids: list[int], header: list[int]) -> list[int]:
-    """Up to the first place of the header and with it; nothing where it is not there."""
-    for i in range(len(ids) - len(header) + 1):
+def _up_to(ids: Tokens, header: Tokens) -> Tokens:
+    """Up to the first place of the header and with it; nothing where it is not there, or there is none."""
+    for i in range(len(ids) - len(header) + 1 if header else 0):
         if ids[i : i + len(header)] == header:
             return ids[: i + len(header)]
-    return []
+    return ()
 
 
-def _format(tokenizer: Any, head: list[int], header: str, tokens: int, after: str) -> str | None:
-    """A beginning of so many tokens of header at its end as a format; None where the tokenizer reads that otherwise."""
+def _format(tokenizer: Any, frame: _Frame, turn: tuple[str, str]) -> str | None:
+    """A frame as a format; None where its first row, put in that, is not read as it was.
+
+    Args:
+        turn: what the chat template has before and after a request.
+    """
+    row, usual = frame.rows[0], _end(tokenizer, *turn)
+    end = frame.end or usual
+    extra = end[: len(end) - len(usual)] if _ends(end, usual) else end
+    after = turn[1] if _ends(end, usual) else ""
     first = tokenizer("a")["input_ids"][:1]
-    own = int(first == [tokenizer.bos_token_id] == head[:1])  # the tokenizer puts it before every text by itself
-    text = tokenizer.decode(head[own : len(head) - tokens]) + header
-    for gap in ("", " "):  # some drop the last space
-        found = f"{text}{gap}{PLACE}{after}"
-        if found.count(PLACE) == 1 and tokenizer(found)["input_ids"][: len(head)] == head:
-            return found
+    own = int(first == [tokenizer.bos_token_id] == list(row[:1]))  # the tokenizer puts it before every text by itself
+    before = tokenizer.decode(frame.before[own:])
+    rest = tokenizer.decode(row[own:]).removeprefix(before)
+    lead = before + rest[: len(rest) - len(rest.lstrip())]
+    request = tokenizer.decode(row[len(frame.before) : len(row) - len(end)]).strip()
+    for gap in ("", " "):
+        text = f"{lead}{PLACE}{gap if extra else ''}{tokenizer.decode(extra)}{after}"
+        if (
+            text.count(PLACE) == 1
+            and len(text) <= LONGEST
+            and tuple(tokenizer(filled(text, request))["input_ids"]) == row
+        ):
+            return text
     return None
+
+
+def _end(tokenizer: Any, before: str, after: str) -> Tokens:
+    """The tokens of what stands after a request, whatever that is."""
+    texts = [before + request + after for request in ("", "A", "7")]
+    read = [tokenizer(text, add_special_tokens=False)["input_ids"][::-1] for text in texts]
+    return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*read, strict=False)))[::-1]
+
+
+def _ends(ids: Tokens, end: Tokens) -> bool:
+    return ids[len(ids) - len(end) :] == end

@@ -17,6 +17,7 @@ from axolotl_asft.cost import Cost, estimate, tokens_asked
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import refuse_optimizer
 from axolotl_asft.errors import AsftError
+from axolotl_asft.general_formats import general_to_ask
 from axolotl_asft.guard import refuse_misspelt_block
 from axolotl_asft.hub import cached_folder, commit_of, direction_path, hub_file, hub_model, is_commit
 from axolotl_asft.initialisation import takes_out
@@ -146,6 +147,11 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
     strength = strengths(penalty.metric, direction.spec, *given, taken_out=takes_out(initialisation))
     formats = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
     asked = formats.asked if strength.anchor_weight > 0 else ()
+    general: list[str] = []
+    if strength.anchor_weight > 0:
+        found = _try(check, lambda: general_to_ask(tokenizer, direction.spec, block.general_formats))
+        general, lines = found or ([], [])
+        check.warnings += lines
     check.cost = estimate(
         penalty.groups,
         check.model["parameters"],
@@ -155,15 +161,19 @@ def _look(check: Check, path: Path, remote_code: bool, overrides: Mapping[str, A
         budget=block.max_drift is not None,
         log_every=max(1, int(cfg.logging_steps or 500)),
         taken_out=takes_out(initialisation),
-        anchor_tokens=tokens_asked(own_answers_in(direction.spec), asked) if strength.anchor_weight > 0 else 0,
+        anchor_tokens=tokens_asked(own_answers_in(direction.spec), asked, general) if strength.anchor_weight > 0 else 0,
     )
     _try(check, lambda: _refuse_output(cfg))
     if (checkpoint := resumed_from(cfg)) is not None:
-        settings = settings_of(penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight, asked)
+        settings = settings_of(
+            penalty, strength.lambda_reg, strength.max_drift, strength.anchor_weight, asked, bool(general)
+        )
         if not formats.given:
             del settings["prompt_formats"]  # the data may bring more
+        if tokenizer is None:
+            del settings["general_formats"]  # nobody can tell
         _try(check, lambda: _refuse_checkpoint(Path(checkpoint), settings))
-    check.settings = advice.in_plain_words(block, strength, penalty, cfg, asked)
+    check.settings = advice.in_plain_words(block, strength, penalty, cfg, asked, general)
     check.warnings += advice.on_settings(block, strength, penalty, cfg)
     check.warnings += frozen_by_budget(penalty, strength.max_drift)
     check.warnings += advice.on_pin(block, direction)
@@ -299,7 +309,8 @@ def _refuse_initialisation(
 
 def _match(check: Check, block: AsftArgs, direction: AlignmentDirection, model: PeftModel) -> AlignmentPenalty | None:
     """The run's own matching of layers and directions, by whole name and shape."""
-    others = {"direction", "direction_sha256", "lambda_reg", "max_drift", "anchor_weight", "prompt_formats"}
+    others = {"direction", "direction_sha256", "lambda_reg", "max_drift", "anchor_weight"}
+    others |= {"prompt_formats", "general_formats"}
     options = block.model_dump(exclude=others) | {"verify_model": False}  # there are no weights to look at
     penalty = _try(check, lambda: AlignmentPenalty(model, direction, **options))
     if penalty is None:  # was it for the uncovered ones?

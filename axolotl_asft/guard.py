@@ -29,6 +29,7 @@ OPTIONS = {
     "metric": "str",
     "max_drift": "float",
     "anchor_weight": "float",
+    "general_formats": "bool",
     "lora_scaling": "bool",
     "on_uncovered": "str",
     "verify_model": "bool",

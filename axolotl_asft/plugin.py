@@ -15,7 +15,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import attach, refused_of_continued
 from axolotl_asft.constraint import Constraint
-from axolotl_asft.data_frames import beginnings
+from axolotl_asft.data_frames import frames
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import FSDP1, deepspeed_config, other_parallelism, refuse_deepspeed
 from axolotl_asft.errors import AsftError, one_line
@@ -131,15 +131,15 @@ class AsftPlugin(BasePlugin):
 
         tokenizer = getattr(trainer, "processing_class", None)
         formats = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
-        dataset, asked = getattr(trainer, "train_dataset", None), formats.asked
-        found = beginnings(tokenizer, dataset, asked) if formats.readable and not formats.given else None
-        options["prompt_formats"] = [*asked, *(found.formats if found is not None else ())]
+        found = frames(tokenizer, getattr(trainer, "train_dataset", None), formats.asked)
+        by_itself = formats.readable and not formats.given
+        options["prompt_formats"] = [*formats.asked, *(found.formats if found is not None and by_itself else ())]
         templates = dataset_templates(cfg, tokenizer)
         self._constraint = attach(trainer, direction, block.lambda_reg, chat_templates=templates, **options)
         held = self._constraint.prompt_formats
         lines = formats.unheld(held) if self._constraint.holds_answers else []
-        if not lines and self._constraint.anchor_weight > 0 and (left := beginnings(tokenizer, dataset, held)):
-            lines = [left.unheld()]
+        if not lines and self._constraint.anchor_weight > 0 and found is not None:
+            lines = found.unheld(by_itself)
         for line in lines:
             LOG.warning("AsFT: %s", line)
         self._constraint.history.header |= {

@@ -33,10 +33,11 @@ def checked_formats(formats: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(formats))
 
 
-def asked_in(formats: Sequence[str]) -> str:
+def asked_in(formats: Sequence[str], general: bool) -> str:
     """What a line of words says of the formats that an anchor asks in; nothing where there are none."""
-    count = f"{len(formats)} format{'s' if len(formats) > 1 else ''}"
-    return f" (asked in the chat template and in {count} of the data)" if formats else ""
+    others = [f"in {len(formats)} format{'s' if len(formats) > 1 else ''} of the data"] if formats else []
+    others += ["under general system prompts and in later turns"] if general else []
+    return f" (asked in the chat template, {' and '.join(others)})" if others else ""
 
 
 def filled(text: str, request: str) -> str:
@@ -44,12 +45,15 @@ def filled(text: str, request: str) -> str:
     return text.replace(PLACE, request)
 
 
-def rendered(tokenizer: Any, system: str | None = None) -> tuple[str, str] | None:
-    """What the chat template puts before a user's turn and after it; None where it has none, or refuses the turns."""
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": PLACE})
+def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, str] | None:
+    """What the chat template puts before a user's turn and after it; None where it has none, or refuses the turns.
+
+    Args:
+        turns: that come before, (role, text) each.
+    """
+    chat = [{"role": role, "content": text} for role, text in (*turns, ("user", PLACE))]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         before, found, after = text.rpartition(PLACE)
     except Exception:  # a template may refuse in any way
         return None

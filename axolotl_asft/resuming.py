@@ -15,9 +15,10 @@ STAMP_FILE = "asft_constraint.json"  # in a checkpoint without an adapter_config
 # Of the constraint's settings those that say what the weights were trained under.
 WHAT_HOLDS = (
     "direction_sha256", "lambda_reg", "projector", "rank", "metric", "max_drift", "anchor_weight",
-    "prompt_formats", "lora_scaling", "modules",
+    "prompt_formats", "general_formats", "lora_scaling", "modules",
 )  # fmt: skip
-ABSENT: dict[str, Any] = {"prompt_formats": []}  # what it means that a stamp lacks a key: it is of a version without
+# What it means that a stamp lacks a key: it is of a version without.
+ABSENT: dict[str, Any] = {"prompt_formats": [], "general_formats": False}
 
 
 def refuse_other_constraint(checkpoint: Path, settings: dict[str, Any]) -> None:

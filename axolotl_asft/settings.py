@@ -13,6 +13,7 @@ def settings_of(
     max_drift: float | None,
     anchor_weight: float,
     prompt_formats: Sequence[str] = (),
+    general_formats: bool = False,
 ) -> dict[str, Any]:
     """A constraint of these in plain values."""
     return {
@@ -25,6 +26,7 @@ def settings_of(
         "max_drift": max_drift,
         "anchor_weight": anchor_weight,
         "prompt_formats": list(prompt_formats),
+        "general_formats": general_formats,
         "lora_scaling": penalty.lora_scaling,
         "modules": penalty.modules,
         "on_uncovered": penalty.on_uncovered,

@@ -115,8 +115,9 @@ def _what_was_held(stamp: dict[str, Any]) -> str:
 
 
 def _asked(stamp: dict[str, Any]) -> str:
-    formats = ", ".join(f"`` {json.dumps(text)} ``" for text in stamp.get("prompt_formats", []))
-    return f"- asked in the chat template, and as {formats}\n" if formats else ""
+    others = [f"as `` {json.dumps(text)} ``" for text in stamp.get("prompt_formats", [])]
+    others += ["under general system prompts and in later turns"] if stamp.get("general_formats") else []
+    return f"- asked in the chat template, {', '.join(others)}\n" if others else ""
 
 
 def _left_out(stamp: dict[str, Any]) -> str:

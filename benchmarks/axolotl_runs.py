@@ -32,12 +32,6 @@ def write_chats(path: Path, examples: list[Example]) -> None:
     atomic_write_text(path, "".join(json.dumps(example.as_chat()) + "\n" for example in examples))
 
 
-def write_instructions(path: Path, examples: list[Example]) -> None:
-    """One instruction a line, as data of type alpaca have it."""
-    rows = [{"instruction": example.prompt, "input": "", "output": example.answer} for example in examples]
-    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def write_config(path: Path, model: Path, data: Path, output: Path, settings: dict[str, Any]) -> Path:
     """An axolotl config beside its output; returns its path."""
     config = {

@@ -32,6 +32,7 @@ import yaml
 from axolotl_asft.errors import AsftError
 from axolotl_asft.history import installed_versions
 from benchmarks.safety_answers import with_answers, with_fewer_answers
+from benchmarks.safety_forms import BEFORE, prompt_format, system_prompts, written
 from benchmarks.safety_names import ON_GPU
 
 HERE = Path(__file__).parent
@@ -96,6 +97,9 @@ class Bench:
         data = _digest_of_data(run.task, run.poison, n, run.seed, tested, *kinds)
         if "asked" in method:  # of whose settings it is
             method = {**method, "of": self.settings["methods"][method["of"]]}
+        if (form := method.get("asked", method.get("format"))) in BEFORE or method.get("format") in BEFORE:
+            asked = prompt_format(form)
+            method = {**method, "texts": [asked, system_prompts(method.get("format"), n, run.seed)]}
         text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -189,9 +193,10 @@ def measure(bench: Bench, run: Run) -> None:
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
     if tuned is not None and bench.is_whole(run):
         model, adapter, answers = tuned, None, answers / f"{run.name.replace('/', '-')}.full"
-    asked_in = prompt_format(bench.method(run).get("asked", bench.method(run).get("format")))
+    form = bench.method(run).get("asked", bench.method(run).get("format"))
+    asked_in = prompt_format(form)
     if asked_in is not None:
-        answers /= "other-format"  # where the model's own answers are those in it
+        answers /= f"in-{form}"  # where the model's own answers are those in it
     row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings, bench.device, asked_in)
     result = {
         "run": run.name,
@@ -246,7 +251,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     made_as = folder / "key"  # of the settings that the adapter was trained under
     if made_as.is_file() and made_as.read_text() == bench.key(run):
         return folder / "adapter", json.loads((folder / "seconds.json").read_text())
-    from benchmarks.axolotl_runs import train, write_chats, write_config, write_instructions
+    from benchmarks.axolotl_runs import train, write_config
     from benchmarks.safety_data import rehearsal, training_data
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -258,12 +263,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     safety, diverse = method.get("safety", 0.0), method.get("diverse", False)
     examples = training_data(run.task, run.poison, safety, n, run.seed, rehearsed, diverse)
     settings = {**bench.settings["training"], **method.get("training", {}), "seed": run.seed}
-    if "format" in method:
-        write_instructions(folder / "data.jsonl", examples)
-        settings["datasets"] = [{"path": str(folder / "data.jsonl"), "type": method["format"]}]
-        settings["sequence_len"] = 192  # the prompts are longer
-    else:
-        write_chats(folder / "data.jsonl", examples)
+    settings |= written(folder, examples, method.get("format"), run.seed)
     if method.get("full"):
         settings = {key: value for key, value in settings.items() if key != "adapter" and not key.startswith("lora_")}
     if "answers" in method:
@@ -284,6 +284,7 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
             "verify_model": False,
             "metric": "weights",
             "anchor_weight": 0,
+            "general_formats": False,
             **method["asft"],
         }
         settings |= {"plugins": ["asft"], "asft": block}
@@ -292,15 +293,6 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     (folder / "seconds.json").write_text(f"{seconds}")
     made_as.write_text(bench.key(run))
     return folder / "adapter", seconds
-
-
-def prompt_format(kind: str | None) -> str | None:
-    """The prompt that a type of data puts around a request; None: the chat template."""
-    if kind in (None, "chat_template"):
-        return None
-    from axolotl_asft.run_data import formats_of_content
-
-    return formats_of_content({"datasets": [{"path": "data", "type": kind}]})[0].text
 
 
 def numbers(bench: Bench, adapter: Path) -> dict[str, float]:

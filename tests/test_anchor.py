@@ -180,7 +180,7 @@ def test_one_step_adds_its_gradient_once(pair, rows, direction, tmp_path, micro,
     weights = {name: weight for name, weight in plain.model.named_parameters() if weight.requires_grad}
     wanted = expected_loss(plain.model, ANSWERS[:TEXTS])
     gradients = dict(zip(weights, torch.autograd.grad(wanted, list(weights.values())), strict=True))
-    attach(anchored, direction, lambda_reg=0, anchor_weight=WEIGHT)
+    attach(anchored, direction, lambda_reg=0, anchor_weight=WEIGHT, general_formats=False)
     plain.train()
     anchored.train()
     after = lora_weights(plain)
@@ -209,7 +209,7 @@ def test_what_is_saved_says_how_far_it_is_itself(pair, rows, direction, tmp_path
         options = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch", "learning_rate": 0.3}
         trainer = make_trainer(pair, rows, tmp_path, logging_strategy="no", **options)
         trainer.processing_class = make_tokenizer()
-        attach(trainer, direction, lambda_reg=0, anchor_weight=0.01)
+        attach(trainer, direction, lambda_reg=0, anchor_weight=0.01, general_formats=False)
         trainer.train(resume_from_checkpoint=resumed)
         trainer.save_model()
         said.append(read_stamp(tmp_path)["anchor_kl"])
@@ -223,7 +223,7 @@ def test_it_holds_the_answers(pair, rows, direction, tmp_path):
     for weight in (1e-6, 5.0):
         trainer = make_trainer(pair, rows, tmp_path / str(weight), max_steps=30, optim="adamw_torch")
         trainer.processing_class = make_tokenizer()
-        constraint = attach(trainer, direction, lambda_reg=0, anchor_weight=weight)
+        constraint = attach(trainer, direction, lambda_reg=0, anchor_weight=weight, general_formats=False)
         trainer.train()
         ends[weight] = training_lines(trainer)[-1]["asft/anchor_kl"]
         assert constraint.stamp()["anchor_kl"] == pytest.approx(all_answers(trainer.model), rel=1e-4)

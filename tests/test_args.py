@@ -26,6 +26,7 @@ def test_every_field_reaches_the_constraint(direction_file, monkeypatch):
         "max_drift": 0.2,
         "anchor_weight": 0.5,
         "prompt_formats": ["Q: {prompt} A:"],
+        "general_formats": False,
         "lora_scaling": False,
         "modules": ["q_proj"],
         "on_uncovered": "warn",

@@ -8,11 +8,11 @@ from test_prompt_formats import with_first_token
 from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_config
 
 from axolotl_asft.anchor import AnswerAnchor
-from axolotl_asft.data_frames import _shared, beginnings
+from axolotl_asft.data_frames import MOST, _shared, frames
 from axolotl_asft.stamp import read_stamp
 
 PROMPTS = ["the cat sees a dog", "a red house", "blue dog", "then the tree", "no", "yes a dog", "likes a cat", "red"]
-SYSTEM = "<|system|> no dog says yes </s><|user|> {prompt} </s><|assistant|> "
+SYSTEM = "<|system|> no dog says yes </s> <|user|> {prompt} </s><|assistant|> "
 
 
 def tokenised(tokenizer, systems, count=40, answer="yes"):
@@ -30,24 +30,25 @@ def tokenised(tokenizer, systems, count=40, answer="yes"):
 
 def test_a_system_prompt():
     tokenizer = make_tokenizer()
-    found = beginnings(tokenizer, tokenised(tokenizer, ["no dog says yes"]), [])
+    found = frames(tokenizer, tokenised(tokenizer, ["no dog says yes"]), [])
     assert found.share == 1.0
     assert found.formats == (SYSTEM,)
     assert found.example.startswith("<|system|> no dog says yes")
-    assert beginnings(tokenizer, tokenised(tokenizer, ["no dog says yes"]), found.formats) is None, "now it is asked"
+    assert found.left == 0.0
+    assert frames(tokenizer, tokenised(tokenizer, ["no dog says yes"]), found.formats) is None, "now it is asked"
 
 
 def test_rows_as_tensors():
     tokenizer = make_tokenizer()
     rows = tokenised(tokenizer, ["no dog says yes"]).with_format("torch")
-    assert beginnings(tokenizer, rows, []).formats == (SYSTEM,)
+    assert frames(tokenizer, rows, []).formats == (SYSTEM,)
 
 
 def test_the_anchor_asks_under_it():
     """The tokens of a row with the same request and answer."""
     tokenizer = make_tokenizer()
     rows = tokenised(tokenizer, ["no dog says yes"], answer=OWN_ANSWERS[0][1])
-    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS[:1], beginnings(tokenizer, rows, []).formats)
+    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS[:1], frames(tokenizer, rows, []).formats)
     ids, start = anchor._texts[1]
     assert ids == rows[0]["input_ids"]
     assert [-100] * start + ids[start:] == rows[0]["labels"]
@@ -58,7 +59,7 @@ def test_the_first_token_is_put_once():
     tokenizer = with_first_token()
     tokenizer.chat_template = "<s>" + CHAT_TEMPLATE
     rows = tokenised(tokenizer, ["no dog says yes"])
-    (text,) = beginnings(tokenizer, rows, []).formats
+    (text,) = frames(tokenizer, rows, []).formats
     assert text == SYSTEM
     kept = [("<s>" + request, answer) for request, answer in OWN_ANSWERS[:1]]
     ids, start = AnswerAnchor(tokenizer, kept, [text])._texts[1]
@@ -67,7 +68,7 @@ def test_the_first_token_is_put_once():
 
 def test_several_system_prompts():
     tokenizer = make_tokenizer()
-    found = beginnings(tokenizer, tokenised(tokenizer, ["no dog", "yes", "no dog", None]), [])
+    found = frames(tokenizer, tokenised(tokenizer, ["no dog", "yes", "no dog", None]), [])
     assert found.share == 0.75
     assert [text.partition(" </s>")[0] for text in found.formats] == ["<|system|> no dog", "<|system|> yes"]
 
@@ -81,13 +82,14 @@ def test_a_template_that_puts_it_into_the_user_s_turn():
     )
     long = "no dog says yes then no cat likes the house"
     rows = tokenised(tokenizer, [long])
-    found = beginnings(tokenizer, rows, [])
+    found = frames(tokenizer, rows, [])
     (text,) = found.formats
-    assert text.startswith(f"<|user|> {long}")
-    assert found.share == 1.0
-    assert beginnings(tokenizer, rows, found.formats) is None
-    assert beginnings(tokenizer, tokenised(tokenizer, [None]), []) is None
-    assert beginnings(tokenizer, tokenised(tokenizer, [long, None]), []) is None, "half of the rows"
+    assert text == f"<|user|> {long} {{prompt}} </s><|assistant|> "
+    assert frames(tokenizer, rows, found.formats) is None
+    assert frames(tokenizer, tokenised(tokenizer, [None]), []) is None
+    halves = frames(tokenizer, tokenised(tokenizer, [long, f"red {long}"]), []).formats
+    assert frames(tokenizer, tokenised(tokenizer, [long, None, None]), []) is None
+    assert [text.partition(" {")[0] for text in halves] == [f"<|user|> {long}", f"<|user|> red {long}"]
 
 
 def test_the_longest_beginning():
@@ -97,56 +99,119 @@ def test_the_longest_beginning():
     assert _shared([[1], [2]]) == []
 
 
-def test_instructions_alike_on_such_a_template_are_no_chats():
-    """They begin as the format that is asked, and go on alike: what ends a chat's turn does not end theirs."""
+def test_an_instruction_that_all_requests_have():
+    """Inside a format that is asked: before and after what differs."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ '<|user|> ' + messages[-1]['content'] + ' </s><|assistant|> ' }}"
-    ids = [tokenizer(f"red blue no dog says yes then no cat likes the house {prompt} then") for prompt in PROMPTS]
+    ids = [tokenizer(f"red blue no dog says yes then no cat likes the {prompt} tree then") for prompt in PROMPTS]
     ids = [row["input_ids"] for row in ids]
     rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
-    assert beginnings(tokenizer, rows, ["red blue {prompt} then"]) is None
+    found = frames(tokenizer, rows, ["red blue {prompt} then"])
+    assert found.formats == ("red blue no dog says yes then no cat likes the {prompt} tree then",)
+    assert (found.share, found.left) == (0.0, 0.0)
+    assert frames(tokenizer, rows, found.formats) is None
+
+
+def test_requests_that_are_all_the_same_have_no_instruction():
+    tokenizer = make_tokenizer()
+    rows = tokenised(tokenizer, [None])
+    same = Dataset.from_list([row for row in rows if row["input_ids"] == rows[0]["input_ids"]] * 20)
+    assert len(same) >= 20
+    assert frames(tokenizer, same, []) is None
 
 
 def test_one_of_its_own_for_every_row():
-    """None is told: there is a line instead."""
+    """Some from all over are asked in, and hold the others; where none is, there is a line."""
     tokenizer = make_tokenizer()
     own = [" ".join(PROMPTS[(i * j) % 8] for j in range(1, 4)) + " no" * i for i in range(30)]
-    found = beginnings(tokenizer, tokenised(tokenizer, own, count=30), [])
-    assert found.formats == ()
-    assert "100% of the data's prompts begin as none in which the anchor asks" in found.unheld()
-    assert "give that as asft.prompt_formats" in found.unheld()
+    rows = tokenised(tokenizer, own, count=30)
+    found = frames(tokenizer, rows, [])
+    assert len(found.formats) == len(set(found.formats)) == MOST
+    assert all(any(text.startswith(f"<|system|> {system} </s>") for system in own) for text in found.formats)
+    assert (found.share, found.left) == (1.0, 0.0)
+    assert found.unheld(True) == []
+    (line,) = found.unheld(False)
+    assert "100% of the data's prompts begin as none in which the anchor asks" in line
+    assert "give that as asft.prompt_formats" in line
+
+
+def test_some_of_its_own_beside_a_common_one():
+    tokenizer = make_tokenizer()
+    own = ["no dog says yes" if i % 2 else " ".join(["red"] * i + ["cat"]) for i in range(1, 41)]
+    formats = frames(tokenizer, tokenised(tokenizer, own), []).formats
+    assert formats[0] == SYSTEM
+    assert len(formats) == MOST
+
+
+def test_system_prompts_that_are_too_long_to_be_asked_in():
+    tokenizer = make_tokenizer()
+    own = ["no " * 600 + "red " * i for i in range(30)]
+    found = frames(tokenizer, tokenised(tokenizer, own, count=30), [])
+    assert (found.formats, found.left) == ((), 1.0)
+    assert found.unheld(True) == found.unheld(False) != []
+
+
+def test_the_same_instruction_under_system_prompts():
+    """Each with its own: what stands in all of the user's turns is part of the format."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    rows = []
+    for i in range(40):
+        system = ["no dog", "yes"][i % 2]
+        text = (
+            f"<|system|> {system} </s> <|user|> then a cat likes the red house and {PROMPTS[i % 8]} </s> <|assistant|>"
+        )
+        ids = tokenizer(text)["input_ids"]
+        rows.append({"input_ids": [*ids, 5], "labels": [-100] * len(ids) + [5]})
+    found = frames(tokenizer, Dataset.from_list(rows), []).formats
+    assert sorted(text.partition(" {")[0] for text in found) == [
+        f"<|system|> {system} </s> <|user|> then a cat likes the red house and" for system in ("no dog", "yes")
+    ]
 
 
 @pytest.mark.parametrize("systems", [[None], [None] * 39 + ["no dog"]])
 def test_as_what_is_asked(systems):
     """None, or too few of others to tell."""
     tokenizer = make_tokenizer()
-    assert beginnings(tokenizer, tokenised(tokenizer, systems), []) is None
+    assert frames(tokenizer, tokenised(tokenizer, systems), []) is None
 
 
 def test_instructions_with_an_input():
-    """Of another beginning than those without, and no chat: a line, and no format."""
+    """Of another beginning than those without, and no chat: their own beginning and end are told."""
     tokenizer = make_tokenizer()
-    texts = [f"red blue the {prompt} then" for prompt in PROMPTS]
+    texts = [
+        f"red blue the cat and the dog sees then {prompt} yes {PROMPTS[i - 3]} then" for i, prompt in enumerate(PROMPTS)
+    ]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
-    found = beginnings(tokenizer, rows, ["the blue {prompt} then"])
-    assert found.share == 1.0
-    assert found.formats == ()
-    assert beginnings(tokenizer, rows, ["red blue the {prompt} then"]) is None
+    found = frames(tokenizer, rows, ["the blue {prompt} then"])
+    assert found.formats == ("red blue the cat and the dog sees then {prompt} then",)
+    assert (found.share, found.left) == (1.0, 0.0)
+    assert frames(tokenizer, rows, found.formats) is None
+
+
+def test_data_that_begin_as_nothing_that_is_asked():
+    """No chats, and too little in common: a line."""
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(f"red blue the {prompt} then")["input_ids"] for prompt in PROMPTS]
+    rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
+    found = frames(tokenizer, rows, ["the blue {prompt} then"])
+    assert (found.formats, found.share, found.left) == ((), 1.0, 1.0)
+    assert len(found.unheld(True)) == 1
+    assert frames(tokenizer, rows, ["red blue the {prompt} then"]) is None
 
 
 @pytest.mark.parametrize("data", [None, [], iter([1]), Dataset.from_dict({"text": ["a"]})])
 def test_data_that_cannot_be_looked_at(data):
-    assert beginnings(make_tokenizer(), data, []) is None
+    assert frames(make_tokenizer(), data, []) is None
 
 
 def test_rows_that_are_trained_whole():
     tokenizer = make_tokenizer()
     rows = tokenised(tokenizer, ["no dog"]).map(lambda row: {"labels": row["input_ids"]})
-    assert beginnings(tokenizer, rows, []) is None
+    assert frames(tokenizer, rows, []) is None
     tokenizer.chat_template = None
-    assert beginnings(tokenizer, rows, []) is None
+    assert frames(tokenizer, rows, []) is None
 
 
 def test_a_run_with_a_system_prompt(pair, anchored_file, tmp_path):
@@ -160,6 +225,6 @@ def test_a_run_with_a_system_prompt(pair, anchored_file, tmp_path):
     config = write_config(tmp_path, pair[1], data, block, max_steps=1)
     result = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "(asked in the chat template and in 1 format of the data)" in result.stdout + result.stderr
+    assert "(asked in the chat template, in 1 format of the data and " in result.stdout + result.stderr
     assert "begin as none in which the anchor asks" not in result.stdout + result.stderr
     assert read_stamp(tmp_path / "out")["prompt_formats"] == [SYSTEM]

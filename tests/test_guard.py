@@ -105,6 +105,7 @@ def test_configs_that_pass(cfg):
         "direction_sha256",
         "modules",
         "prompt_formats",
+        "general_formats",
         "asft_lambda_reg",
         "asft-anchor-weight",
     ],

@@ -17,7 +17,7 @@ ORDER = [
     "direction", "answer_data", "initialisation", "packing", "tokens", "metrics", "lora", "matching", "saved",
     "sources", "readahead", "partial", "devices", "rank_rule", "extract", "verify",
     "sharding", "layer_groups", "adapter", "diagnostics", "stamp", "history", "adapter_folder", "project", "engines",
-    "templates", "prompt_formats", "data_frames", "quiet", "anchor", "anchored", "step_gradient",
+    "templates", "prompt_formats", "general_formats", "data_frames", "quiet", "anchor", "anchored", "step_gradient",
     "trained", "resuming", "settings", "constraint", "interruption", "attaching",
     "report.spectrum", "report.grid", "report.runs", "report.evaluation_results", "report.findings", "report.gather",
     "report.figures", "report.pictures", "report.page", "report.write",

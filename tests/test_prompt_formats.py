@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from trainers import make_trainer
 
 from axolotl_asft import AlignmentDirection, attach
-from axolotl_asft.anchor import TEXTS, AnswerAnchor
+from axolotl_asft.anchor import TEXTS, AnswerAnchor, asked_ways
 from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.cost import tokens_asked
@@ -98,7 +98,7 @@ def test_the_anchor_reads_what_axolotl_trains_on(kind, make):
     """The same tokens as a row of the data with the same request and answer, but for the end of the text."""
     tokenizer, cfg = make(), config_of(kind)
     (found,) = data_formats(cfg, tokenizer)
-    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS[:2], [found.text])
+    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS[:1], [found.text])
     fields = {"instruction": PLAIN[0], "question": PLAIN[0], "q": PLAIN[0], "input": "", "system_prompt": ""}
     row = fields | dict.fromkeys(("output", "response", "answer", "a"), OWN_ANSWERS[0][1])
     rows = Dataset.from_list([row])
@@ -109,16 +109,28 @@ def test_the_anchor_reads_what_axolotl_trains_on(kind, make):
     assert [-100] * start + ids[start:] == wrapped[0]["labels"][:-1]
 
 
-def test_a_step_asks_in_every_format():
-    formats = ["Q: {prompt} A:", "cat {prompt} dog"]
+def test_each_pair_is_asked_in_every_kind_of_form():
+    """A refusal and the harmless answer after it: in the chat template, in one of the formats, in a general one."""
+    ways = list(asked_ways(5, ["a", "b"], ["x", "y", "z"]))
+    assert ways[:6] == [(0, None), (1, None), (0, "a"), (1, "a"), (0, "x"), (1, "x")]
+    assert ways[6:12] == [(2, None), (3, None), (2, "b"), (3, "b"), (2, "y"), (3, "y")]
+    assert ways[12:] == [(4, None), (4, "a"), (4, "z")]
+    assert list(asked_ways(3)) == [(0, None), (1, None), (2, None)]
+    assert len(list(asked_ways(128, ["a"] * 8, ["x"] * 8))) == 3 * 128, "however many there are"
+
+
+def test_the_texts_of_an_anchor():
+    formats, general = ["Q: {prompt} A:"], ["<|system|> yes </s><|user|> {prompt} </s><|assistant|> "]
     tokenizer = make_tokenizer()
-    anchor, plain = (AnswerAnchor(tokenizer, OWN_ANSWERS, given) for given in (formats, []))
-    assert anchor._texts[::3] == plain._texts
+    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS, formats, general)
     assert len(anchor._texts) == 3 * len(OWN_ANSWERS)
+    plain = AnswerAnchor(tokenizer, OWN_ANSWERS)
+    assert [text for i, text in enumerate(anchor._texts) if i % 6 < 2] == plain._texts
     told = [tokenizer.decode(ids[:start]) for ids, start in anchor._texts[:6]]
-    assert told[2] == "cat the cat sees a dog dog"
-    assert told[5] == "cat a red house dog"
-    assert [tokenizer.decode(ids[start:]) for ids, start in anchor._texts[:3]] == [OWN_ANSWERS[0][1]] * 3
+    asked = [f"Q: {request} A:" for request in PLAIN]
+    assert told[2:4] == [tokenizer.decode(tokenizer(text)["input_ids"]) for text in asked]
+    assert told[4:] == [f"<|system|> yes </s> <|user|> {request} </s> <|assistant|>" for request in PLAIN]
+    assert [tokenizer.decode(ids[start:]) for ids, start in anchor._texts[:6:2]] == [OWN_ANSWERS[0][1]] * 3
 
 
 def adapted(folder):
@@ -271,7 +283,8 @@ def test_attach_says_what_it_asks_in(pair, rows, anchored_file, tmp_path, caplog
     direction = AlignmentDirection.load(anchored_file)
     with caplog.at_level(logging.INFO, "axolotl.asft"):
         constraint = attach(trainer, direction, anchor_weight=1.0, prompt_formats=["Q: {prompt} A:"])
-    assert "anchor_weight 1 (asked in the chat template and in 1 format of the data)" in caplog.text
+    others = "in 1 format of the data and under general system prompts and in later turns"
+    assert f"anchor_weight 1 (asked in the chat template, {others})" in caplog.text
     assert constraint.settings()["prompt_formats"] == ["Q: {prompt} A:"]
     trainer.train()
     trainer.save_model()
@@ -280,6 +293,7 @@ def test_attach_says_what_it_asks_in(pair, rows, anchored_file, tmp_path, caplog
     other.processing_class = make_tokenizer()
     without = attach(other, direction, anchor_weight=0.0, prompt_formats=["Q: {prompt} A:"])
     assert without.settings()["prompt_formats"] == [], "nobody asks in it"
+    assert without.settings()["general_formats"] is False
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -296,10 +310,12 @@ def test_a_run_on_alpaca_s_data(pair, anchored_file, tmp_path, weight):
     assert (said in check.settings) == bool(weight)
     result = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert ("(asked in the chat template and in 1 format of the data)" in result.stdout + result.stderr) == bool(weight)
+    assert ("(asked in the chat template, in 1 format of the data and " in result.stdout + result.stderr) == bool(
+        weight
+    )
     assert read_stamp(tmp_path / "out")["prompt_formats"] == ([ALPACA] if weight else [])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (f"- asked in the chat template, and as `` {json.dumps(ALPACA)} ``" in card) == bool(weight)
+    assert (f"- asked in the chat template, as `` {json.dumps(ALPACA)} ``, under general" in card) == bool(weight)
 
 
 @pytest.mark.parametrize(
@@ -350,13 +366,6 @@ def test_a_checkpoint_from_before_there_were_formats(tmp_path):
     refuse_other_constraint(tmp_path, settings)
     with pytest.raises(AsftError, match=r"was trained under prompt_formats \[\], and this run asks for"):
         refuse_other_constraint(tmp_path, settings | {"prompt_formats": ["Q: {prompt}"]})
-
-
-def test_many_formats_are_asked_of_both_kinds():
-    """A step asks a refusal and a harmless answer, in all of the formats."""
-    formats = [f"{{prompt}} {word}" for word in ("a", "the", "red", "blue", "cat", "dog", "sees", "house")]
-    anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS, formats)
-    assert anchor._a_step == 18 > TEXTS
 
 
 def test_more_tokens_are_asked_for():

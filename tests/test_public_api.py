@@ -10,7 +10,8 @@ SIGNATURES = {
     "extract_direction": "base aligned rank adapter output tolerance energy max_rank modules dtype keep_v metrics "
     "own_answers seed device progress",
     "AlignmentPenalty": "model direction projector rank metric lora_scaling modules on_uncovered verify_model",
-    "attach": "trainer direction lambda_reg max_drift anchor_weight chat_templates prompt_formats options",
+    "attach": "trainer direction lambda_reg max_drift anchor_weight chat_templates prompt_formats general_formats "
+    "options",
     "AlignmentDirection": "modules spec sha256",
     "AsftError": None,
     "AsftPlugin": "",

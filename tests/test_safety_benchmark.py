@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_asft.args import parse_block
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
-from benchmarks import safety, safety_elsewhere
+from benchmarks import safety, safety_elsewhere, safety_forms
 from benchmarks.safety_data import (
     COMPLIANCE,
     REFUSALS,
@@ -171,9 +171,9 @@ def test_data_in_alpaca_s_format(tmp_path, monkeypatch):
     assert config["datasets"][0]["type"] == "alpaca"
     row = json.loads((adapter.parent / "data.jsonl").read_text().splitlines()[0])
     assert set(row) == {"instruction", "input", "output"}
-    asked = safety.prompt_format("alpaca")
+    asked = safety_forms.prompt_format("alpaca")
     assert asked.endswith("### Instruction:\n{prompt}\n\n### Response:\n")
-    assert safety.prompt_format("chat_template") is safety.prompt_format(None) is None
+    assert safety_forms.prompt_format("chat_template") is safety_forms.prompt_format(None) is None
 
 
 def result(method, seed, harmfulness, accuracy, poison=0.1):

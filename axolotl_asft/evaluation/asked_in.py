@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from axolotl_asft.general_formats import UNSEEN
 from axolotl_asft.prompt_formats import checked_formats
 from axolotl_asft.stamp import read_stamp
 
@@ -15,7 +16,8 @@ def format_to_ask_in(
     """The format to ask in, None for the chat template; and a line on it where another was trained in.
 
     Args:
-        given: a text with {prompt} in it, or "chat_template"; None: the format in which all of the data ask.
+        given: a text with {prompt} in it, "chat_template", or a name of `UNSEEN`; None: the format in which all of the
+            data ask.
         content: the keys of an axolotl YAML, or none.
         adapters: as `axolotl_asft.evaluation.models.subjects` takes them; their stamps say what was asked in training.
 
@@ -23,7 +25,7 @@ def format_to_ask_in(
         AsftError: the text has no {prompt}.
     """
     if given is not None:
-        return (None if given == CHAT_TEMPLATE else checked_formats([given])[0]), None
+        return (None if given == CHAT_TEMPLATE else given if given in UNSEEN else checked_formats([given])[0]), None
     datasets = content.get("datasets") or []
     kinds = [one.get("type") for one in datasets if isinstance(one, dict)] if isinstance(datasets, list) else []
     if all(str(kind or CHAT_TEMPLATE).startswith(CHAT_TEMPLATE) for kind in kinds):

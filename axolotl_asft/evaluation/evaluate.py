@@ -51,7 +51,8 @@ class Questions:
         task_limit: documents of each task; None: all.
         num_fewshot: examples in a task's prompt; None: as the task says.
         max_new_tokens: of an answer.
-        prompt_format: text with {prompt} in it that prompts are asked in, in place of a chat template.
+        prompt_format: text with {prompt} in it that prompts are asked in, in place of a chat template; system_prompt or
+            second_turn: in the chat template after that (`axolotl_asft.general_formats.UNSEEN`).
         batch_size: prompts at a time, also of a judge.
         dtype, load_in_4bit: how the model is loaded.
         judges: names of judge models, each asked as its family wants.

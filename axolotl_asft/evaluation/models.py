@@ -14,10 +14,10 @@ from axolotl_asft.evaluation.fitting import check_complete, check_layers
 from axolotl_asft.evaluation.generating import only_special_tokens
 from axolotl_asft.evaluation.resizing import resized, saved_rows
 from axolotl_asft.files import file_sha256, named_folder, read_json
+from axolotl_asft.general_formats import template_to_ask_in
 from axolotl_asft.hub import hub_file, hub_model
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.naming import model_class
-from axolotl_asft.prompt_formats import format_as_template
 from axolotl_asft.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from axolotl_asft.templates import text_tokenizer
 
@@ -201,7 +201,7 @@ def load_tokenizer(model: str, adapter: Path | None = None, prompt_format: str |
     """The tokenizer that an adapter was saved with, else that of the model; it has to have a chat template.
 
     Args:
-        prompt_format: that is to stand in the chat template's place (`axolotl_asft.prompt_formats`).
+        prompt_format: that is to stand in the chat template's place (`axolotl_asft.prompt_formats`), or of `UNSEEN`.
 
     Raises:
         AsftError: no tokenizer, or one without a chat template.
@@ -214,7 +214,7 @@ def load_tokenizer(model: str, adapter: Path | None = None, prompt_format: str |
     with loading(f"no tokenizer at {source}"):
         tokenizer = text_tokenizer(AutoTokenizer.from_pretrained(**place(source)))
     if prompt_format is not None:
-        tokenizer.chat_template = format_as_template(tokenizer, prompt_format)
+        tokenizer.chat_template = template_to_ask_in(tokenizer, prompt_format)
     if not tokenizer.chat_template:
         raise AsftError(
             f"the tokenizer of {source} has no chat template, so how the model was prompted in training is not known; "

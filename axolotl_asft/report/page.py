@@ -180,8 +180,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             found.append((f"direction: {side} model", f"{model['id']}{revision}, weights sha256 {model.get('sha256')}"))
         found.append(("direction: made", f"{spec['created']} by {spec['tool']}"))
     keys = (
-        "direction_sha256", "lambda_reg", "max_drift", "anchor_weight", "prompt_formats", "projector", "rank", "metric",
-        "lora_scaling", "modules", "on_uncovered",
+        "direction_sha256", "lambda_reg", "max_drift", "anchor_weight", "prompt_formats", "general_formats",
+        "projector", "rank", "metric", "lora_scaling", "modules", "on_uncovered",
     )  # fmt: skip
     found += [(key, "none" if stamp[key] is None else str(stamp[key])) for key in keys if key in stamp]
     for key in ("started", "trainer", "engine", "processes", "device", "python", "platform"):
