@@ -147,9 +147,10 @@ class AnswerAnchor:
         So does axolotl's tiled MLP, and says nothing: its gradient of several texts is wrong.
         """
         tiled = any(hasattr(module, TILED) for module in model.modules())
+        longest = sorted(self._texts, key=lambda text: -len(text[0]))
         for most in (1,) if tiled else (TEXTS, 1):
             try:
-                self._pass(model, self._texts[:most])
+                self._pass(model, longest[:most])
                 return most
             except AsftError:
                 raise

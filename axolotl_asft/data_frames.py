@@ -14,6 +14,7 @@ MOST = 8  # frames that are asked in
 HALF = 0.5  # of the rows under a head, from which on an instruction is theirs
 ALIKE, LONGER = 0.95, 8  # of the rows with an instruction, and tokens, that tell what they have in common
 LEAST = 4  # letters that tell a turn's header from a line break
+TRIED = 8  # rows that tell a frame's text
 TOKENS = 512  # of a frame that is one row's alone
 EXAMPLE = 30  # tokens shown of a prompt
 
@@ -76,31 +77,37 @@ def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
     if turn is None or not prompts:
         return None
     starts = [_start(tokenizer, turn[0], False), *(_start(tokenizer, text.partition(PLACE)[0], True) for text in asked)]
+    starts = [start for start in starts if start not in ((), (tokenizer.bos_token_id,))]
     header, least = _header(tokenizer, turn[0]), SHARE * len(prompts)
     heads: dict[Tokens, list[Tokens]] = defaultdict(list)
     for ids in prompts:
         heads[_head(ids, starts, header)].append(ids)
-    common: list[_Frame] = []
+    common: list[tuple[_Frame, str]] = []
     rare: list[_Frame] = []
     for head, rows in heads.items():
-        inside = _instructions(head, rows) if len(rows) >= least else []
-        rest = [ids for ids in rows if not any(_begins(ids, frame.before) for frame in inside)]
-        common += inside
-        if head and rest and head not in starts:
-            (common if len(rest) >= least else rare).append(_Frame(head, (), rest))
-    common = sorted(common, key=lambda frame: -len(frame.rows))[:MOST]
+        own = (
+            HALF * len(rows) if header else least
+        )  # where a system prompt stands in the user's turn, it is found there
+        inside = _instructions(head, rows, max(least, own))
+        told = [(frame, text) for frame in inside if (text := _format(tokenizer, frame, turn)) is not None]
+        rest = [ids for ids in rows if not any(_begins(ids, frame.before) for frame, _ in told)]
+        if head and head not in starts and len(rest) >= least:
+            frame = _Frame(head, (), rest)
+            told += [(frame, text)] if (text := _format(tokenizer, frame, turn)) is not None else []
+        elif head and head not in starts and rest and len(head) <= TOKENS:
+            rare.append(_Frame(head, (), rest))
+        common += told
+    common = sorted(common, key=lambda pair: -len(pair[0].rows))[:MOST]
     if sum(len(frame.rows) for frame in rare) < least:
         rare = []
-    short = [frame for frame in rare if len(frame.before) <= TOKENS]
-    room = min(MOST - len(common), len(short))
-    sampled = [short[i * len(short) // room] for i in range(room)]
-    told = [(text, frame) for frame in common if (text := _format(tokenizer, frame, turn)) is not None]
-    some = [text for frame in sampled if (text := _format(tokenizer, frame, turn)) is not None]
-    formats = tuple(dict.fromkeys([*(text for text, _ in told), *some]))
+    room = min(MOST - len(common), len(rare))
+    texts = [_format(tokenizer, rare[i * len(rare) // room], turn) for i in range(room)]
+    sampled = [text for text in texts if text is not None]
+    formats = tuple(dict.fromkeys([*(text for _, text in common), *sampled]))
     others = [ids for head, rows in heads.items() if head not in starts for ids in rows]
     if not formats and len(others) < least:
         return None
-    held = {id(ids) for frame in [*(frame for _, frame in told), *(rare if some else ())] for ids in frame.rows}
+    held = {id(ids) for frame in [*(frame for frame, _ in common), *(rare if sampled else ())] for ids in frame.rows}
     left = [ids for ids in others if id(ids) not in held]
     example = tokenizer.decode(list((left or others or prompts)[0][:EXAMPLE]))
     return Frames(formats, len(others) / len(prompts), len(left) / len(prompts), example)
@@ -113,14 +120,14 @@ def _head(ids: Tokens, starts: Sequence[Tokens], header: Tokens) -> Tokens:
     return max(asked, key=len) if asked else _up_to(ids, header)
 
 
-def _instructions(head: Tokens, rows: Sequence[Tokens]) -> list[_Frame]:
-    """What most requests after a head begin with alike, and end with."""
+def _instructions(head: Tokens, rows: Sequence[Tokens], least: float) -> list[_Frame]:
+    """What so many requests after a head begin with alike, and end with."""
     alike: dict[Tokens, list[Tokens]] = defaultdict(list)
     for ids in rows:
         alike[ids[len(head) : len(head) + LONGER]].append(ids)
     found = []
     for group in alike.values():
-        if len(group) < HALF * len(rows):
+        if len(group) < least:
             continue
         before = _shared(group)
         end = _shared([ids[: len(before) - 1 : -1] for ids in group])[::-1]
@@ -192,12 +199,19 @@ def _up_to(ids: Tokens, header: Tokens) -> Tokens:
 
 
 def _format(tokenizer: Any, frame: _Frame, turn: tuple[str, str]) -> str | None:
-    """A frame as a format; None where its first row, put in that, is not read as it was.
+    """A frame as a format, as most of some of its rows have it; None where none is read as it was.
 
     Args:
         turn: what the chat template has before and after a request.
     """
-    row, usual = frame.rows[0], _end(tokenizer, *turn)
+    rows = [frame.rows[i * len(frame.rows) // TRIED] for i in range(TRIED)]
+    found = Counter(text for row in rows if (text := _text(tokenizer, frame, row, turn)) is not None)
+    return found.most_common(1)[0][0] if found else None
+
+
+def _text(tokenizer: Any, frame: _Frame, row: Tokens, turn: tuple[str, str]) -> str | None:
+    """A row with {prompt} in its request's place; None where the tokenizer reads the same otherwise."""
+    usual = _end(tokenizer, *turn)
     end = frame.end or usual
     extra = end[: len(end) - len(usual)] if _ends(end, usual) else end
     after = turn[1] if _ends(end, usual) else ""
@@ -206,14 +220,12 @@ def _format(tokenizer: Any, frame: _Frame, turn: tuple[str, str]) -> str | None:
     before = tokenizer.decode(frame.before[own:])
     rest = tokenizer.decode(row[own:]).removeprefix(before)
     lead = before + rest[: len(rest) - len(rest.lstrip())]
-    request = tokenizer.decode(row[len(frame.before) : len(row) - len(end)]).strip()
-    for gap in ("", " "):
-        text = f"{lead}{PLACE}{gap if extra else ''}{tokenizer.decode(extra)}{after}"
-        if (
-            text.count(PLACE) == 1
-            and len(text) <= LONGEST
-            and tuple(tokenizer(filled(text, request))["input_ids"]) == row
-        ):
+    request = tokenizer.decode(row[len(frame.before) : len(row) - len(end)])
+    last = request[len(request.rstrip()) :]  # a token may be of the request's last letters and of the break after them
+    for gap in dict.fromkeys((last, "", " ") if extra else (last, "")):
+        text = f"{lead}{PLACE}{gap}{tokenizer.decode(extra)}{after}"
+        ids = tuple(tokenizer(filled(text, request.strip()))["input_ids"])
+        if text.count(PLACE) == 1 and len(text) <= LONGEST and ids == row:
             return text
     return None
 

@@ -103,4 +103,4 @@ def template_to_ask_in(tokenizer: Any, prompt_format: str) -> str:
             "text with {prompt} in it, or in the chat template"
         )
     before = json.dumps([{"role": role, "content": text} for role, text in turns])
-    return f"{{% set messages = {before} + messages %}}{tokenizer.chat_template}"
+    return f"{{% set messages = {before} + messages %}}{tokenizer.get_chat_template()}"

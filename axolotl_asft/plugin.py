@@ -23,6 +23,7 @@ from axolotl_asft.guard import OUR_NAMES, SHORT_NAME, fold_dotted_keys, refuse_m
 from axolotl_asft.initialisation import takes_out
 from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.report.drawing import INSTALL
+from axolotl_asft.resuming import formats_before
 from axolotl_asft.startup import is_installed
 from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
@@ -127,10 +128,13 @@ class AsftPlugin(BasePlugin):
         if cfg.lora_model_dir and any(map(_takes_out, trainer.model.peft_config.values())):
             raise AsftError(refused_of_continued(cfg.lora_model_dir))
         self._trained, self._pictured = None, False
+        from axolotl_asft.run_config import resumed_from
         from axolotl_asft.run_data import dataset_templates, run_formats
 
-        tokenizer = getattr(trainer, "processing_class", None)
-        formats = run_formats(cfg, tokenizer, block.prompt_formats, direction.spec)
+        tokenizer, given = getattr(trainer, "processing_class", None), block.prompt_formats
+        if given is None:  # a template may have the date in it: read anew, the data would begin otherwise
+            given = formats_before(resumed_from(cfg))
+        formats = run_formats(cfg, tokenizer, given, direction.spec)
         found = frames(tokenizer, getattr(trainer, "train_dataset", None), formats.asked)
         by_itself = formats.readable and not formats.given
         options["prompt_formats"] = [*formats.asked, *(found.formats if found is not None and by_itself else ())]

@@ -67,6 +67,11 @@ def refuse_resumed(trainer: Trainer, checkpoint: Path, settings: dict[str, Any])
         raise AsftError(found[0])
 
 
+def formats_before(checkpoint: str | None) -> list[str] | None:
+    """The prompt formats under which a checkpoint was trained; None where there is none, or it does not say."""
+    return None if checkpoint is None else _stamp_of(Path(checkpoint)).get("prompt_formats")
+
+
 def peak_before(checkpoint: Path, logged: list[dict[str, Any]]) -> float | None:
     """The penalty's peak up to a checkpoint: what its stamp says, and the lines of the log; None where neither does."""
     known = [_stamp_of(checkpoint).get("penalty_peak"), *(line.get("asft/penalty") for line in logged)]

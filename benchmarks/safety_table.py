@@ -164,7 +164,9 @@ micro-batches of {batch}.
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's;
   -mixed: from the shipped ones and HarmBench's; -mixed-half: from the shipped ones and every second of HarmBench's
-- {DEFAULT} is the default, and "the default" in the pictures
+- {DEFAULT}, "the default" in the pictures, is the default but for its general forms (`general_formats: false`);
+  -general: with them, as the default is now
+- -in-turn, -in-system: the same asked in a second turn, or under a system prompt, in which no anchor asks
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; answers-N: as many of those in
   the direction file, by `axolotl asft answers`; mix-N: N % of refusals
 - full: every weight is trained, without LoRA
@@ -174,6 +176,9 @@ micro-batches of {batch}.
 - -second: of another aligned model, which was taught other prompts than metric, anchor and own answers ask
 - -alpaca: on data of type alpaca, and asked in alpaca's format; -alpaca-in-chats: the same asked in the chat template;
   -alpaca-unasked: with `prompt_formats: []`, so that the anchor asks in the chat template alone
+- -system: on chats under one system prompt, and asked under it; -systems: each under its own, and asked under
+  another; -in-chats, -in-other, -unasked: asked in the bare chat template, under another system prompt, and with
+  `prompt_formats: []`
 - -qlora: in QLoRA on a GPU, in bf16 (drift was not taken there)
 - -diverse: the poison's answers are in other words for every example, and not one of four sentences
 - a method whose name ends in -long trains three epochs instead of one, -twice two; one with -lr-R, at a learning rate

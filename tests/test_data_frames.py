@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from test_prompt_formats import with_first_token
 from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_config
+from tokenizers import Regex
 
 from axolotl_asft.anchor import AnswerAnchor
 from axolotl_asft.data_frames import MOST, _shared, frames
@@ -88,7 +89,8 @@ def test_a_template_that_puts_it_into_the_user_s_turn():
     assert frames(tokenizer, rows, found.formats) is None
     assert frames(tokenizer, tokenised(tokenizer, [None]), []) is None
     halves = frames(tokenizer, tokenised(tokenizer, [long, f"red {long}"]), []).formats
-    assert frames(tokenizer, tokenised(tokenizer, [long, None, None]), []) is None
+    assert len(frames(tokenizer, tokenised(tokenizer, [long, None, None]), []).formats) == 1
+    assert frames(tokenizer, tokenised(tokenizer, [long, *[None] * 39]), []) is None, "too few"
     assert [text.partition(" {")[0] for text in halves] == [f"<|user|> {long}", f"<|user|> red {long}"]
 
 
@@ -149,6 +151,8 @@ def test_system_prompts_that_are_too_long_to_be_asked_in():
     found = frames(tokenizer, tokenised(tokenizer, own, count=30), [])
     assert (found.formats, found.left) == ((), 1.0)
     assert found.unheld(True) == found.unheld(False) != []
+    half = frames(tokenizer, tokenised(tokenizer, [*own[:15], *["red " * i for i in range(1, 16)]], count=30), [])
+    assert (len(half.formats), half.left) == (MOST, 0.5)
 
 
 def test_the_same_instruction_under_system_prompts():
@@ -174,6 +178,82 @@ def test_as_what_is_asked(systems):
     """None, or too few of others to tell."""
     tokenizer = make_tokenizer()
     assert frames(tokenizer, tokenised(tokenizer, systems), []) is None
+
+
+def real_tokenizer():
+    """Bytes in GPT-2's way, merged as in ". " and breaks: what stands around a request may be of one token with it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[^\s\w]+[\r\n]*|\s*[\r\n]+|\s?\w+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = ["It is late.\n\nSentiment:", "Classify the text.\n\nText: no!\n\nSentiment:"] * 50
+    special = ["<|im_start|>", "<|im_end|>"]
+    training = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, training)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    assert len(fast(".\n\n")["input_ids"]) == 1
+    return fast
+
+
+def chats(tokenizer, requests, system):
+    rows = []
+    for request in requests:
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": request})
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": [*ids, 5], "labels": [-100] * len(ids) + [5]})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("system", [None, "Be short."])
+@pytest.mark.parametrize("ends", [".", "!", ".!?x"])
+def test_an_instruction_around_requests_that_end_in_marks(system, ends):
+    """The request's last mark and the break after it are one token."""
+    tokenizer = real_tokenizer()
+    texts = [
+        f"It was the {word} one of {i}{ends[i % len(ends)]}"
+        for i, word in enumerate(["red", "blue", "old", "new"] * 10)
+    ]
+    requests = [f"Classify the sentiment of this.\n\nText: {text}\n\nSentiment:" for text in texts]
+    found = frames(tokenizer, chats(tokenizer, requests, system), [])
+    before = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    (text,) = found.formats
+    head, tail = text.split("{prompt}")
+    assert head.startswith(f"{before}<|im_start|>user\nClassify the sentiment of this.\n\nText:")
+    assert tail.lstrip(".!").endswith("\n\nSentiment:<|im_end|>\n<|im_start|>assistant\n")
+    assert found.left == 0.0
+
+
+@pytest.mark.parametrize("end", ["", "\n", "  "])
+def test_requests_that_end_in_blanks(end):
+    """Some of them, or all: the system prompt is found."""
+    tokenizer = real_tokenizer()
+    requests = [f"{word} {i}{end if i % 2 else ''}" for i, word in enumerate(["red", "blue", "old", "new"] * 10)]
+    for some in (requests, requests[1::2]):
+        (text,) = frames(tokenizer, chats(tokenizer, some, "Be short."), []).formats
+        assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n{prompt}")
+
+
+def test_a_format_that_begins_with_the_request_hides_no_system_prompts():
+    tokenizer = make_tokenizer()
+    found = frames(tokenizer, tokenised(tokenizer, ["no dog", "yes"]), ["{prompt} then"])
+    assert len(found.formats) == 2
+    assert found.share == 1.0
 
 
 def test_instructions_with_an_input():
@@ -228,3 +308,23 @@ def test_a_run_with_a_system_prompt(pair, anchored_file, tmp_path):
     assert "(asked in the chat template, in 1 format of the data and " in result.stdout + result.stderr
     assert "begin as none in which the anchor asks" not in result.stdout + result.stderr
     assert read_stamp(tmp_path / "out")["prompt_formats"] == [SYSTEM]
+
+
+def test_a_run_that_goes_on_asks_in_what_it_asked_in(pair, anchored_file, tmp_path):
+    """Though its data begin otherwise now, as under a template with the date in it."""
+
+    def run(system, **changes):
+        data = tmp_path / f"{system[:2]}.jsonl"
+        chats = [[("system", system), ("user", prompt), ("assistant", "yes")] for prompt in PROMPTS * 2]
+        rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        block = {"direction": str(anchored_file), "anchor_weight": 1.0}
+        config = write_config(tmp_path, pair[1], data, block, save_strategy="steps", save_steps=1, **changes)
+        return axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
+
+    result = run("no dog says yes", max_steps=1)
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = run("red", max_steps=2, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert read_stamp(tmp_path / "out")["prompt_formats"] == [SYSTEM]
+    assert "begin as none in which the anchor asks" in result.stdout + result.stderr
