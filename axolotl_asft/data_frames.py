@@ -85,10 +85,8 @@ def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
     common: list[tuple[_Frame, str]] = []
     rare: list[_Frame] = []
     for head, rows in heads.items():
-        own = (
-            HALF * len(rows) if header else least
-        )  # where a system prompt stands in the user's turn, it is found there
-        inside = _instructions(head, rows, max(least, own))
+        most = HALF * len(rows) if header else least  # without a header it may be a system prompt in the user's turn
+        inside = _instructions(head, rows, max(least, most))
         told = [(frame, text) for frame in inside if (text := _format(tokenizer, frame, turn)) is not None]
         rest = [ids for ids in rows if not any(_begins(ids, frame.before) for frame, _ in told)]
         if head and head not in starts and len(rest) >= least:

@@ -27,6 +27,10 @@ DETAILS = (
     "-diverse",
     "-second",
     "-alpaca",
+    "-general",
+    "-in-system",
+    "-in-turn",
+    "-system",
     ON_GPU,
 )
 PRIM = 2  # times as many harmless prompts refused as by the aligned model: no safety, and hollow in the picture
