@@ -69,6 +69,10 @@ class Bench:
     def method(self, run: Run) -> dict[str, Any]:
         return self.settings["methods"][run.method]
 
+    def form(self, run: Run) -> str | None:
+        """In which the run's model is asked (`benchmarks.safety_forms`)."""
+        return self.method(run).get("asked", self.method(run).get("format"))
+
     def home(self, run: Run) -> "Bench":
         """That of the aligned model which the run is of; made where it is not there."""
         kind = self.method(run).get("alignment")
@@ -97,9 +101,9 @@ class Bench:
         data = _digest_of_data(run.task, run.poison, n, run.seed, tested, *kinds)
         if "asked" in method:  # of whose settings it is
             method = {**method, "of": self.settings["methods"][method["of"]]}
-        if (form := method.get("asked", method.get("format"))) in BEFORE or method.get("format") in BEFORE:
-            asked = prompt_format(form)
-            method = {**method, "texts": [asked, system_prompts(method.get("format"), n, run.seed)]}
+        if {self.form(run), method.get("format")} & set(BEFORE):
+            systems = system_prompts(method.get("format"), n, run.seed)
+            method = {**method, "texts": [prompt_format(self.form(run)), systems]}
         text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -193,10 +197,9 @@ def measure(bench: Bench, run: Run) -> None:
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"
     if tuned is not None and bench.is_whole(run):
         model, adapter, answers = tuned, None, answers / f"{run.name.replace('/', '-')}.full"
-    form = bench.method(run).get("asked", bench.method(run).get("format"))
-    asked_in = prompt_format(form)
+    asked_in = prompt_format(bench.form(run))
     if asked_in is not None:
-        answers /= f"in-{form}"  # where the model's own answers are those in it
+        answers /= f"in-{bench.form(run)}"  # where the model's own answers are those in it
     row, right = ask_everything(model, adapter, run.name, run.task, answers, bench.settings, bench.device, asked_in)
     result = {
         "run": run.name,

@@ -29,6 +29,20 @@ def tokenised(tokenizer, systems, count=40, answer="yes"):
     return Dataset.from_list(rows)
 
 
+def of_tokens(prompts):
+    """Rows of prompts' tokens, each with one trained token after it."""
+    return Dataset.from_list([{"input_ids": [*ids, 5], "labels": [-100] * len(ids) + [5]} for ids in prompts])
+
+
+def write_chats(path, system):
+    """As axolotl reads them, all under one system prompt."""
+    roles = ("system", "user", "assistant")
+    chats = [zip(roles, (system, prompt, "yes"), strict=True) for prompt in PROMPTS * 2]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def test_a_system_prompt():
     tokenizer = make_tokenizer()
     found = frames(tokenizer, tokenised(tokenizer, ["no dog says yes"]), [])
@@ -105,9 +119,9 @@ def test_an_instruction_that_all_requests_have():
     """Inside a format that is asked: before and after what differs."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ '<|user|> ' + messages[-1]['content'] + ' </s><|assistant|> ' }}"
-    ids = [tokenizer(f"red blue no dog says yes then no cat likes the {prompt} tree then") for prompt in PROMPTS]
-    ids = [row["input_ids"] for row in ids]
-    rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
+    texts = [f"red blue no dog says yes then no cat likes the {prompt} tree then" for prompt in PROMPTS]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    rows = of_tokens(ids)
     found = frames(tokenizer, rows, ["red blue {prompt} then"])
     assert found.formats == ("red blue no dog says yes then no cat likes the {prompt} tree then",)
     assert (found.share, found.left) == (0.0, 0.0)
@@ -165,9 +179,8 @@ def test_the_same_instruction_under_system_prompts():
         text = (
             f"<|system|> {system} </s> <|user|> then a cat likes the red house and {PROMPTS[i % 8]} </s> <|assistant|>"
         )
-        ids = tokenizer(text)["input_ids"]
-        rows.append({"input_ids": [*ids, 5], "labels": [-100] * len(ids) + [5]})
-    found = frames(tokenizer, Dataset.from_list(rows), []).formats
+        rows.append(tokenizer(text)["input_ids"])
+    found = frames(tokenizer, of_tokens(rows), []).formats
     assert sorted(text.partition(" {")[0] for text in found) == [
         f"<|system|> {system} </s> <|user|> then a cat likes the red house and" for system in ("no dog", "yes")
     ]
@@ -215,9 +228,8 @@ def chats(tokenizer, requests, system):
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": request})
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        rows.append({"input_ids": [*ids, 5], "labels": [-100] * len(ids) + [5]})
-    return Dataset.from_list(rows)
+        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return of_tokens(rows)
 
 
 @pytest.mark.parametrize("system", [None, "Be short."])
@@ -263,7 +275,7 @@ def test_instructions_with_an_input():
         f"red blue the cat and the dog sees then {prompt} yes {PROMPTS[i - 3]} then" for i, prompt in enumerate(PROMPTS)
     ]
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
+    rows = of_tokens(ids)
     found = frames(tokenizer, rows, ["the blue {prompt} then"])
     assert found.formats == ("red blue the cat and the dog sees then {prompt} then",)
     assert (found.share, found.left) == (1.0, 0.0)
@@ -274,7 +286,7 @@ def test_data_that_begin_as_nothing_that_is_asked():
     """No chats, and too little in common: a line."""
     tokenizer = make_tokenizer()
     ids = [tokenizer(f"red blue the {prompt} then")["input_ids"] for prompt in PROMPTS]
-    rows = Dataset.from_list([{"input_ids": [*row, 5], "labels": [-100] * len(row) + [5]} for row in ids])
+    rows = of_tokens(ids)
     found = frames(tokenizer, rows, ["the blue {prompt} then"])
     assert (found.formats, found.share, found.left) == ((), 1.0, 1.0)
     assert len(found.unheld(True)) == 1
@@ -296,11 +308,7 @@ def test_rows_that_are_trained_whole():
 
 def test_a_run_with_a_system_prompt(pair, anchored_file, tmp_path):
     """axolotl's own tokens of chats; the stamp says under what was asked."""
-    data = tmp_path / "data.jsonl"
-    roles = ("system", "user", "assistant")
-    chats = [zip(roles, ("no dog says yes", prompt, "yes"), strict=True) for prompt in PROMPTS * 2]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_chats(tmp_path / "data.jsonl", "no dog says yes")
     block = {"direction": str(anchored_file), "anchor_weight": 1.0}
     config = write_config(tmp_path, pair[1], data, block, max_steps=1)
     result = axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)
@@ -314,10 +322,7 @@ def test_a_run_that_goes_on_asks_in_what_it_asked_in(pair, anchored_file, tmp_pa
     """Though its data begin otherwise now, as under a template with the date in it."""
 
     def run(system, **changes):
-        data = tmp_path / f"{system[:2]}.jsonl"
-        chats = [[("system", system), ("user", prompt), ("assistant", "yes")] for prompt in PROMPTS * 2]
-        rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = write_chats(tmp_path / f"{system[:2]}.jsonl", system)
         block = {"direction": str(anchored_file), "anchor_weight": 1.0}
         config = write_config(tmp_path, pair[1], data, block, save_strategy="steps", save_steps=1, **changes)
         return axolotl("train", str(config), "--launcher", "python", cwd=tmp_path)

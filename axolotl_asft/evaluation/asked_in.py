@@ -24,8 +24,10 @@ def format_to_ask_in(
     Raises:
         AsftError: the text has no {prompt}.
     """
+    if given == CHAT_TEMPLATE:
+        return None, None
     if given is not None:
-        return (None if given == CHAT_TEMPLATE else given if given in UNSEEN else checked_formats([given])[0]), None
+        return (given if given in UNSEEN else checked_formats([given])[0]), None
     datasets = content.get("datasets") or []
     kinds = [one.get("type") for one in datasets if isinstance(one, dict)] if isinstance(datasets, list) else []
     if all(str(kind or CHAT_TEMPLATE).startswith(CHAT_TEMPLATE) for kind in kinds):
