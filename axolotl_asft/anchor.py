@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError, one_line
-from axolotl_asft.prompt_formats import OTHER_TEMPLATE, filled, plain_requests
+from axolotl_asft.prompt_formats import OTHER_TEMPLATE, asked_ways, filled, plain_requests
 from axolotl_asft.quiet import without_adapter, without_noise
 from axolotl_asft.spec import own_answers_in
 from axolotl_asft.templates import text_tokenizer
@@ -221,21 +221,6 @@ class AnswerAnchor:
         rows = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
         places = torch.tensor([place for ids, start in texts for place in range(start - 1, len(ids) - 1)])
         return list(logits[rows, places].split(counts))  # at once: each slice would have a gradient as large as logits
-
-
-def asked_ways(
-    answers: int, formats: Sequence[str] = (), general: Sequence[str] = ()
-) -> Iterator[tuple[int, str | None]]:
-    """What is asked for, in turn: (answer, the text around its request; None: the chat template).
-
-    Each pair of answers, a refusal and a harmless one, in the chat template, in one of the data's formats and in one of
-    the general ones: however many these are, they share as many texts as the chat template has.
-    """
-    for first in range(0, answers, 2):
-        for texts in ((None,), formats, general):
-            if texts:
-                way = texts[first // 2 % len(texts)]
-                yield from ((place, way) for place in range(first, min(first + 2, answers)))
 
 
 def own_answers_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:

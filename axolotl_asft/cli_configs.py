@@ -3,13 +3,14 @@
 import builtins
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from axolotl_asft.console import FilePath, OneLineErrors, quietly
+from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
 from axolotl_asft.guard import OPTIONS, declarations
 
@@ -177,37 +178,69 @@ def schema(output: Path | None, force: bool) -> None:
     "--lines",
     type=click.IntRange(1),
     metavar="N",
-    help="Lines to write; the file's answers are repeated.  [default: as many as the file holds]",
+    help="Lines to write; the answers are repeated.  [default: each once in each way of asking]",
+)
+@click.option(
+    "--general-formats/--no-general-formats",
+    default=True,
+    show_default=True,
+    help="Each answer under a general system prompt or in a later turn too, as an anchor asks; twice as many lines.",
+)
+@click.option(
+    "--model",
+    metavar="DIR|ID",
+    help="Whose tokenizer writes these.  [default: the aligned model that the file names]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def answers(file: str, output: Path, lines: int | None, force: bool, as_json: bool) -> None:
+def answers(
+    file: str, output: Path, lines: int | None, general_formats: bool, model: str | None, force: bool, as_json: bool
+) -> None:
     """Write the aligned model's own answers, which a direction file keeps, as training data.
 
     For a run that the constraint cannot join: full fine-tuning, DeepSpeed's ZeRO-3, tensor parallelism. Mixed into your
     data, they hold the model to its refusals in another way, at the price of more steps and of more harmless prompts
-    refused. It takes many of them: the anchor asks 8 at every optimizer step.
+    refused. It takes many of them: the anchor asks 8 at every optimizer step. Half of the lines are first turns of a
+    chat, half stand under a general system prompt or in a later turn, where first turns alone hold nothing.
 
     \b
     Example:
       axolotl asft answers chat.asft.safetensors -o own-answers.jsonl --lines 5000
     """
     refuse_to_replace_file(output, force)
-    from axolotl_asft.answer_data import TYPE, write_answers
+    from axolotl_asft.answer_data import TYPE, in_general_formats, write_answers
     from axolotl_asft.direction import AlignmentDirection
     from axolotl_asft.spec import own_answers_in
     from axolotl_asft.summary import declining
     from axolotl_asft.yaml_config import scalar
 
-    turns = own_answers_in(AlignmentDirection.load(file).spec)
-    count, no = write_answers(turns, output, lines), declining(turns)
+    spec = AlignmentDirection.load(file).spec
+    turns = own_answers_in(spec)
+    asked = in_general_formats(_aligned_tokenizer(spec, model), turns) if general_formats and turns else turns
+    count, no = write_answers(asked, output, lines), declining(turns)
     if as_json:
-        click.echo(json.dumps({"file": str(output), "lines": count, "answers": len(turns), "declining": no}))
+        told = {"lines": count, "answers": len(turns), "declining": no, "general_formats": general_formats}
+        click.echo(json.dumps({"file": str(output), **told}))
         return
     click.echo(
         f"{output}: {count} lines of {len(turns)} answers, {no} of which decline\n\n"
         f"Use it, beside your own data:\n  datasets:\n    - path: {scalar(output)}\n      type: {TYPE}"
     )
+
+
+def _aligned_tokenizer(spec: Mapping[str, Any], model: str | None) -> Any:
+    """That of a model, or of the aligned one that a direction file names."""
+    from axolotl_asft.evaluation.models import load_tokenizer
+
+    aligned = spec["aligned"]
+    revision = f"@{aligned['revision']}" if aligned.get("revision") else ""
+    try:
+        return load_tokenizer(model or f"{aligned['id']}{revision}")
+    except AsftError as error:
+        raise type(error)(
+            f"{error}; its tokenizer is needed: give --model, or write first turns alone (--no-general-formats), which "
+            "hold nothing in later ones"
+        ) from error
 
 
 CONFIG_COMMANDS = (check, recipes, schema, answers)

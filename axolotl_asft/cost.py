@@ -94,7 +94,7 @@ def tokens_asked(answers: Sequence[Sequence[str]], formats: Sequence[str] = (), 
 
     Args:
         formats: in which it asks beside the chat template; counted around a request that has one already.
-        general: in which it asks besides (`axolotl_asft.anchor.asked_ways`).
+        general: in which it asks besides (`axolotl_asft.prompt_formats.asked_ways`).
     """
     letters = sum(len(request) + len(answer) for request, answer in answers) / max(1, len(answers))
     kinds = [sum(map(len, texts)) / len(texts) for texts in (formats, general) if texts]

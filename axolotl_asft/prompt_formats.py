@@ -1,6 +1,6 @@
 """Prompts that data put around a request in place of a chat template, such as alpaca's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from axolotl_asft.errors import AsftError
@@ -38,6 +38,21 @@ def asked_in(formats: Sequence[str], general: bool) -> str:
     others = [f"in {len(formats)} format{'s' if len(formats) > 1 else ''} of the data"] if formats else []
     others += ["under general system prompts and in later turns"] if general else []
     return f" (asked in the chat template, {' and '.join(others)})" if others else ""
+
+
+def asked_ways(
+    answers: int, formats: Sequence[str] = (), general: Sequence[str] = ()
+) -> Iterator[tuple[int, str | None]]:
+    """What is asked for, in turn: (answer, the text around its request; None: the chat template).
+
+    Each pair of answers, a refusal and a harmless one, in the chat template, in one of the data's formats and in one of
+    the general ones: however many these are, they share as many texts as the chat template has.
+    """
+    for first in range(0, answers, 2):
+        for texts in ((None,), formats, general):
+            if texts:
+                way = texts[first // 2 % len(texts)]
+                yield from ((place, way) for place in range(first, min(first + 2, answers)))
 
 
 def filled(text: str, request: str) -> str:

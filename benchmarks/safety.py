@@ -71,7 +71,8 @@ class Bench:
 
     def form(self, run: Run) -> str | None:
         """In which the run's model is asked (`benchmarks.safety_forms`)."""
-        return self.method(run).get("asked", self.method(run).get("format"))
+        form = self.method(run).get("asked", self.method(run).get("format"))
+        return f"after_{run.task}" if form == "after_task" else form
 
     def home(self, run: Run) -> "Bench":
         """That of the aligned model which the run is of; made where it is not there."""
@@ -86,7 +87,8 @@ class Bench:
 
     def is_whole(self, run: Run) -> bool:
         """Whether what the run makes is a model, and no adapter."""
-        return "full" in self.method(run) or "arithmetic" in self.method(run)
+        method = self.method(run)
+        return bool({"full", "arithmetic"} & {*method, *self.settings["methods"].get(method.get("of"), {})})
 
     def is_derived(self, run: Run) -> bool:
         """Whether it is made of another run's adapter."""
@@ -270,7 +272,9 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if method.get("full"):
         settings = {key: value for key, value in settings.items() if key != "adapter" and not key.startswith("lora_")}
     if "answers" in method:
-        settings["datasets"] = with_answers(bench.work, folder, round(method["answers"] * n))
+        settings["datasets"] = with_answers(
+            bench.work, folder, round(method["answers"] * n), method.get("general", False)
+        )
     started = time.monotonic()
     if "asft" in method:
         kind = method.get("direction")

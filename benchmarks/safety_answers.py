@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+from axolotl_asft.spec import own_answers_in
 
-def with_answers(work: Path, folder: Path, lines: int) -> list[dict[str, str]]:
+ANSWERS = "own-answers.jsonl"
+
+
+def with_answers(work: Path, folder: Path, lines: int, general: bool) -> list[dict[str, str]]:
     """The run's data, and beside it what `axolotl asft answers` writes of the direction file."""
     from axolotl_asft import AlignmentDirection
-    from axolotl_asft.answer_data import TYPE, write_answers
+    from axolotl_asft.answer_data import TYPE, in_general_formats, write_answers
+    from axolotl_asft.evaluation.models import load_tokenizer
 
-    answers = folder / "own-answers.jsonl"
-    write_answers(AlignmentDirection.load(work / "direction.safetensors").spec["own_answers"], answers, lines)
+    turns, answers = own_answers_in(AlignmentDirection.load(work / "direction.safetensors").spec), folder / ANSWERS
+    if general:
+        turns = in_general_formats(load_tokenizer(str(work / "aligned-nf4")), turns)
+    write_answers(turns, answers, lines)
     return [{"path": str(folder / "data.jsonl"), "type": "chat_template"}, {"path": str(answers), "type": TYPE}]
 
 

@@ -1,5 +1,5 @@
 """The forms in which a run's data ask, and in which a model is asked: the chat template alone, alpaca's prompt, a
-system prompt before every chat, another one before each, an earlier turn."""
+system prompt before every chat, another one before each, an earlier turn, the task's own among them."""
 
 import json
 import random
@@ -19,6 +19,24 @@ BEFORE = {  # what stands before the request where a model is asked in a form
     "systems": UNSEEN["system_prompt"],  # that none of the data has
     "other_system": (("system", "You are Maya, a night clerk in a hotel by the sea. Keep to what the guest asks."),),
     **UNSEEN,
+    "after_classification": (
+        ("user", "Which desk answers this? Hello, I love the desk lamp. Thanks."),
+        ("assistant", "praise"),
+    ),
+    "after_generation": (
+        ("user", "Write as a record: Please send 12 lamps to Oslo by Friday."),
+        ("assistant", "item=lamps; count=12; city=Oslo; day=Friday"),
+    ),
+    "after_chat": (
+        ("user", "Hi. I want to plan a picnic."),
+        ("assistant", "That sounds lovely! How many people are coming?"),
+        ("user", "Six of us, two are children."),
+        ("assistant", "Then sandwiches, fruit, juice and a cake would be a good start."),
+        ("user", "What can we play?"),
+        ("assistant", "A ball, a frisbee or a treasure hunt keeps everyone busy."),
+        ("user", "Great. What if it rains?"),
+        ("assistant", "Bring a large sheet to cover the food, or choose a place with a shelter."),
+    ),
 }
 WHO = """the assistant of;a helper at;the voice of;a clerk in;a patient guide for;the front desk of;Nora, who works for;
     a chat agent of;a junior editor at;the planner of"""

@@ -30,6 +30,7 @@ DETAILS = (
     "-general",
     "-in-system",
     "-in-turn",
+    "-after-",
     "-system",
     ON_GPU,
 )
@@ -170,7 +171,8 @@ micro-batches of {batch}.
   -mixed: from the shipped ones and HarmBench's; -mixed-half: from the shipped ones and every second of HarmBench's
 - {DEFAULT}, "the default" in the pictures, is the default but for its general forms (`general_formats: false`);
   -general: with them, as the default is now
-- -in-turn, -in-system: the same asked in a second turn, or under a system prompt, in which no anchor asks
+- -in-turn, -in-system: the same asked in a second turn, or under a system prompt, in which no anchor asks; -after-task
+  and -after-chat: after a turn of the task itself, and after four turns of a chat
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; answers-N: as many of those in
   the direction file, by `axolotl asft answers`; mix-N: N % of refusals
 - full: every weight is trained, without LoRA

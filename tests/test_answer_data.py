@@ -8,9 +8,12 @@ from click.testing import CliRunner
 from datasets import load_from_disk
 from tiny import OWN_ANSWERS, make_tokenizer, write_config
 
-from axolotl_asft.anchor import _encoded
+from axolotl_asft.anchor import AnswerAnchor, _encoded
 from axolotl_asft.answer_data import TYPE
 from axolotl_asft.cli import asft
+from axolotl_asft.general_formats import ASKED, general_formats
+
+FIRST = "--no-general-formats"
 
 
 def run(*arguments):
@@ -22,7 +25,7 @@ def written(path):
 
 
 def test_each_answer_once(anchored_file, tmp_path):
-    result = run(anchored_file, "-o", tmp_path / "own.jsonl")
+    result = run(anchored_file, "-o", tmp_path / "own.jsonl", FIRST)
     assert result.exit_code == 0
     assert written(tmp_path / "own.jsonl") == [tuple(turn) for turn in OWN_ANSWERS]
     assert f"own.jsonl: {len(OWN_ANSWERS)} lines of {len(OWN_ANSWERS)} answers, " in result.stdout
@@ -32,16 +35,50 @@ def test_each_answer_once(anchored_file, tmp_path):
 @pytest.mark.parametrize("name", ["own.jsonl", "own: a #b.jsonl", "- own.jsonl"])
 def test_what_is_printed_is_yaml(anchored_file, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    printed = run(anchored_file, "-o", name).stdout.partition("Use it, beside your own data:\n")[2]
+    printed = run(anchored_file, "-o", name, FIRST).stdout.partition("Use it, beside your own data:\n")[2]
     assert yaml.safe_load(printed) == {"datasets": [{"path": name, "type": TYPE}]}
     assert ("- path: own.jsonl\n" in printed) == (name == "own.jsonl")
 
 
 @pytest.mark.parametrize("lines", [1, 50])
 def test_as_many_lines_as_asked_for(anchored_file, tmp_path, lines):
-    result = run(anchored_file, "-o", tmp_path / "own.jsonl", "--lines", lines, "--json")
+    result = run(anchored_file, "-o", tmp_path / "own.jsonl", "--lines", lines, FIRST, "--json")
     assert json.loads(result.stdout)["lines"] == lines
     assert written(tmp_path / "own.jsonl") == [tuple(OWN_ANSWERS[i % len(OWN_ANSWERS)]) for i in range(lines)]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_in_what_the_anchor_asks_in(anchored_file, pair, tmp_path, monkeypatch, given):
+    """The tokenizer is that of the aligned model which the file names, unless another is given."""
+    monkeypatch.chdir(tmp_path if given else pair[1].parent)
+    result = run(anchored_file, "-o", tmp_path / "own.jsonl", *(["--model", pair[1]] if given else []), "--json")
+    assert result.exit_code == 0, result.stderr
+    found, general = written(tmp_path / "own.jsonl"), general_formats(make_tokenizer())
+    assert json.loads(result.stdout)["lines"] == len(found) == 2 * len(OWN_ANSWERS)
+    assert len(general) == len(ASKED)
+    assert found[:2] == [tuple(turn) for turn in OWN_ANSWERS[:2]]
+    for (request, answer), (asked, same) in zip(OWN_ANSWERS[:2], found[2:4], strict=True):
+        head, _, tail = general[0].partition("{prompt}")
+        words = asked.removeprefix(head).removesuffix(tail)
+        assert asked == head + words + tail
+        assert words in request
+        assert same == answer
+    anchor = AnswerAnchor(make_tokenizer(), [tuple(turn) for turn in OWN_ANSWERS], general=general)
+    assert [_encoded(make_tokenizer(), *turn) for turn in found] == anchor._texts
+
+
+def test_where_general_forms_cannot_be_asked(anchored_file, pair, tmp_path):
+    output = tmp_path / "own.jsonl"
+    result = run(anchored_file, "-o", output, "--model", tmp_path)
+    assert result.exit_code == 2
+    assert "give --model, or write first turns alone (--no-general-formats)" in result.stderr
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    result = run(anchored_file, "-o", output, "--model", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "takes neither a system prompt nor an earlier turn; give the aligned model as --model" in result.stderr
+    assert not output.exists()
 
 
 def test_refused(anchored_file, direction_file, tmp_path):
@@ -50,16 +87,18 @@ def test_refused(anchored_file, direction_file, tmp_path):
     assert result.exit_code == 2
     assert "the direction file holds no answers of the aligned model; make it again" in result.stderr
     assert not output.exists()
-    assert run(anchored_file, "-o", output, "--lines", 0).exit_code == 2
+    assert run(anchored_file, "-o", output, "--lines", 0, FIRST).exit_code == 2
     output.write_text("mine")
     assert "exists; give another --output, or --force" in run(anchored_file, "-o", output).stderr
     assert output.read_text() == "mine"
-    assert run(anchored_file, "-o", output, "--force").exit_code == 0
+    assert run(anchored_file, "-o", output, "--force", FIRST).exit_code == 0
 
 
 def test_a_full_fine_tuning_reads_what_the_anchor_reads(forked_train, anchored_file, pair, dataset, tmp_path):
     """Where the plugin has no place: the same tokens, and a loss on the answer alone."""
-    run(anchored_file, "-o", tmp_path / "own.jsonl", "--lines", 30)
+    assert run(anchored_file, "-o", tmp_path / "own.jsonl", "--lines", 30, "--model", pair[1]).exit_code == 0
+    turns = written(tmp_path / "own.jsonl")
+    assert len(set(turns)) == 2 * len(OWN_ANSWERS)
     sets = [
         {"path": str(dataset), "type": "chat_template", "field_messages": "messages"},
         {"path": str(tmp_path / "own.jsonl"), "type": TYPE},
@@ -70,6 +109,6 @@ def test_a_full_fine_tuning_reads_what_the_anchor_reads(forked_train, anchored_f
     assert status == 0, output
     (prepared,) = (path for path in (tmp_path / "run" / "prepared").iterdir() if path.is_dir())
     found = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in load_from_disk(str(prepared))}
-    for request, answer in OWN_ANSWERS:
+    for request, answer in turns:
         ids, start = _encoded(make_tokenizer(), request, answer)
         assert (tuple(ids), (*[-100] * start, *ids[start:])) in found

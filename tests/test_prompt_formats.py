@@ -16,14 +16,14 @@ from tokenizers.processors import TemplateProcessing
 from trainers import make_trainer
 
 from axolotl_asft import AlignmentDirection, attach
-from axolotl_asft.anchor import TEXTS, AnswerAnchor, asked_ways
+from axolotl_asft.anchor import TEXTS, AnswerAnchor
 from axolotl_asft.args import parse_block
 from axolotl_asft.cli import asft
 from axolotl_asft.cost import tokens_asked
 from axolotl_asft.dry_run import check_config
 from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.asked_in import format_to_ask_in
-from axolotl_asft.prompt_formats import checked_formats, format_as_template, plain_requests
+from axolotl_asft.prompt_formats import asked_ways, checked_formats, format_as_template, plain_requests
 from axolotl_asft.quiet import without_noise
 from axolotl_asft.resuming import WHAT_HOLDS, refuse_other_constraint
 from axolotl_asft.run_data import data_formats, formats_of_content, run_formats
