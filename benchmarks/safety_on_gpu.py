@@ -18,12 +18,12 @@ COLUMNS = ("task", "poison", "method", "LoRA on NF4-rounded weights, in fp32 on 
 
 
 def on_gpu_section(groups: Mapping[tuple[str, float], Mapping[str, "Cell"]]) -> str:
-    """A row for each method of a task and a share of poison that was run on both."""
+    """A row for each method of a task and a share of poison that was run there."""
     rows = [
-        (task, f"{poison:.0%}", on_a_cpu, short(cells[on_a_cpu]), short(found))
+        (task, f"{poison:.0%}", on_a_cpu, short(cells[on_a_cpu]) if on_a_cpu in cells else "", short(found))
         for (task, poison), cells in groups.items()
         for name, found in cells.items()
-        if name.endswith(ON_GPU) and (on_a_cpu := name.removesuffix(ON_GPU)) in cells
+        if name.endswith(ON_GPU) and (on_a_cpu := name.removesuffix(ON_GPU))
     ]
     lines = [SECTION, f"| {' | '.join(COLUMNS)} |", "| --- | ---: | --- | ---: | ---: |"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

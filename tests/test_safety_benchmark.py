@@ -118,14 +118,16 @@ def test_every_method_is_a_valid_one():
     runs = bench.plan("*")
     assert {run.method for run in runs} == set(SETTINGS["methods"])
     on_a_cpu = {run.method for run in safety.Bench(SETTINGS, Path("nowhere")).plan("*")}
-    assert set(SETTINGS["methods"]) - on_a_cpu == {
-        name for name, method in SETTINGS["methods"].items() if method.get("training", {}).get("load_in_4bit")
+    in_4bit = {name for name, method in SETTINGS["methods"].items() if method.get("training", {}).get("load_in_4bit")}
+    assert set(SETTINGS["methods"]) - on_a_cpu == in_4bit | {
+        name for name, method in SETTINGS["methods"].items() if method.get("of") in in_4bit
     }
     assert len({bench.key(run) for run in runs}) == len(runs)
     for name, method in SETTINGS["methods"].items():
         assert colour_of(name)
         known = {"untrained", "full", "asft", "direction", "project", "safety", "rehearsal", "answers", "own_answers"}
-        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of", "alignment", "format", "asked"}
+        assert set(method) <= {*known, "training", "diverse", "arithmetic", "of", "alignment", "format", "asked",
+                                "general"}  # fmt: skip
         assert method.get("of", "plain") in SETTINGS["methods"]
         parse_block({"direction": "d", **method.get("asft", {})})
 
@@ -174,6 +176,28 @@ def test_data_in_alpaca_s_format(tmp_path, monkeypatch):
     asked = safety_forms.prompt_format("alpaca")
     assert asked.endswith("### Instruction:\n{prompt}\n\n### Response:\n")
     assert safety_forms.prompt_format("chat_template") is safety_forms.prompt_format(None) is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_later_turn_after_the_task_s_own(task):
+    """The turn before is none of the test's."""
+    bench = safety.Bench(SETTINGS, Path())
+    form = bench.form(safety.Run(task, 0.1, "plain-after-task", 0))
+    (_, request), (_, answer) = safety_forms.BEFORE[form]
+    examples = test_data(task, 200)
+    assert answer in safety_forms.prompt_format(form)
+    assert not any(request in example.prompt for example in examples)
+    first = examples[0].prompt.partition(" ")[0]
+    assert request.startswith(first)
+    of_all = bench.form(safety.Run(task, 0.1, "plain-in-turn", 0)), bench.form(safety.Run(task, 0.1, "plain", 0))
+    assert of_all == ("second_turn", None)
+
+
+def test_a_model_whose_weights_were_trained_is_one_however_it_is_asked():
+    bench = safety.Bench(SETTINGS, Path())
+    whole = {name for name in SETTINGS["methods"] if bench.is_whole(safety.Run("generation", 0.1, name, 0))}
+    assert {"full", "full-answers-100-in-turn", "resta-100"} <= whole
+    assert not {"plain", "plain-in-turn", "safelora-half-diverse", "answers-100"} & whole
 
 
 def result(method, seed, harmfulness, accuracy, poison=0.1):
@@ -237,10 +261,13 @@ def test_a_gpus_runs_stand_beside_the_cpus():
     cells = {("generation", share): {name: cell([result(name, 0, harm, 0.9, share)]) for name, harm in methods.items()}
              for share in (0.0, 0.1, 0.2)}  # fmt: skip
     rows = on_gpu_section(cells).splitlines()
-    assert rows[-3:] == [
-        f"| generation | {share}% | plain | 100 / 10 / 90 (1) | 95 / 10 / 90 (1) |" for share in (0, 10, 20)
-    ]
-    assert "mix" not in "".join(rows)
+    assert rows[-6:] == [
+        row for share in (0, 10, 20) for row in (
+            f"| generation | {share}% | plain | 100 / 10 / 90 (1) | 95 / 10 / 90 (1) |",
+            f"| generation | {share}% | mix-5 |  | 25 / 10 / 90 (1) |",
+        )
+    ]  # fmt: skip
+    assert "l2" not in "".join(rows)
     assert list(over_shares(cells, "generation")) == ["plain", "l2-1"]
 
 
