@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from axolotl_asft.errors import AsftError
+from axolotl_asft.general_formats import ASKED
 from axolotl_asft.history import installed_versions
 from benchmarks.safety_answers import with_answers, with_fewer_answers
 from benchmarks.safety_forms import BEFORE, prompt_format, system_prompts, written
@@ -106,6 +107,9 @@ class Bench:
         if {self.form(run), method.get("format")} & set(BEFORE):
             systems = system_prompts(method.get("format"), n, run.seed)
             method = {**method, "texts": [prompt_format(self.form(run)), systems]}
+        trained_as = method["of"] if "asked" in method else method
+        if trained_as.get("general") or trained_as.get("asft", {}).get("general_formats"):
+            method = {**method, "general": ASKED}
         text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
