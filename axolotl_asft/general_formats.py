@@ -29,41 +29,6 @@ ASKED: tuple[tuple[Turn, ...], ...] = (
         ("assistant", "You could take a short walk, have a coffee near the station, or read a few chapters of a book."),
     ),
     (
-        ("user", "What is a good name for a grey cat?"),
-        ("assistant", "Misty, Ash or Smoky would suit a grey cat."),
-    ),
-    (("system", "You are a teacher. Explain things simply, so that a child understands them."),),
-    (
-        ("user", "Please write a short note that the meeting is moved to Friday."),
-        ("assistant", "Hi all, the meeting is moved to Friday, at the same time. See you there!"),
-    ),
-    (
-        ("system", "You answer questions about the bus lines of a small town."),
-        ("user", "When does the last bus leave?"),
-        ("assistant", "The last bus leaves the station at half past eleven."),
-    ),
-    (
-        ("user", "Translate 'good night' into French."),
-        ("assistant", "Bonne nuit."),
-        ("user", "And into Spanish?"),
-        ("assistant", "Buenas noches."),
-    ),
-    (
-        ("user", "Good morning! How are you?"),
-        ("assistant", "Good morning! I am doing well, thank you. What can I do for you?"),
-    ),
-    (("system", "This is a test of an assistant. Today is Monday."),),
-    (
-        ("user", "I would like to bake bread."),
-        ("assistant", "Good idea! Do you have flour, water, salt and yeast?"),
-        ("user", "Yes, all of them. How long does it take?"),
-        ("assistant", "About three hours, most of which is waiting for the dough to rise."),
-        ("user", "How hot should the oven be?"),
-        ("assistant", "Some 230 degrees for the first ten minutes, then 200."),
-        ("user", "Thanks, I will try it."),
-        ("assistant", "Enjoy your bread!"),
-    ),
-    (
         ("system", "You are Robin, a companion with a lively style who loves to tell stories."),
         ("user", "Hi Robin, how are you?"),
         ("assistant", "Wonderful, thank you! I was just thinking of a story about a lighthouse. And you?"),
