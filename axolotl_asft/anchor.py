@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_asft.errors import AsftError, one_line
+from axolotl_asft.general_formats import later_turns
 from axolotl_asft.prompt_formats import OTHER_TEMPLATE, asked_ways, filled, plain_requests
 from axolotl_asft.quiet import without_adapter, without_noise
 from axolotl_asft.spec import own_answers_in
@@ -96,16 +97,29 @@ class AnswerAnchor:
         if plain is None:
             raise AsftError(OTHER_TEMPLATE)
         self._texts, self._in_template = [], []
+        self._expected: list[int] = []  # of each text, the one whose answer is expected: itself, or the first turn's
+        later = later_turns(tokenizer) if general else set()
+        first: dict[int, int] = {}
         for place, text in asked_ways(len(answers), formats, general):
             request, answer = answers[place]
             asked = request if text is None else filled(text, plain[place])
+            number = len(self._texts)
             if text in formats:
                 self._texts.append(_joined(tokenizer, asked, answer))
             else:
                 self._texts.append(_encoded(tokenizer, asked, answer))
             self._in_template.append(text is None)
+            if text is None:
+                first[place] = number
+            same = text in later and self._answer(number) == self._answer(first[place])
+            self._expected.append(first[place] if same else number)
         self._remembered: list[Places] = []
         self._at_once = TEXTS  # in a pass
+
+    def _answer(self, number: int) -> list[int]:
+        """The tokens of a text's answer."""
+        ids, start = self._texts[number]
+        return ids[start:]
 
     @torch.no_grad()
     def remember(self, model: nn.Module) -> float:
@@ -133,7 +147,7 @@ class AnswerAnchor:
                 f"the model without its adapter gives the same text two scores, {apart:.3g} nats per token apart: "
                 "something in it is random, such as dropout; set that to 0, or anchor_weight: 0 and a lambda_reg"
             )
-        self._remembered = found
+        self._remembered = [found[expected] for expected in self._expected]
         own = [
             places.tokens[:, 0].cpu() == torch.tensor(ids[start:])
             for places, (ids, start), is_own in zip(found, self._texts, self._in_template, strict=True)

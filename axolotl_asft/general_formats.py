@@ -80,6 +80,15 @@ def general_formats(tokenizer: Any) -> list[str]:
     )
 
 
+def later_turns(tokenizer: Any) -> set[str]:
+    """Those of them that are a later turn alone: what is asked there has the answer that it has in the first turn.
+
+    Under a system prompt another answer may be the right one.
+    """
+    found = {around(tokenizer, turns) for turns in ASKED if all(role != "system" for role, _ in turns)}
+    return {text for text in found if text is not None}
+
+
 def around(tokenizer: Any, turns: Sequence[Turn]) -> str | None:
     """A request after other turns in the chat template; None where it has none, or refuses or drops one of them."""
     found = rendered(tokenizer, turns)

@@ -39,6 +39,7 @@ from benchmarks.safety_names import ON_GPU
 HERE = Path(__file__).parent
 SETTINGS = HERE / "safety.yml"
 RESULTS = HERE / "results" / "safety.jsonl"
+GENERAL = (ASKED, "a later turn is answered as the first")  # what `general_formats` is, for a run's key
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Bench:
         method = self.method(run)
         return bool({"full", "arithmetic"} & {*method, *self.settings["methods"].get(method.get("of"), {})})
 
+    def version(self, run: Run) -> str | None:
+        """The commit that a run can be made with, where it is an earlier one."""
+        method = self.method(run)
+        return method.get("at", self.settings["methods"].get(method.get("of"), {}).get("at"))
+
     def is_derived(self, run: Run) -> bool:
         """Whether it is made of another run's adapter."""
         return bool({"project", "arithmetic", "asked"} & set(self.method(run)))
@@ -109,7 +115,8 @@ class Bench:
             method = {**method, "texts": [prompt_format(self.form(run)), systems]}
         trained_as = method["of"] if "asked" in method else method
         if trained_as.get("general") or trained_as.get("asft", {}).get("general_formats"):
-            method = {**method, "general": ASKED}
+            anchored = "asft" in trained_as and self.version(run) is None
+            method = {**method, "general": GENERAL if anchored else ASKED}
         text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -121,7 +128,7 @@ class Bench:
                 for task in part["tasks"]:
                     for poison in part["poison"]:
                         runs |= dict.fromkeys(Run(task, poison, method, seed) for method in methods)
-        asked = [run for run in runs if fnmatch.fnmatch(run.name, only)]
+        asked = [run for run in runs if fnmatch.fnmatch(run.name, only) and self.version(run) is None]
         return [run for run in asked if self.device != "cpu" or not run.method.endswith(ON_GPU)]
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_config
@@ -23,6 +24,7 @@ from axolotl_asft.general_formats import (
     around,
     general_formats,
     general_to_ask,
+    later_turns,
     template_to_ask_in,
 )
 from axolotl_asft.resuming import WHAT_HOLDS, refuse_other_constraint
@@ -172,8 +174,54 @@ def test_an_evaluation_in_a_later_turn(pair, tmp_path):
 
 
 def test_before_the_first_step_nothing_has_moved(pair):
-    """In the general formats as in the chat template."""
+    """In the chat template and under system prompts; in a later turn what is said in the first is wanted."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(r=4, target_modules="all-linear"))
-    anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS, [], general_formats(make_tokenizer()))
+    tokenizer, later = make_tokenizer(), later_turns(make_tokenizer())
+    under_system = [text for text in general_formats(tokenizer) if text not in later]
+    for formats, still in ((under_system, True), (sorted(later), False)):
+        anchor = AnswerAnchor(tokenizer, OWN_ANSWERS, [], formats)
+        anchor.remember(model)
+        assert (float(anchor.measure(model)) == pytest.approx(0.0, abs=1e-6)) == still
+
+
+def test_which_are_later_turns_alone():
+    tokenizer = make_tokenizer()
+    later = later_turns(tokenizer)
+    assert later < set(general_formats(tokenizer))
+    assert all("<|system|>" not in text for text in later)
+    assert len(later) == sum(turns[0][0] == "user" for turns in ASKED) == 3
+    tokenizer.chat_template = FIRST_TURN
+    assert later_turns(tokenizer) == set()
+
+
+def test_a_later_turn_is_answered_as_the_first(pair):
+    """Against the divergence over all words in float64, of value and gradient."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), lora).eval()
+    tokenizer = make_tokenizer()
+    general = sorted(later_turns(tokenizer))
+    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS, [], general)
     anchor.remember(model)
-    assert float(anchor.measure(model)) == pytest.approx(0.0, abs=1e-6)
+    loss = anchor.loss(model, 0)  # eight texts: two pairs in the first turn, and each in a later one
+    parts = []
+    for pair_of_answers, text in zip((OWN_ANSWERS[:2], OWN_ANSWERS[2:4]), general, strict=False):
+        for request, answer in pair_of_answers:
+            words = request.removeprefix("<|user|> ").removesuffix(" </s><|assistant|> ")
+            with model.disable_adapter(), torch.no_grad():
+                wanted = said(model, tokenizer, request, answer)
+            for asked in (request, text.replace("{prompt}", words)):
+                now = said(model, tokenizer, asked, answer)
+                parts.append((wanted.exp() * (wanted - now)).sum(dim=-1))
+    expected = torch.cat(parts).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for found, true in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(found, true.float(), rtol=1e-3, atol=1e-6)
+
+
+def said(model, tokenizer, request, answer):
+    """Log-probabilities (n, vocabulary) in float64 at the answer's tokens."""
+    start = len(tokenizer(request)["input_ids"])
+    ids = tokenizer(request + answer, return_tensors="pt")["input_ids"]
+    return model(input_ids=ids).logits[0, start - 1 : -1].double().log_softmax(-1)
