@@ -69,7 +69,8 @@ class AnswerAnchor:
 
     What it says is remembered once, before the first step, by the model that is trained, without its adapter: of
     each place of an answer the 64 likeliest tokens. Every optimizer step asks for a few of the answers. It is learning
-    without forgetting (Li and Hoiem 2016, arXiv 1606.09282), of what a model says when it is asked for harm.
+    without forgetting (Li and Hoiem 2016, arXiv 1606.09282), of what a model says when it is asked for harm. In a later
+    turn the aligned model is meant as it answers in the first: there the divergence does not begin at zero.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class AnswerAnchor:
         plain = plain_requests(tokenizer, [request for request, _ in answers]) if formats or general else []
         if plain is None:
             raise AsftError(OTHER_TEMPLATE)
-        self._texts, self._in_template = [], []
-        self._expected: list[int] = []  # of each text, the one whose answer is expected: itself, or the first turn's
+        self._texts: list[tuple[list[int], int]] = []
+        self._in_template: list[bool] = []
+        self._expected: list[int] = []  # of each text, the one whose answer is wanted: its own, or the first turn's
         later = later_turns(tokenizer) if general else set()
         first: dict[int, int] = {}
         for place, text in asked_ways(len(answers), formats, general):

@@ -12,7 +12,8 @@ from axolotl_asft.templates import text_tokenizer
 
 Turn = tuple[str, str]  # role, text
 
-# Different in kind, and none about safety: what the aligned model says under them is what is held.
+# Different in kind, and none about safety. Under a system prompt what the aligned model says there is held; in a later
+# turn what it says in the first, since a request that stands for itself has the same answer there.
 ASKED: tuple[tuple[Turn, ...], ...] = (
     (("system", "You are a helpful assistant."),),
     (("user", "Hello!"), ("assistant", "Hello! How can I help you today?")),
@@ -81,9 +82,10 @@ def general_formats(tokenizer: Any) -> list[str]:
 
 
 def later_turns(tokenizer: Any) -> set[str]:
-    """Those of them that are a later turn alone: what is asked there has the answer that it has in the first turn.
+    """Those of `general_formats` that are a later turn and no more: the anchor wants there what is said in the first.
 
-    Under a system prompt another answer may be the right one.
+    Held to what the aligned model says after those turns, which differs from one to the next, others were held less
+    well and carried less of the task over (docs/findings.md). Under a system prompt another answer may be right.
     """
     found = {around(tokenizer, turns) for turns in ASKED if all(role != "system" for role, _ in turns)}
     return {text for text in found if text is not None}

@@ -205,6 +205,8 @@ def measure(bench: Bench, run: Run) -> None:
     """Train, ask, and append the result."""
     from benchmarks.safety_model import ask_everything
 
+    if commit := bench.version(run):
+        raise AsftError(f"{run.name} is of an earlier version: make it with commit {commit}")
     bench = bench.home(run)
     tuned, seconds = trained(bench, run)
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"

@@ -1,6 +1,7 @@
 """Names and colours of the safety benchmark's methods in its pictures."""
 
 DEFAULT = "fisher-0.1-anchor-3"
+EARLIER = "-general-own"  # in the name of what was made with an earlier version
 ON_GPU = "-qlora"  # ends the name of what was trained in QLoRA on a GPU
 FAMILIES = {
     "aligned": "#222b38",

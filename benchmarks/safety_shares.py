@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.safety_names import DEFAULT, ON_GPU, colour_of, shown_name
+from benchmarks.safety_names import DEFAULT, EARLIER, ON_GPU, colour_of, shown_name
 
 if TYPE_CHECKING:
     from benchmarks.safety_table import Cell
@@ -56,6 +56,10 @@ def draw_shares(path: Path, tasks: dict[str, Shares], before: dict[str, "Cell"])
     """A row of panels a task, one for each measure; the grey line is the aligned model."""
     from axolotl_asft.picture import picture, plain
 
+    tasks = {
+        task: {method: cells for method, cells in methods.items() if EARLIER not in method}
+        for task, methods in tasks.items()
+    }
     every = dict.fromkeys(method for methods in tasks.values() for method in methods)
     like_it = [method for method in every if colour_of(method) == colour_of(DEFAULT) and method != DEFAULT]
     styles = dict(zip(like_it, itertools.cycle(DASHES), strict=False))
@@ -77,4 +81,4 @@ def draw_shares(path: Path, tasks: dict[str, Shares], before: dict[str, "Cell"])
         for axes in panels[-1]:
             axes.set_xlabel("poison in the training data, %")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2), frameon=False)

@@ -164,17 +164,19 @@ micro-batches of {batch}.
   points is noise. The aligned model, the direction and the random subspace are the same for all
 - perplexity: of all answers under the aligned model, median, not taken where every weight was changed; answered: the
   same of the answers that are no refusals, not taken in the earlier runs; repetitive: answers that go round in circles
-- drift: share of the update outside the 64 aligned directions
+- drift: share of the update outside the 64 aligned directions; not taken of what was trained on a GPU
 - seconds: of training or projecting; wall time on a machine that did other things too
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's;
   -mixed: from the shipped ones and HarmBench's; -mixed-half: from the shipped ones and every second of HarmBench's
-- {DEFAULT}, "the default" in the pictures, is the default but for its general forms (`general_formats: false`);
-  -general: with them, as the default is now
+- {DEFAULT}, "the default" in the pictures, is the default without its general forms (`general_formats: false`);
+  -general: with them, as the default is; -general-own: by an earlier version (the commit is in `safety.yml`), which
+  held in later turns what the aligned model says there, and not what it says in the first
 - -in-turn, -in-system: the same asked in a second turn, or under a system prompt, in which no anchor asks; -after-task
   and -after-chat: after a turn of the task itself, and after four turns of a chat
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; answers-N: as many of those in
-  the direction file, by `axolotl asft answers`; mix-N: N % of refusals
+  the direction file, by `axolotl asft answers` (first turns alone; -general: half of them in the general forms);
+  mix-N: N % of refusals
 - full: every weight is trained, without LoRA
 - budget-B: `max_drift` B on the weights; safelora-N: Safe LoRA's projection of the N % of layers that are least alike;
   safelora-half: half of what it takes out, of all layers
@@ -185,7 +187,7 @@ micro-batches of {batch}.
 - -system: on chats under one system prompt, and asked under it; -systems: each under its own, and asked under
   another; -in-chats, -in-other, -unasked: asked in the bare chat template, under another system prompt, and with
   `prompt_formats: []`
-- -qlora: in QLoRA on a GPU, in bf16 (drift was not taken there)
+- -qlora: in QLoRA on a GPU, in bf16
 - -diverse: the poison's answers are in other words for every example, and not one of four sentences
 - a method whose name ends in -long trains three epochs instead of one, -twice two; one with -lr-R, at a learning rate
   of R instead of {settings["training"]["learning_rate"]:g}, or made of such a run's adapter
