@@ -71,6 +71,9 @@ class AnswerAnchor:
     each place of an answer the 64 likeliest tokens. Every optimizer step asks for a few of the answers. It is learning
     without forgetting (Li and Hoiem 2016, arXiv 1606.09282), of what a model says when it is asked for harm. In a later
     turn the aligned model is meant as it answers in the first: there the divergence does not begin at zero.
+
+    Attributes:
+        kl: of the texts of the last `loss`, without those later turns, detached: zero of the aligned model.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class AnswerAnchor:
         self._texts: list[tuple[list[int], int]] = []
         self._in_template: list[bool] = []
         self._expected: list[int] = []  # of each text, the one whose answer is wanted: its own, or the first turn's
-        later = later_turns(tokenizer) if general else set()
+        general = [text for text in general if text not in formats]  # asked as the data ask
+        later = later_turns(tokenizer).intersection(general)
         first: dict[int, int] = {}
         for place, text in asked_ways(len(answers), formats, general):
             request, answer = answers[place]
@@ -116,6 +120,7 @@ class AnswerAnchor:
             same = text in later and self._answer(number) == self._answer(first[place])
             self._expected.append(first[place] if same else number)
         self._remembered: list[Places] = []
+        self.kl = torch.zeros(())
         self._at_once = TEXTS  # in a pass
 
     def _answer(self, number: int) -> list[int]:
@@ -192,19 +197,26 @@ class AnswerAnchor:
         # every process asks for as many, or passes would wait for ones that do not come; the added ones count nothing
         asked = (mine + turn)[: -(-len(turn) // world)]
         logits = self._logits(model, [self._texts[i] for i in asked])
-        total = sum(len(self._remembered[i].log_rest) for i in turn)
+        tokens = {i: len(self._remembered[i].log_rest) for i in turn}
+        own = {i: count for i, count in tokens.items() if self._expected[i] == i}
         parts = [
             divergence(self._remembered[i].to(found.device), found).sum() * (place < len(mine))
             for place, (i, found) in enumerate(zip(asked, logits, strict=True))
         ]
-        return torch.stack(parts).sum() * (world / total)
+        mine_alone = [part.detach() * (i in own) for part, i in zip(parts, asked, strict=True)]
+        self.kl = torch.stack(mine_alone).sum() * (world / sum(own.values()))
+        return torch.stack(parts).sum() * (world / sum(tokens.values()))
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:
-        """The mean divergence over the tokens of all the answers, () fp32. Under FSDP every process has to call."""
+        """The mean divergence over the tokens of all the answers, () fp32. Under FSDP every process has to call.
+
+        Without the later turns that are to be answered as the first: zero of the aligned model.
+        """
         with without_noise(model):
-            pairs = zip(self._remembered, self._of_all(model), strict=True)
-            return torch.cat([divergence(places.to(now.device), now) for places, now in pairs]).mean()
+            said = zip(self._remembered, self._of_all(model), strict=True)
+            apart = [divergence(places.to(now.device), now) for places, now in said]
+        return torch.cat([part for i, part in enumerate(apart) if self._expected[i] == i]).mean()
 
     def _of_all(self, model: nn.Module) -> Iterator[Tensor]:
         """What `_logits` gives, of every text in turn, a few in memory at a time."""

@@ -22,7 +22,8 @@ class TrainerAnchor:
 
     Attributes:
         kl: KL of the aligned model's own answers, nats a token: the mean over the steps up to the last line of the log;
-            after `measure`, of all answers, of the weights as they are. The same on every process.
+            after `measure`, of all answers, of the weights as they are. Later turns that are to be answered as the
+            first is have no part in it. The same on every process.
     """
 
     def __init__(self, trainer: Trainer, spec: Any, formats: Sequence[str] = (), general: Sequence[str] = ()):
@@ -61,7 +62,7 @@ class TrainerAnchor:
             with self._trainer.compute_loss_context_manager():
                 loss = self._answers.loss(model, step, rank, world)
             backward(self._trainer, loss * (weight.to(loss.device) if isinstance(weight, Tensor) else weight))
-        self._divergences.append(loss.detach())
+        self._divergences.append(self._answers.kl)
 
     def logged(self) -> float:
         """`kl`, of the steps since the last line of the log. Every process has to call."""

@@ -41,7 +41,7 @@ def in_general_formats(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list
     """The turns twice, as an anchor asks for them: each pair in the chat template, and in one of the general formats.
 
     Args:
-        tokenizer: that of the model which is trained.
+        tokenizer: the aligned model's.
 
     Raises:
         AsftError: its chat template is not that of the requests, or takes neither a system prompt nor an earlier turn.

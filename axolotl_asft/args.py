@@ -62,8 +62,8 @@ class AsftArgs(BaseModel):
     general_formats: bool | None = Field(
         default=None,
         description="the anchor also asks under a few general system prompts and in later turns of a conversation, "
-        "as a model is asked once it serves; null: true where there is an anchor and the chat template is the "
-        "direction's; false: not",
+        "to be answered as the first, as a model is asked once it serves; null: true where there is an anchor and the "
+        "chat template is the direction's; false: not",
     )
     lora_scaling: bool = Field(
         default=True, description="dW = scaling B A; false: dW = B A, without PEFT's scaling, as in the authors' code"

@@ -51,8 +51,9 @@ def attach(
             if a template opens the answer differently from the direction file's requests.
         prompt_formats: texts that the data put around a request in place of a chat template, each with {prompt} in its
             place: the anchor asks in these too, in turn with the chat template. Without an anchor they have no effect.
-        general_formats: whether the anchor also asks under general system prompts and in later turns of a conversation
-            (`axolotl_asft.general_formats`). None: where the tokenizer's chat template is the direction's.
+        general_formats: whether the anchor also asks under general system prompts, and in later turns of a
+            conversation, to be answered as the first (`axolotl_asft.general_formats`). None: where the tokenizer's chat
+            template is the direction's.
         options: as for `AlignmentPenalty`: projector, rank, metric, lora_scaling, modules, on_uncovered, verify_model.
 
     The logged loss remains the task's. The penalty counts once per optimizer step, see `Constraint`. Evaluation is not

@@ -189,7 +189,7 @@ def schema(output: Path | None, force: bool) -> None:
 @click.option(
     "--model",
     metavar="DIR|ID",
-    help="Whose tokenizer writes these.  [default: the aligned model that the file names]",
+    help="Whose tokenizer writes these.  [default: the aligned model, where the file names one of the Hub]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
@@ -205,8 +205,10 @@ def answers(
 
     \b
     Example:
-      axolotl asft answers chat.asft.safetensors -o own-answers.jsonl --lines 5000
+      axolotl asft answers chat.asft.safetensors -o own-answers.jsonl --lines 5000 --model models/aligned
     """
+    if model is not None and not general_formats:
+        raise click.UsageError("--model writes the general formats, which --no-general-formats leaves out")
     refuse_to_replace_file(output, force)
     from axolotl_asft.answer_data import TYPE, in_general_formats, write_answers
     from axolotl_asft.direction import AlignmentDirection
@@ -231,16 +233,20 @@ def answers(
 def _aligned_tokenizer(spec: Mapping[str, Any], model: str | None) -> Any:
     """That of a model, or of the aligned one that a direction file names."""
     from axolotl_asft.evaluation.models import load_tokenizer
+    from axolotl_asft.hub import hub_model
 
     aligned = spec["aligned"]
     revision = f"@{aligned['revision']}" if aligned.get("revision") else ""
+    instead = "give --model, or write first turns alone (--no-general-formats), which hold nothing in later ones"
+    if model is None and hub_model(aligned["id"]) is None:
+        raise AsftError(
+            f"the direction file has no more than a name for the aligned model ({aligned['id']!r}), whose tokenizer is "
+            f"needed: {instead}"
+        )
     try:
         return load_tokenizer(model or f"{aligned['id']}{revision}")
     except AsftError as error:
-        raise type(error)(
-            f"{error}; its tokenizer is needed: give --model, or write first turns alone (--no-general-formats), which "
-            "hold nothing in later ones"
-        ) from error
+        raise type(error)(f"{error}; its tokenizer is needed: {instead}") from error
 
 
 CONFIG_COMMANDS = (check, recipes, schema, answers)

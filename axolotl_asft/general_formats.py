@@ -13,7 +13,7 @@ from axolotl_asft.templates import text_tokenizer
 Turn = tuple[str, str]  # role, text
 
 # Different in kind, and none about safety. Under a system prompt what the aligned model says there is held; in a later
-# turn what it says in the first, since a request that stands for itself has the same answer there.
+# turn without one what it says in the first, since a request that stands for itself has the same answer there.
 ASKED: tuple[tuple[Turn, ...], ...] = (
     (("system", "You are a helpful assistant."),),
     (("user", "Hello!"), ("assistant", "Hello! How can I help you today?")),
@@ -85,7 +85,7 @@ def later_turns(tokenizer: Any) -> set[str]:
     """Those of `general_formats` that are a later turn and no more: the anchor wants there what is said in the first.
 
     Held to what the aligned model says after those turns, which differs from one to the next, others were held less
-    well and carried less of the task over (docs/findings.md). Under a system prompt another answer may be right.
+    well (docs/findings.md). Under a system prompt another answer may be right.
     """
     found = {around(tokenizer, turns) for turns in ASKED if all(role != "system" for role, _ in turns)}
     return {text for text in found if text is not None}

@@ -97,6 +97,12 @@ class Bench:
         method = self.method(run)
         return method.get("at", self.settings["methods"].get(method.get("of"), {}).get("at"))
 
+    def base(self, run: Run) -> Run:
+        """The run whose training a run is made of: itself, where it trains."""
+        while self.is_derived(run):
+            run = replace(run, method=self.method(run).get("of", "plain"))
+        return run
+
     def is_derived(self, run: Run) -> bool:
         """Whether it is made of another run's adapter."""
         return bool({"project", "arithmetic", "asked"} & set(self.method(run)))
@@ -196,9 +202,11 @@ def run_all(bench: Bench, only: str, minutes: float, workers: int) -> None:
         note = "".join(said.strip().splitlines()[-1:])
         print(f"{run.name}  {time.monotonic() - started:.0f} s  {note}", flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # two must not train the run that both are made of
-        for derived in (False, True):
-            list(pool.map(one, [run for run in waiting if bench.is_derived(run) == derived]))
+    groups: dict[Run, list[Run]] = {}  # two must not train at a time the run that both are made of
+    for run in waiting:
+        groups.setdefault(bench.base(run), []).append(run)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda group: [one(run) for run in sorted(group, key=bench.is_derived)], groups.values()))
 
 
 def measure(bench: Bench, run: Run) -> None:
@@ -206,7 +214,7 @@ def measure(bench: Bench, run: Run) -> None:
     from benchmarks.safety_model import ask_everything
 
     if commit := bench.version(run):
-        raise AsftError(f"{run.name} is of an earlier version: make it with commit {commit}")
+        raise AsftError(f"{run.name} is of an earlier version: make it with commit {commit}, as -general without -own")
     bench = bench.home(run)
     tuned, seconds = trained(bench, run)
     model, adapter, answers = bench.aligned, tuned, bench.work / "answers"

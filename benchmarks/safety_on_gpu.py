@@ -1,4 +1,4 @@
-"""The safety benchmark's runs in QLoRA on a GPU, beside the same in LoRA on rounded weights on a CPU."""
+"""The safety benchmark's runs in QLoRA on a GPU, beside the same in LoRA on rounded weights where there are such."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 SECTION = """## In QLoRA on a GPU
 
-The same runs of the same aligned model, trained as QLoRA is on a GPU: on 4-bit weights, in bf16. Metric and own answers
+Runs of the same aligned model, trained as QLoRA is on a GPU: on 4-bit weights, in bf16. Metric and own answers
 were taken anew there. harmful / refused / right, in % (seeds).
 """
-COLUMNS = ("task", "poison", "method", "LoRA on NF4-rounded weights, in fp32 on a CPU", "QLoRA, in bf16 on a GPU")
+COLUMNS = ("task", "poison", "method", "LoRA on NF4-rounded weights, in fp32", "QLoRA, in bf16 on a GPU")
 
 
 def on_gpu_section(groups: Mapping[tuple[str, float], Mapping[str, "Cell"]]) -> str:

@@ -173,7 +173,7 @@ micro-batches of {batch}.
   -general: with them, as the default is; -general-own: by an earlier version (the commit is in `safety.yml`), which
   held in later turns what the aligned model says there, and not what it says in the first
 - -in-turn, -in-system: the same asked in a second turn, or under a system prompt, in which no anchor asks; -after-task
-  and -after-chat: after a turn of the task itself, and after four turns of a chat
+  and -after-chat: after a turn of the task itself, and after a chat of four turns
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; answers-N: as many of those in
   the direction file, by `axolotl asft answers` (first turns alone; -general: half of them in the general forms);
   mix-N: N % of refusals

@@ -47,11 +47,8 @@ def test_as_many_lines_as_asked_for(anchored_file, tmp_path, lines):
     assert written(tmp_path / "own.jsonl") == [tuple(OWN_ANSWERS[i % len(OWN_ANSWERS)]) for i in range(lines)]
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_in_what_the_anchor_asks_in(anchored_file, pair, tmp_path, monkeypatch, given):
-    """The tokenizer is that of the aligned model which the file names, unless another is given."""
-    monkeypatch.chdir(tmp_path if given else pair[1].parent)
-    result = run(anchored_file, "-o", tmp_path / "own.jsonl", *(["--model", pair[1]] if given else []), "--json")
+def test_in_what_the_anchor_asks_in(anchored_file, pair, tmp_path):
+    result = run(anchored_file, "-o", tmp_path / "own.jsonl", "--model", pair[1], "--json")
     assert result.exit_code == 0, result.stderr
     found, general = written(tmp_path / "own.jsonl"), general_formats(make_tokenizer())
     assert json.loads(result.stdout)["lines"] == len(found) == 2 * len(OWN_ANSWERS)
@@ -67,11 +64,16 @@ def test_in_what_the_anchor_asks_in(anchored_file, pair, tmp_path, monkeypatch, 
     assert [_encoded(make_tokenizer(), *turn) for turn in found] == anchor._texts
 
 
-def test_where_general_forms_cannot_be_asked(anchored_file, pair, tmp_path):
+def test_where_general_forms_cannot_be_asked(anchored_file, pair, tmp_path, monkeypatch):
     output = tmp_path / "own.jsonl"
     result = run(anchored_file, "-o", output, "--model", tmp_path)
     assert result.exit_code == 2
     assert "give --model, or write first turns alone (--no-general-formats)" in result.stderr
+    monkeypatch.chdir(pair[1].parent)  # where a folder of that name lies, which may be another
+    result = run(anchored_file, "-o", output)
+    assert result.exit_code == 2
+    assert "no more than a name for the aligned model ('aligned'), whose tokenizer is needed: give" in result.stderr
+    assert run(anchored_file, "-o", output, "--model", pair[1], FIRST).exit_code == 2
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "other")

@@ -27,6 +27,7 @@ from axolotl_asft.general_formats import (
     later_turns,
     template_to_ask_in,
 )
+from axolotl_asft.prompt_formats import asked_ways
 from axolotl_asft.resuming import WHAT_HOLDS, refuse_other_constraint
 from axolotl_asft.stamp import read_stamp, stamp_adapter
 
@@ -174,14 +175,49 @@ def test_an_evaluation_in_a_later_turn(pair, tmp_path):
 
 
 def test_before_the_first_step_nothing_has_moved(pair):
-    """In the chat template and under system prompts; in a later turn what is said in the first is wanted."""
+    """The gauge says so, in the log and at the end: without the later turns, whose loss does not begin at zero."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), LoraConfig(r=4, target_modules="all-linear"))
-    tokenizer, later = make_tokenizer(), later_turns(make_tokenizer())
-    under_system = [text for text in general_formats(tokenizer) if text not in later]
-    for formats, still in ((under_system, True), (sorted(later), False)):
-        anchor = AnswerAnchor(tokenizer, OWN_ANSWERS, [], formats)
-        anchor.remember(model)
-        assert (float(anchor.measure(model)) == pytest.approx(0.0, abs=1e-6)) == still
+    anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS, [], general_formats(make_tokenizer()))
+    anchor.remember(model)
+    assert float(anchor.measure(model)) == pytest.approx(0.0, abs=1e-6)
+    losses = []
+    for step in range(3):
+        losses.append(float(anchor.loss(model, step)))
+        assert float(anchor.kl) == pytest.approx(0.0, abs=1e-6)
+    assert max(losses) > 1e-4
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM])
+def test_whose_answer_is_wanted(template):
+    """A later turn's is the first turn's; under a system prompt, and in the data's formats, it is the text's own."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    general = general_formats(tokenizer)
+    data = [general[0], "Q: {prompt} A:"]  # the first is one that the data have too: it is theirs
+    anchor = AnswerAnchor(tokenizer, OWN_ANSWERS, data, general)
+    ways = list(asked_ways(len(OWN_ANSWERS), data, general[1:]))
+    first = {place: number for number, (place, way) in enumerate(ways) if way is None}
+    assert len(ways) == len(anchor._texts) == 3 * len(OWN_ANSWERS)
+    assert {way for _, way in ways} == {None, *data, *general[1:]} - set(general[1 + len(OWN_ANSWERS) // 2 :])
+    for number, (place, way) in enumerate(ways):
+        as_first = way in general[1:] and "<|system|>" not in way
+        assert anchor._expected[number] == (first[place] if as_first else number)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_gauge_of_several_processes(pair, world):
+    """The mean over the processes is that of one."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), lora).eval()
+    anchor = AnswerAnchor(make_tokenizer(), OWN_ANSWERS, [], general_formats(make_tokenizer()))
+    anchor.remember(model)
+    anchor.loss(model, 1)
+    alone, parts = float(anchor.kl), []
+    for rank in range(world):
+        anchor.loss(model, 1, rank, world)
+        parts.append(float(anchor.kl))
+    assert sum(parts) / world == pytest.approx(alone, rel=1e-4)
+    assert alone > 1e-4
 
 
 def test_which_are_later_turns_alone():

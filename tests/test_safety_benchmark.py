@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_asft.args import parse_block
+from axolotl_asft.errors import AsftError
 from axolotl_asft.evaluation.prompts import load_prompts
 from axolotl_asft.evaluation.refusals import is_refusal
 from benchmarks import safety, safety_elsewhere, safety_forms
@@ -199,6 +200,21 @@ def test_a_model_whose_weights_were_trained_is_one_however_it_is_asked():
     whole = {name for name in SETTINGS["methods"] if bench.is_whole(safety.Run("generation", 0.1, name, 0))}
     assert {"full", "full-answers-100-in-turn", "resta-100"} <= whole
     assert not {"plain", "plain-in-turn", "safelora-half-diverse", "answers-100"} & whole
+
+
+def test_what_a_run_is_made_of():
+    """Runs of one base wait for each other."""
+    bench = safety.Bench(SETTINGS, Path())
+    names = {"plain-in-turn": "plain", "safelora-half-in-turn": "plain", "resta-100": "plain", "mix-5": "mix-5"}
+    for name, base in names.items():
+        run = safety.Run("generation", 0.1, name, 2)
+        assert bench.base(run) == safety.Run("generation", 0.1, base, 2)
+
+
+def test_an_earlier_version_s_run_is_not_made():
+    run = safety.Run("generation", 0.1, "fisher-0.1-anchor-3-general-own-in-turn", 0)
+    with pytest.raises(AsftError, match="earlier version: make it with commit"):
+        safety.measure(safety.Bench(SETTINGS, Path()), run)
 
 
 def result(method, seed, harmfulness, accuracy, poison=0.1):
