@@ -52,7 +52,7 @@ def in_general_formats(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list
         raise AsftError(
             "the direction file's requests are not in this tokenizer's chat template, or that takes neither a system "
             "prompt nor an earlier turn; give the aligned model as --model, or write first turns alone "
-            "(--no-general-formats), which hold nothing in later ones"
+            "(--no-general-formats), which hold little in later ones"
         )
     ways = asked_ways(len(turns), general=general)
     return [(turns[i][0] if way is None else filled(way, plain[i]), turns[i][1]) for i, way in ways]

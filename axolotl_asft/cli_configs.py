@@ -201,7 +201,7 @@ def answers(
     For a run that the constraint cannot join: full fine-tuning, DeepSpeed's ZeRO-3, tensor parallelism. Mixed into your
     data, they hold the model to its refusals in another way, at the price of more steps and of more harmless prompts
     refused. It takes many of them: the anchor asks 8 at every optimizer step. Half of the lines are first turns of a
-    chat, half stand under a general system prompt or in a later turn, where first turns alone hold nothing.
+    chat, half stand under a general system prompt or in a later turn, where first turns alone hold little.
 
     \b
     Example:
@@ -237,7 +237,7 @@ def _aligned_tokenizer(spec: Mapping[str, Any], model: str | None) -> Any:
 
     aligned = spec["aligned"]
     revision = f"@{aligned['revision']}" if aligned.get("revision") else ""
-    instead = "give --model, or write first turns alone (--no-general-formats), which hold nothing in later ones"
+    instead = "give --model, or write first turns alone (--no-general-formats), which hold little in later ones"
     if model is None and hub_model(aligned["id"]) is None:
         raise AsftError(
             f"the direction file has no more than a name for the aligned model ({aligned['id']!r}), whose tokenizer is "
