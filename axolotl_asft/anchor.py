@@ -140,7 +140,7 @@ class AnswerAnchor:
         """
         with without_adapter(model), without_noise(model):
             self._at_once = self._most_at_once(model)
-            found = [Places.of(logits) for logits in self._of_all(model)]
+            found = [Places.of(logits) for logits in self._of_all(model, self._texts)]
             again = self._logits(model, self._texts[:TEXTS])
         said = [part for places in found for part in (places.log_p, places.log_rest)]
         if not all(bool(part.isfinite().all()) for part in said):
@@ -213,15 +213,15 @@ class AnswerAnchor:
 
         Without the later turns that are to be answered as the first: zero of the aligned model.
         """
+        own = [i for i, expected in enumerate(self._expected) if expected == i]
         with without_noise(model):
-            said = zip(self._remembered, self._of_all(model), strict=True)
-            apart = [divergence(places.to(now.device), now) for places, now in said]
-        return torch.cat([part for i, part in enumerate(apart) if self._expected[i] == i]).mean()
+            said = zip(own, self._of_all(model, [self._texts[i] for i in own]), strict=True)
+            return torch.cat([divergence(self._remembered[i].to(now.device), now) for i, now in said]).mean()
 
-    def _of_all(self, model: nn.Module) -> Iterator[Tensor]:
+    def _of_all(self, model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> Iterator[Tensor]:
         """What `_logits` gives, of every text in turn, a few in memory at a time."""
-        for first in range(0, len(self._texts), TEXTS):
-            yield from self._logits(model, self._texts[first : first + TEXTS])
+        for first in range(0, len(texts), TEXTS):
+            yield from self._logits(model, texts[first : first + TEXTS])
 
     def _logits(self, model: nn.Module, texts: Sequence[tuple[list[int], int]]) -> list[Tensor]:
         """Of each text (n, vocabulary): what is said at the n tokens of its answer."""

@@ -71,6 +71,11 @@ class Bench:
     def method(self, run: Run) -> dict[str, Any]:
         return self.settings["methods"][run.method]
 
+    def made_as(self, run: Run) -> dict[str, Any]:
+        """The method that made what is asked: another one's, where a run only asks its model otherwise."""
+        method = self.method(run)
+        return self.settings["methods"][method["of"]] if "asked" in method else method
+
     def form(self, run: Run) -> str | None:
         """In which the run's model is asked (`benchmarks.safety_forms`)."""
         form = self.method(run).get("asked", self.method(run).get("format"))
@@ -89,13 +94,11 @@ class Bench:
 
     def is_whole(self, run: Run) -> bool:
         """Whether what the run makes is a model, and no adapter."""
-        method = self.method(run)
-        return bool({"full", "arithmetic"} & {*method, *self.settings["methods"].get(method.get("of"), {})})
+        return bool({"full", "arithmetic"} & set(self.made_as(run)))
 
     def version(self, run: Run) -> str | None:
         """The commit that a run can be made with, where it is an earlier one."""
-        method = self.method(run)
-        return method.get("at", self.settings["methods"].get(method.get("of"), {}).get("at"))
+        return self.made_as(run).get("at")
 
     def base(self, run: Run) -> Run:
         """The run whose training a run is made of: itself, where it trains."""
@@ -114,14 +117,14 @@ class Bench:
         method = self.method(run)
         kinds = method.get("safety", 0.0), method.get("diverse", False), method.get("alignment", "shipped")
         data = _digest_of_data(run.task, run.poison, n, run.seed, tested, *kinds)
-        if "asked" in method:  # of whose settings it is
-            method = {**method, "of": self.settings["methods"][method["of"]]}
+        made_as = self.made_as(run)
+        if "asked" in method:
+            method = {**method, "of": made_as}
         if {self.form(run), method.get("format")} & set(BEFORE):
             systems = system_prompts(method.get("format"), n, run.seed)
             method = {**method, "texts": [prompt_format(self.form(run)), systems]}
-        trained_as = method["of"] if "asked" in method else method
-        if trained_as.get("general") or trained_as.get("asft", {}).get("general_formats"):
-            anchored = "asft" in trained_as and self.version(run) is None
+        if made_as.get("general") or made_as.get("asft", {}).get("general_formats"):
+            anchored = "asft" in made_as and self.version(run) is None
             method = {**method, "general": GENERAL if anchored else ASKED}
         text = json.dumps([run.name, method, common, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,8 +4,6 @@ from pathlib import Path
 
 from axolotl_asft.spec import own_answers_in
 
-ANSWERS = "own-answers.jsonl"
-
 
 def with_answers(work: Path, folder: Path, lines: int, general: bool) -> list[dict[str, str]]:
     """The run's data, and beside it what `axolotl asft answers` writes of the direction file."""
@@ -13,7 +11,8 @@ def with_answers(work: Path, folder: Path, lines: int, general: bool) -> list[di
     from axolotl_asft.answer_data import TYPE, in_general_formats, write_answers
     from axolotl_asft.evaluation.models import load_tokenizer
 
-    turns, answers = own_answers_in(AlignmentDirection.load(work / "direction.safetensors").spec), folder / ANSWERS
+    turns = own_answers_in(AlignmentDirection.load(work / "direction.safetensors").spec)
+    answers = folder / "own-answers.jsonl"
     if general:
         turns = in_general_formats(load_tokenizer(str(work / "aligned-nf4")), turns)
     write_answers(turns, answers, lines)
