@@ -17,6 +17,7 @@ LEAST = 4  # letters that tell a turn's header from a line break
 TRIED = 8  # rows that tell a frame's text
 TOKENS = 512  # of a frame that is one row's alone
 EXAMPLE = 30  # tokens shown of a prompt
+PREFERENCES = ("prompt_ids", "prompt_input_ids")  # columns of TRL's with the prompts of answers to choose from
 
 Tokens = tuple[int, ...]
 
@@ -70,10 +71,10 @@ def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
 
     Args:
         tokenizer: of the run.
-        dataset: rows of "input_ids" and "labels".
+        dataset: rows of "input_ids" and "labels", of TRL's preference data, or of a "prompt" that is to be answered.
         asked: formats in which the anchor asks beside the tokenizer's chat template.
     """
-    turn, prompts = rendered(tokenizer), list(_prompts(dataset))
+    turn, prompts = rendered(tokenizer), list(_prompts(tokenizer, dataset))
     if turn is None or not prompts:
         return None
     starts = [_start(tokenizer, turn[0], False), *(_start(tokenizer, text.partition(PLACE)[0], True) for text in asked)]
@@ -152,17 +153,37 @@ def _shared(prompts: Sequence[Tokens]) -> Tokens:
     return group[0][:depth]
 
 
-def _prompts(dataset: Any) -> Iterator[Tokens]:
-    """The tokens before the first trained one, of rows from all over; none of rows that are trained whole."""
+def _prompts(tokenizer: Any, dataset: Any) -> Iterator[Tokens]:
+    """The tokens before what is trained, of rows from all over; none of rows that are trained whole."""
     columns = getattr(dataset, "column_names", None)
-    if not hasattr(dataset, "__len__") or not columns or not {"input_ids", "labels"} <= set(columns):
+    if not hasattr(dataset, "__len__") or not columns:
+        return
+    tokenised = next((name for name in PREFERENCES if name in columns), None)
+    in_one = {"input_ids", "labels"} <= set(columns)
+    if tokenised is None and not in_one and "prompt" not in columns:
         return
     count = min(ROWS, len(dataset))
     for i in range(count):
         row = dataset[i * len(dataset) // count]
-        start = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
-        if start:
-            yield tuple(int(token) for token in row["input_ids"][:start])
+        if tokenised is not None:
+            ids = row[tokenised]
+        elif in_one:
+            ids = row["input_ids"][: next((place for place, label in enumerate(row["labels"]) if label != -100), 0)]
+        else:
+            ids = _read(tokenizer, row["prompt"])
+        if len(ids):
+            yield tuple(int(token) for token in ids)
+
+
+def _read(tokenizer: Any, prompt: Any) -> Sequence[int]:
+    """A prompt that is not tokenised, as TRL will read it: a text, or turns; nothing where it is neither."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse in any way, which is the trainer's to say
+        return ()
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _header(tokenizer: Any, before: str) -> Tokens:

@@ -7,6 +7,6 @@ def length(completions, **kwargs):
 
 def transform(cfg, *args, **kwargs):
     def transform_fn(example, tokenizer=None):
-        return {"prompt": [{"role": "user", "content": example["messages"][0]["content"]}]}
+        return {"prompt": example["messages"][:-1]}
 
     return transform_fn, {"remove_columns": ["messages"]}

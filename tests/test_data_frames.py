@@ -59,6 +59,31 @@ def test_rows_as_tensors():
     assert frames(tokenizer, rows, []).formats == (SYSTEM,)
 
 
+@pytest.mark.parametrize("column", ["prompt_ids", "prompt_input_ids"])
+def test_preference_data(column):
+    """As TRL tokenises them: the prompts in a column of their own."""
+    tokenizer = make_tokenizer()
+    rows = tokenised(tokenizer, ["no dog says yes"])
+    prompts = [
+        [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100] for row in rows
+    ]
+    kept = Dataset.from_dict(
+        {column: prompts, "chosen_ids": [[5]] * len(prompts), "rejected_ids": [[6]] * len(prompts)}
+    )
+    assert frames(tokenizer, kept, []).formats == (SYSTEM,)
+
+
+def test_prompts_that_a_model_is_to_answer():
+    """GRPO's, as turns or as texts, which TRL tokenises at each step."""
+    tokenizer = make_tokenizer()
+    system = {"role": "system", "content": "no dog says yes"}
+    turns = [[system, {"role": "user", "content": prompt}] for prompt in PROMPTS]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in turns]
+    for prompts in (turns, texts):
+        assert frames(tokenizer, Dataset.from_dict({"prompt": prompts}), []).formats == (SYSTEM,)
+    assert frames(tokenizer, Dataset.from_dict({"prompt": [1, 2]}), []) is None
+
+
 def test_the_anchor_asks_under_it():
     """The tokens of a row with the same request and answer."""
     tokenizer = make_tokenizer()

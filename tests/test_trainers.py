@@ -6,6 +6,8 @@ import pytest
 from recorder_plugin import RecorderPlugin
 from tiny import log_history, make_tokenizer, write_config
 
+from axolotl_asft.stamp import read_stamp
+
 pytestmark = pytest.mark.slow
 
 PLUGINS = ["recorder_plugin.RecorderPlugin", "asft"]
@@ -38,8 +40,12 @@ def data(rows, tmp_path_factory):
     paths = {}
     for kind, samples in kinds.items():
         paths[kind] = folder / f"{kind}.jsonl"
-        paths[kind].write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        paths[kind].write_text(lines(samples))
     return paths
+
+
+def lines(samples):
+    return "".join(json.dumps(sample) + "\n" for sample in samples)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,12 @@ def jsonl(path, kind):
 
 
 PREFERENCE = {"field_prompt": "q", "field_chosen": "good", "field_rejected": "bad", "prompt_format": "{prompt} "}
+COMPLETION = {"field_prompt": "q", "field_completion": "a", "field_label": "ok", "prompt_format": "{prompt} "}
+IN_KTO = {"remove_unused_columns": False}
+IN_ORPO = {"orpo_alpha": 0.1, "chat_template": "tokenizer_default", "remove_unused_columns": False}
+GENERATED = {"beta": 0.001, "num_generations": 4, "max_completion_length": 8, "use_vllm": False}
+GENERATED |= {"reward_funcs": ["rewards.length"]}
+UNDER_SYSTEM = "<|system|> no dog says yes </s> <|user|> {prompt} </s><|assistant|> "
 FEATURES = {
     "packing": {"sample_packing": True, "attn_implementation": "sdpa", "sequence_len": 128, "micro_batch_size": 1},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -140,29 +152,49 @@ def test_relatives_of_dpo(record, data, rl):
 
 
 def test_kto(record, data):
-    kind = {"field_prompt": "q", "field_completion": "a", "field_label": "ok", "prompt_format": "{prompt} "}
-    answer = record(
-        rl="kto", datasets=jsonl(data["kto"], kind), dataset_prepared_path=None, remove_unused_columns=False
-    )
+    answer = record(rl="kto", datasets=jsonl(data["kto"], COMPLETION), dataset_prepared_path=None, **IN_KTO)
     assert "KTO" in answer["trainer"]
     counts_once(answer, tolerance=IN_BF16)
 
 
 def test_orpo(record, data):
-    changes = {"orpo_alpha": 0.1, "chat_template": "tokenizer_default", "remove_unused_columns": False}
-    answer = record(
-        rl="orpo", datasets=jsonl(data["orpo"], "chat_template.argilla"), dataset_prepared_path=None, **changes
-    )
+    kind = jsonl(data["orpo"], "chat_template.argilla")
+    answer = record(rl="orpo", datasets=kind, dataset_prepared_path=None, **IN_ORPO)
     assert "ORPO" in answer["trainer"]
     counts_once(answer)
 
 
 def test_grpo(record, dataset):
-    trl = {"beta": 0.001, "num_generations": 4, "max_completion_length": 8, "use_vllm": False}
-    trl["reward_funcs"] = ["rewards.length"]
-    answer = record(rl="grpo", trl=trl, datasets=jsonl(dataset, "rewards.transform"), dataset_prepared_path=None)
+    kind = jsonl(dataset, "rewards.transform")
+    answer = record(rl="grpo", trl=GENERATED, datasets=kind, dataset_prepared_path=None)
     assert "GRPO" in answer["trainer"]
     counts_once(answer, tolerance=IN_BF16)
+
+
+@pytest.mark.parametrize("rl", ["dpo", "kto", "orpo", "grpo"])
+def test_the_anchor_asks_as_the_data_do(forked_train, data, rows, pair, anchored_file, tmp_path, rl):
+    """Under the system prompt that all prompts have, whatever kind of data they are in."""
+    system, path = "no dog says yes", data.get(rl, tmp_path / "data.jsonl")
+    if rl == "orpo":
+        kept = [json.loads(line) for line in path.read_text().splitlines()]
+        path = tmp_path / "data.jsonl"
+        path.write_text(lines([{**row, "system": system} for row in kept]))
+    elif rl == "grpo":
+        path.write_text(lines([{"messages": [{"role": "system", "content": system}, *turns]} for turns in rows]))
+    kinds = {
+        "dpo": {**PREFERENCE, "prompt_format": UNDER_SYSTEM},
+        "kto": {**COMPLETION, "prompt_format": UNDER_SYSTEM},
+        "orpo": "chat_template.argilla",
+        "grpo": "rewards.transform",
+    }
+    options = {"dpo": {}, "kto": IN_KTO, "orpo": IN_ORPO, "grpo": {"trl": GENERATED}}[rl]
+    options |= {"rl": rl, "datasets": jsonl(path, kinds[rl]), "dataset_prepared_path": None}
+    block = {"direction": str(anchored_file), "anchor_weight": 2.0}
+    config = write_config(tmp_path, pair[1], path, block, max_steps=1, plugins=["asft"], **options)
+    status, output = forked_train(config)
+    assert status == 0, output[-5000:]
+    first = "<s> " if rl == "orpo" else ""  # TRL's ORPO puts it before every prompt
+    assert read_stamp(tmp_path / "out")["prompt_formats"] == [first + UNDER_SYSTEM]
 
 
 def test_kd(record, data):
