@@ -57,7 +57,8 @@ class AsftArgs(BaseModel):
     prompt_formats: list[str] | None = Field(
         default=None,
         description="texts with {prompt} in the request's place, in which the anchor asks beside the bare chat "
-        "template; null: those of the data, of a type such as alpaca or under system prompts; []: none",
+        "template; null: those of the data, of a type such as alpaca, under system prompts, "
+        "or with an instruction that most requests share; []: none",
     )
     general_formats: bool | None = Field(
         default=None,

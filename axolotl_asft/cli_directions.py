@@ -115,7 +115,7 @@ def _option(name: str) -> str:
     metavar="SET",
     help="Prompts for --metric: the shipped set, a file, or owner/name of a Hub dataset; behaviour unlike these "
     "prompts is preserved less. Repeat for several: --prompts harmful --prompts mine.txt uses the shipped set and "
-    "yours, --prompts mine.txt alone replaces the shipped one.",
+    "yours, --prompts mine.txt alone replaces the shipped one. The shipped harmless prompts are asked in any case.",
 )
 @click.option(
     "--metric-rank", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum directions per layer."

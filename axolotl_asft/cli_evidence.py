@@ -132,8 +132,8 @@ def evaluate_command(
     \b
     Example:
       axolotl asft eval config.yml --tasks gsm8k
-      axolotl asft eval --model Llama-3.1-8B-Instruct --adapter plain=out/plain \\
-          --adapter asft=out/asft --judge meta-llama/Llama-Guard-3-8B
+      axolotl asft eval config.yml --adapter plain=out/plain --adapter asft=out/asft \\
+          --judge meta-llama/Llama-Guard-3-8B --judge-load-in-4bit
       axolotl asft eval config.yml --harmful walledai/AdvBench --harmful my.jsonl
     """
     refuse_idle(ctx, IDLE_WITHOUT)

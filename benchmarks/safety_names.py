@@ -1,6 +1,8 @@
 """Names and colours of the safety benchmark's methods in its pictures."""
 
-DEFAULT = "fisher-0.1-anchor-3"
+DEFAULT = "fisher-0.1-anchor-3-general"
+FIRST_TURNS = "fisher-0.1-anchor-3"  # the default without its general forms: run at every share of poison
+SHOWN = {DEFAULT: "the default", FIRST_TURNS: "the default, first turns alone"}
 EARLIER = "-general-own"  # in the name of what was made with an earlier version
 ON_GPU = "-qlora"  # ends the name of what was trained in QLoRA on a GPU
 FAMILIES = {
@@ -27,7 +29,7 @@ FAMILIES = {
 
 def shown_name(method: str) -> str:
     """In the pictures."""
-    return "the default" if method == DEFAULT else method
+    return SHOWN.get(method, method)
 
 
 def colour_of(method: str) -> str:

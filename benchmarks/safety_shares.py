@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.safety_names import DEFAULT, EARLIER, ON_GPU, colour_of, shown_name
+from benchmarks.safety_names import EARLIER, FIRST_TURNS, ON_GPU, colour_of, shown_name
 
 if TYPE_CHECKING:
     from benchmarks.safety_table import Cell
@@ -61,7 +61,7 @@ def draw_shares(path: Path, tasks: dict[str, Shares], before: dict[str, "Cell"])
         for task, methods in tasks.items()
     }
     every = dict.fromkeys(method for methods in tasks.values() for method in methods)
-    like_it = [method for method in every if colour_of(method) == colour_of(DEFAULT) and method != DEFAULT]
+    like_it = [method for method in every if colour_of(method) == colour_of(FIRST_TURNS) and method != FIRST_TURNS]
     styles = dict(zip(like_it, itertools.cycle(DASHES), strict=False))
     with picture(path, (13, 4 * len(tasks)), dpi=110, layout="constrained") as figure:
         panels = figure.subplots(len(tasks), len(MEASURES), sharex=True, sharey=True, squeeze=False)
@@ -69,7 +69,7 @@ def draw_shares(path: Path, tasks: dict[str, Shares], before: dict[str, "Cell"])
             for axes, (measure, label) in zip(row, MEASURES.items(), strict=True):
                 for method, cells in methods.items():
                     line = [(100 * share, 100 * getattr(cell, measure)) for share, cell in sorted(cells.items())]
-                    width = 3 if method == DEFAULT else 1.5
+                    width = 3 if method == FIRST_TURNS else 1.5
                     look = {"color": colour_of(method), "linewidth": width, "zorder": 2 + width / 3, "markersize": 5}
                     look["linestyle"] = styles.get(method, "-")
                     axes.plot(*zip(*line, strict=True), marker="o", label=shown_name(method), **look)

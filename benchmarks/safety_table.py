@@ -9,7 +9,7 @@ from typing import Any
 
 from axolotl_asft.evaluation.shares import wilson_interval
 from axolotl_asft.files import atomic_write_text
-from benchmarks.safety_names import DEFAULT, ON_GPU, colour_of, shown_name
+from benchmarks.safety_names import DEFAULT, FIRST_TURNS, ON_GPU, colour_of, shown_name
 from benchmarks.safety_on_gpu import on_gpu_section
 from benchmarks.safety_shares import draw_shares, over_shares, shares_section
 
@@ -169,9 +169,9 @@ micro-batches of {batch}.
 - fisher-L, anchor-W, and fisher-L-anchor-W: lambda L with the Fisher metric, `anchor_weight` W, and both together
 - -unseen and -others: metric and anchor from requests that alignment was not taught, of ours and of HarmBench's;
   -mixed: from the shipped ones and HarmBench's; -mixed-half: from the shipped ones and every second of HarmBench's
-- {DEFAULT}, "the default" in the pictures, is the default without its general forms (`general_formats: false`);
-  -general: with them, as the default is; -general-own: by an earlier version (the commit is in `safety.yml`), which
-  held in later turns what the aligned model says there, and not what it says in the first
+- {DEFAULT} is the default; {FIRST_TURNS}, "first turns alone" in the pictures: without its
+  general forms (`general_formats: false`); -general-own: with them, by an earlier version (the commit is in
+  `safety.yml`), which held in later turns what the aligned model says there, and not what it says in the first
 - -in-turn, -in-system: the same asked in a second turn, or under a system prompt, in which no anchor asks; -after-task
   and -after-chat: after a turn of the task itself, and after a chat of four turns
 - own-N, and -own-N: N % of the aligned model's own answers are mixed into the data; answers-N: as many of those in
@@ -231,7 +231,9 @@ def _draw(path: Path, groups: dict[tuple[str, float], dict[str, Results]], befor
         for number, task in enumerate(tasks, 1):
             axes = figure.add_subplot(1, len(tasks), number)
             everyone = groups[chosen[task]]
-            shown = {name: found for name, found in everyone.items() if not any(part in name for part in DETAILS)}
+            shown = {
+                name: found for name, found in everyone.items() if name == DEFAULT or not any(map(name.count, DETAILS))
+            }
             methods = {name: cell(found) for name, found in shown.items()}
             everything = {**({"aligned": before[task]} if task in before else {}), **methods}
             places = {shown_name(name): (100 * found.right, 100 * found.harmful) for name, found in everything.items()}
