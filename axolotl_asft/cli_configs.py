@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from axolotl_asft.console import FilePath, OneLineErrors, quietly
+from axolotl_asft.console import FilePath, OneLineErrors, quietly, written_out
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import atomic_write_text, refuse_to_replace_file
 from axolotl_asft.guard import OPTIONS, declarations
+from axolotl_asft.yaml_config import read_config
 
 
 def block_options(command: Callable) -> Callable:
@@ -166,6 +167,7 @@ def schema(output: Path | None, force: bool) -> None:
 
 @click.command()
 @click.argument("file", metavar="FILE|OWNER/NAME")
+@click.argument("config", type=FilePath(), required=False)
 @click.option(
     "-o",
     "--output",
@@ -187,47 +189,84 @@ def schema(output: Path | None, force: bool) -> None:
     help="Each answer under a general system prompt or in a later turn too, as an anchor asks; twice as many lines.",
 )
 @click.option(
+    "--prompt-format",
+    "formats",
+    multiple=True,
+    metavar="TEXT|@FILE",
+    help="Each answer in this format of your data too, with {prompt} in the request's place; repeat for more.  "
+    "[default: those of CONFIG's data, such as alpaca's]",
+)
+@click.option(
     "--model",
     metavar="DIR|ID",
-    help="Whose tokenizer writes these.  [default: the aligned model, where the file names one of the Hub]",
+    help="Whose tokenizer writes these.  [default: base_model of CONFIG, or the aligned model, where the file names "
+    "one of the Hub]",
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def answers(
-    file: str, output: Path, lines: int | None, general_formats: bool, model: str | None, force: bool, as_json: bool
+    file: str,
+    config: Path | None,
+    output: Path,
+    lines: int | None,
+    general_formats: bool,
+    formats: tuple[str, ...],
+    model: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the aligned model's own answers, which a direction file keeps, as training data.
 
     For a run that the constraint cannot join: full fine-tuning, DeepSpeed's ZeRO-3, tensor parallelism. Mixed into your
     data, they hold the model to its refusals in another way, at the price of more steps and of more harmless prompts
     refused. It takes many of them: the anchor asks 8 at every optimizer step. Half of the lines are first turns of a
-    chat, half stand under a general system prompt or in a later turn, where first turns alone hold little.
+    chat, half stand under a general system prompt or in a later turn, where first turns alone hold little. Data that
+    ask in a format of their own want a third in that: CONFIG, the YAML of the run, says which, or --prompt-format.
 
     \b
     Example:
-      axolotl asft answers chat.asft.safetensors -o own-answers.jsonl --lines 5000 --model models/aligned
+      axolotl asft answers chat.asft.safetensors config.yml -o own-answers.jsonl --lines 5000
+      axolotl asft answers chat.asft.safetensors --model models/aligned --prompt-format @format.txt
     """
-    if model is not None and not general_formats:
-        raise click.UsageError("--model writes the general formats, which --no-general-formats leaves out")
     refuse_to_replace_file(output, force)
-    from axolotl_asft.answer_data import TYPE, in_general_formats, write_answers
+    content = read_config(config) if config is not None else {}
+    from axolotl_asft.answer_data import TYPE, in_formats, write_answers
     from axolotl_asft.direction import AlignmentDirection
+    from axolotl_asft.hub import base_model_of
+    from axolotl_asft.prompt_formats import asked_in, checked_formats
     from axolotl_asft.spec import own_answers_in
     from axolotl_asft.summary import declining
     from axolotl_asft.yaml_config import scalar
 
     spec = AlignmentDirection.load(file).spec
-    turns = own_answers_in(spec)
-    asked = in_general_formats(_aligned_tokenizer(spec, model), turns) if general_formats and turns else turns
+    asked = turns = own_answers_in(spec)
+    texts = checked_formats([str(written_out(text)) for text in formats] or _formats_of_data(content))
+    if model is not None and not (general_formats or texts):
+        raise click.UsageError("--model writes other formats than the first turn; without any it has nothing to do")
+    if turns and (general_formats or texts):
+        asked = in_formats(_aligned_tokenizer(spec, model or base_model_of(content)), turns, texts, general_formats)
     count, no = write_answers(asked, output, lines), declining(turns)
     if as_json:
         told = {"lines": count, "answers": len(turns), "declining": no, "general_formats": general_formats}
-        click.echo(json.dumps({"file": str(output), **told}))
+        click.echo(json.dumps({"file": str(output), **told, "prompt_formats": texts}))
         return
     click.echo(
-        f"{output}: {count} lines of {len(turns)} answers, {no} of which decline\n\n"
+        f"{output}: {count} lines of {len(turns)} answers, {no} of which decline{asked_in(texts, general_formats)}\n\n"
         f"Use it, beside your own data:\n  datasets:\n    - path: {scalar(output)}\n      type: {TYPE}"
     )
+
+
+def _formats_of_data(content: Mapping[str, Any]) -> list[str]:
+    """In which the data of a config ask; a line for those that cannot be told."""
+    from axolotl_asft.evaluation.asked_in import formats_of_data
+
+    with quietly():
+        found = formats_of_data(content)
+    for one in found:
+        if one.text is None:
+            told = f"datasets: {one.path} is of type {one.kind}, in whose prompts nothing is asked"
+            click.echo(f"{told}; give the text around a request as --prompt-format, with {{prompt}} in it", err=True)
+    return [one.text for one in found if one.text is not None]
 
 
 def _aligned_tokenizer(spec: Mapping[str, Any], model: str | None) -> Any:
@@ -237,7 +276,7 @@ def _aligned_tokenizer(spec: Mapping[str, Any], model: str | None) -> Any:
 
     aligned = spec["aligned"]
     revision = f"@{aligned['revision']}" if aligned.get("revision") else ""
-    instead = "give --model, or write first turns alone (--no-general-formats), which hold little in later ones"
+    instead = "give --model, or write first turns alone (--no-general-formats), which hold little elsewhere"
     if model is None and hub_model(aligned["id"]) is None:
         raise AsftError(
             f"the direction file has no more than a name for the aligned model ({aligned['id']!r}), whose tokenizer is "

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from axolotl_asft.console import FilePath, quieten_libraries, refuse_idle, stages
+from axolotl_asft.console import FilePath, quieten_libraries, refuse_idle, stages, written_out
 from axolotl_asft.errors import AsftError
 from axolotl_asft.files import without_nan
-from axolotl_asft.hub import hub_model
+from axolotl_asft.hub import base_model_of
 from axolotl_asft.report.drawing import need_matplotlib
-from axolotl_asft.yaml_config import read_config, read_text
+from axolotl_asft.yaml_config import read_config
 
 IDLE_WITHOUT = {  # options of eval, and what they go with
     "judge_text": "judges", "judge_harmful": "judges", "judge_load_in_4bit": "judges", "task_limit": "tasks",
@@ -141,13 +141,13 @@ def evaluate_command(
     chosen = _with_config(config, content, options)
     if output is None:  # beside the adapter, where that is the config's own
         output = Path(*([] if options["adapters"] else chosen["adapters"]), "asft-eval")
-    chosen["judge_text"] = _written_out(chosen["judge_text"])
+    chosen["judge_text"] = written_out(chosen["judge_text"])
     quieten_libraries()
     from axolotl_asft.evaluation.asked_in import format_to_ask_in
     from axolotl_asft.evaluation.evaluate import Questions, evaluate
     from axolotl_asft.evaluation.rows import table
 
-    given = _written_out(chosen["prompt_format"])
+    given = written_out(chosen["prompt_format"])
     chosen["prompt_format"], note = format_to_ask_in(given, content, chosen["adapters"])
     if note:
         click.echo(note, err=True)
@@ -167,7 +167,7 @@ def _with_config(config: Path | None, content: dict[str, Any], options: dict[str
     """The options, with model, adapter and quantisation from an axolotl config where they were not given."""
     chosen = dict(options)
     if not chosen["model"]:
-        chosen["model"] = _base_model(content)
+        chosen["model"] = base_model_of(content)
     if not chosen["model"]:
         raise AsftError("no model to evaluate; give --model, or a config with base_model")
     if not chosen["adapters"] and content.get("adapter"):
@@ -189,19 +189,6 @@ def _with_config(config: Path | None, content: dict[str, Any], options: dict[str
     if content and not chosen["adapters"]:
         click.echo(f"{config} trains no adapter: {chosen['model']} is evaluated alone", err=True)
     return chosen
-
-
-def _written_out(text: str | None) -> str | None:
-    """What an option says, or the file that it names."""
-    if text and text.startswith("@"):
-        return read_text(Path(text[1:])).removesuffix("\n")  # with which editors end a file
-    return text
-
-
-def _base_model(content: dict[str, Any]) -> str | None:
-    model, revision = content.get("base_model"), content.get("revision_of_model")
-    wanted = hub_model(str(model)) if model and revision else None
-    return model if wanted is None else wanted.at(str(revision))
 
 
 @click.command("landscape")

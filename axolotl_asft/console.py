@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_asft.errors import AsftError, WorkFailed, one_line
+from axolotl_asft.yaml_config import read_text
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -52,6 +53,13 @@ def given_options(ctx: click.Context) -> set[str]:
     default = click.core.ParameterSource.DEFAULT
     names = {str(each.name) for each in ctx.command.params}
     return {name for name in names if ctx.get_parameter_source(name) is not default}
+
+
+def written_out(text: str | None) -> str | None:
+    """What an option says, or the file that it names with an @."""
+    if text and text.startswith("@"):
+        return read_text(Path(text[1:])).removesuffix("\n")  # with which editors end a file
+    return text
 
 
 class OneLineErrors(click.Group):

@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -87,6 +87,13 @@ def hub_model(location: str | Path) -> HubFile | None:
             f"{location} names one file; expected a model: a folder, or on the Hub owner/name or owner/name@revision"
         )
     return wanted
+
+
+def base_model_of(content: Mapping[str, Any]) -> str | None:
+    """The model that an axolotl config trains, with its revision; None where it names none."""
+    model, revision = content.get("base_model"), content.get("revision_of_model")
+    wanted = hub_model(str(model)) if model and revision else None
+    return model if wanted is None else wanted.at(str(revision))
 
 
 def named_on_the_hub(location: str | Path) -> HubFile | None:

@@ -296,8 +296,14 @@ def trained(bench: Bench, run: Run) -> tuple[Path | None, float]:
     if method.get("full"):
         settings = {key: value for key, value in settings.items() if key != "adapter" and not key.startswith("lora_")}
     if "answers" in method:
+        form = prompt_format(method.get("format"))
         settings["datasets"] = with_answers(
-            bench.work, folder, round(method["answers"] * n), method.get("general", False)
+            bench.work,
+            folder,
+            round(method["answers"] * n),
+            method.get("general", False),
+            settings.get("datasets"),
+            form,
         )
     started = time.monotonic()
     if "asft" in method:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from datasets import load_from_disk
+from test_prompt_formats import with_first_token
 from tiny import OWN_ANSWERS, make_tokenizer, write_config
 
 from axolotl_asft.anchor import AnswerAnchor, _encoded
@@ -62,6 +63,57 @@ def test_in_what_the_anchor_asks_in(anchored_file, pair, tmp_path):
         assert same == answer
     anchor = AnswerAnchor(make_tokenizer(), [tuple(turn) for turn in OWN_ANSWERS], general=general)
     assert [_encoded(make_tokenizer(), *turn) for turn in found] == anchor._texts
+
+
+ALPACA = {"datasets": [{"path": "mine.jsonl", "type": "alpaca"}, {"path": "chats.jsonl", "type": "chat_template"}]}
+
+
+@pytest.mark.parametrize("in_first_turns", [True, False])
+@pytest.mark.parametrize("first_token", [True, False])
+def test_in_the_format_of_a_config_s_data(anchored_file, pair, tmp_path, in_first_turns, first_token):
+    """As axolotl tokenises data in it, and the anchor asks: with the token that the tokenizer puts before a text."""
+    tokenizer = with_first_token() if first_token else make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump({"base_model": str(tmp_path / "model"), **ALPACA}))
+    output = tmp_path / "own.jsonl"
+    result = run(anchored_file, config, "-o", output, "--json", *([FIRST] if in_first_turns else []))
+    assert result.exit_code == 0, result.stderr
+    (text,) = json.loads(result.stdout)["prompt_formats"]
+    assert "### Instruction:\n{prompt}\n\n### Response:\n" in text
+    turns = [tuple(turn) for turn in OWN_ANSWERS]
+    general = [] if in_first_turns else general_formats(tokenizer)
+    texts = AnswerAnchor(tokenizer, turns, [text], general)._texts
+    found = written(output)
+    assert len(found) == len(texts) == (2 if in_first_turns else 3) * len(turns)
+
+    def alone(part):  # as axolotl reads a segment
+        return tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    read = [(alone(request) + alone(answer), len(alone(request))) for request, answer in found]
+    assert read == texts
+    assert (tokenizer("a")["input_ids"][0] == read[2][0][0]) == first_token
+
+
+def test_in_a_format_that_is_given(anchored_file, pair, tmp_path):
+    (tmp_path / "format.txt").write_text("Q: {prompt}\nA:\n")
+    options = ("--model", pair[1], FIRST, "--prompt-format", f"@{tmp_path}/format.txt")
+    assert run(anchored_file, "-o", tmp_path / "own.jsonl", *options).exit_code == 0
+    requests = [request for request, _ in written(tmp_path / "own.jsonl")]
+    assert sum(text.startswith("Q: ") and text.endswith("\nA:") for text in requests) == len(OWN_ANSWERS)
+    result = run(anchored_file, "-o", tmp_path / "other.jsonl", "--model", pair[1], "--prompt-format", "Q:")
+    assert result.exit_code == 2
+    assert "'Q:' is no prompt format" in result.stderr
+
+
+def test_a_config_whose_data_s_format_cannot_be_told(anchored_file, pair, tmp_path):
+    config = tmp_path / "config.yml"
+    data = [{"path": "mine.jsonl", "type": "orcamini"}]
+    config.write_text(yaml.safe_dump({"base_model": str(pair[1]), "datasets": data}))
+    result = run(anchored_file, config, "-o", tmp_path / "own.jsonl", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["prompt_formats"] == []
+    assert "datasets: mine.jsonl is of type orcamini, in whose prompts nothing is asked; give" in result.stderr
 
 
 def test_where_general_forms_cannot_be_asked(anchored_file, pair, tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """The prompts that an evaluation asks in: those of the chat template, or of the data that were trained on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl_asft.general_formats import UNSEEN
 from axolotl_asft.prompt_formats import checked_formats
 from axolotl_asft.stamp import read_stamp
+
+if TYPE_CHECKING:
+    from axolotl_asft.run_data import DataFormat
 
 CHAT_TEMPLATE = "chat_template"  # the commonest type of data, and what asks for no other format
 
@@ -28,13 +31,7 @@ def format_to_ask_in(
         return None, None
     if given is not None:
         return (given if given in UNSEEN else checked_formats([given])[0]), None
-    datasets = content.get("datasets") or []
-    kinds = [one.get("type") for one in datasets if isinstance(one, dict)] if isinstance(datasets, list) else []
-    if all(str(kind or CHAT_TEMPLATE).startswith(CHAT_TEMPLATE) for kind in kinds):
-        return None, _trained_otherwise(adapters)
-    from axolotl_asft.run_data import formats_of_content  # imports axolotl, which takes seconds
-
-    formats = formats_of_content(content)
+    formats = formats_of_data(content)
     if not formats:
         return None, _trained_otherwise(adapters)
     told = f"data of type {formats[0].kind} ask in a format of their own"
@@ -43,9 +40,23 @@ def format_to_ask_in(
     if texts == {None} and isinstance(block, dict):  # then the config says it
         texts = set(block.get("prompt_formats") or [None])
     text = texts.pop()
-    if text is None or texts or len(formats) < len(kinds):
+    if text is None or texts or len(formats) < len(_kinds(content)):
         return None, f"{told}; prompts are asked in the chat template: --prompt-format asks in another"
     return text, f"{told}; prompts are asked in it: --prompt-format chat_template asks in the chat template"
+
+
+def formats_of_data(content: Mapping[str, Any]) -> "list[DataFormat]":
+    """Each dataset of an axolotl YAML that asks in a format of its own."""
+    if all(str(kind or CHAT_TEMPLATE).startswith(CHAT_TEMPLATE) for kind in _kinds(content)):
+        return []
+    from axolotl_asft.run_data import formats_of_content  # imports axolotl, which takes seconds
+
+    return formats_of_content(content)
+
+
+def _kinds(content: Mapping[str, Any]) -> list[Any]:
+    datasets = content.get("datasets") or []
+    return [one.get("type") for one in datasets if isinstance(one, dict)] if isinstance(datasets, list) else []
 
 
 def _trained_otherwise(adapters: Sequence[str]) -> str | None:
