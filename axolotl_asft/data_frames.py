@@ -13,11 +13,17 @@ SHARE = 0.05  # of the rows, from which on a frame is common
 MOST = 8  # frames that are asked in
 HALF = 0.5  # of the rows under a head, from which on an instruction is theirs
 ALIKE, LONGER = 0.95, 8  # of the rows with an instruction, and tokens, that tell what they have in common
-LEAST = 4  # letters that tell a turn's header from a line break
+LEAST = 4  # letters that tell a turn's header, or its end, from a line break
 TRIED = 8  # rows that tell a frame's text
 TOKENS = 512  # of a frame that is one row's alone
 EXAMPLE = 30  # tokens shown of a prompt
 PREFERENCES = ("prompt_ids", "prompt_input_ids")  # columns of TRL's with the prompts of answers to choose from
+
+UNTOLD = (
+    "the data's prompts were not looked at, since they are streamed, come with images, or are in texts without turns "
+    "that are trained whole: where a system prompt or an instruction stands around the requests, give that as "
+    f"asft.prompt_formats, with {PLACE} in the request's place, or nothing is held under it"
+)
 
 Tokens = tuple[int, ...]
 
@@ -112,6 +118,11 @@ def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
     return Frames(formats, len(others) / len(prompts), len(left) / len(prompts), example)
 
 
+def can_be_told(tokenizer: Any, dataset: Any) -> bool:
+    """Whether there is a row of tokenised data whose prompt can be told from what is trained."""
+    return next(_prompts(tokenizer, dataset), None) is not None
+
+
 def _head(ids: Tokens, starts: Sequence[Tokens], header: Tokens) -> Tokens:
     """What stands before a row's request: the longest start that is asked, else what ends with the user's first turn's
     header; nothing where there is none."""
@@ -154,7 +165,7 @@ def _shared(prompts: Sequence[Tokens]) -> Tokens:
 
 
 def _prompts(tokenizer: Any, dataset: Any) -> Iterator[Tokens]:
-    """The tokens before what is trained, of rows from all over; none of rows that are trained whole."""
+    """The tokens before the first answer, of rows from all over; none of a row where nothing tells it from the rest."""
     columns = getattr(dataset, "column_names", None)
     if not hasattr(dataset, "__len__") or not columns:
         return
@@ -162,13 +173,17 @@ def _prompts(tokenizer: Any, dataset: Any) -> Iterator[Tokens]:
     in_one = {"input_ids", "labels"} <= set(columns)
     if tokenised is None and not in_one and "prompt" not in columns:
         return
+    turn = rendered(tokenizer)
+    end = _end(tokenizer, *turn) if turn is not None and len(turn[1].strip()) >= LEAST else ()
     count = min(ROWS, len(dataset))
     for i in range(count):
         row = dataset[i * len(dataset) // count]
         if tokenised is not None:
             ids = row[tokenised]
         elif in_one:
-            ids = row["input_ids"][: next((place for place, label in enumerate(row["labels"]) if label != -100), 0)]
+            trained = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
+            request = tuple(int(token) for token in row["input_ids"])
+            ids = request[: max(trained, len(_up_to(request, end)))]  # the requests may be trained too
         else:
             ids = _read(tokenizer, row["prompt"])
         if len(ids):

@@ -9,7 +9,7 @@ from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_conf
 from tokenizers import Regex
 
 from axolotl_asft.anchor import AnswerAnchor
-from axolotl_asft.data_frames import MOST, _shared, frames
+from axolotl_asft.data_frames import MOST, _shared, can_be_told, frames
 from axolotl_asft.stamp import read_stamp
 
 PROMPTS = ["the cat sees a dog", "a red house", "blue dog", "then the tree", "no", "yes a dog", "likes a cat", "red"]
@@ -321,14 +321,43 @@ def test_data_that_begin_as_nothing_that_is_asked():
 @pytest.mark.parametrize("data", [None, [], iter([1]), Dataset.from_dict({"text": ["a"]})])
 def test_data_that_cannot_be_looked_at(data):
     assert frames(make_tokenizer(), data, []) is None
+    assert not can_be_told(make_tokenizer(), data)
 
 
 def test_rows_that_are_trained_whole():
+    """The turn's end tells the prompt, where there is one."""
     tokenizer = make_tokenizer()
-    rows = tokenised(tokenizer, ["no dog"]).map(lambda row: {"labels": row["input_ids"]})
-    assert frames(tokenizer, rows, []) is None
+    rows = tokenised(tokenizer, ["no dog says yes"])
+    whole = rows.map(lambda row: {"labels": row["input_ids"]})
+    assert frames(tokenizer, whole, []).formats == (SYSTEM,)
+    texts = Dataset.from_list([{"input_ids": [8, 9, 10], "labels": [8, 9, 10]}] * 8)
+    assert can_be_told(tokenizer, rows)
+    assert not can_be_told(tokenizer, texts)
+    assert frames(tokenizer, texts, []) is None
     tokenizer.chat_template = None
     assert frames(tokenizer, rows, []) is None
+
+
+def test_a_run_that_trains_on_its_prompts(forked_train, pair, anchored_file, tmp_path):
+    """axolotl leaves out the headers alone then: the turn's end tells the prompt from the answer."""
+    data = write_chats(tmp_path / "data.jsonl", "no dog says yes")
+    block = {"direction": str(anchored_file), "anchor_weight": 1.0}
+    status, output = forked_train(write_config(tmp_path, pair[1], data, block, max_steps=1, train_on_inputs=True))
+    assert status == 0, output[-5000:]
+    assert read_stamp(tmp_path / "out")["prompt_formats"] == [SYSTEM]
+    assert "were not looked at" not in output
+
+
+def test_a_run_on_texts_without_turns(forked_train, pair, anchored_file, tmp_path):
+    """Nothing tells what a prompt is: a line."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROMPTS * 2))
+    block = {"direction": str(anchored_file), "anchor_weight": 1.0}
+    sets = [{"path": str(data), "ds_type": "json", "type": "completion"}]
+    status, output = forked_train(write_config(tmp_path, pair[1], data, block, max_steps=1, datasets=sets))
+    assert status == 0, output[-5000:]
+    assert read_stamp(tmp_path / "out")["prompt_formats"] == []
+    assert "the data's prompts were not looked at" in output
 
 
 def test_a_run_with_a_system_prompt(pair, anchored_file, tmp_path):
