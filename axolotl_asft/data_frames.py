@@ -166,15 +166,14 @@ def _shared(prompts: Sequence[Tokens]) -> Tokens:
 
 def _prompts(tokenizer: Any, dataset: Any) -> Iterator[Tokens]:
     """The tokens before the first answer, of rows from all over; none of a row where nothing tells it from the rest."""
-    columns = getattr(dataset, "column_names", None)
-    if not hasattr(dataset, "__len__") or not columns:
+    turn, columns = rendered(tokenizer), getattr(dataset, "column_names", None)
+    if turn is None or not hasattr(dataset, "__len__") or not columns:
         return
     tokenised = next((name for name in PREFERENCES if name in columns), None)
     in_one = {"input_ids", "labels"} <= set(columns)
     if tokenised is None and not in_one and "prompt" not in columns:
         return
-    turn = rendered(tokenizer)
-    end = _end(tokenizer, *turn) if turn is not None and len(turn[1].strip()) >= LEAST else ()
+    end = _end(tokenizer, *turn) if len(turn[1].strip()) >= LEAST else ()
     count = min(ROWS, len(dataset))
     for i in range(count):
         row = dataset[i * len(dataset) // count]

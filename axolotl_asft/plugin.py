@@ -25,6 +25,7 @@ from axolotl_asft.interruption import StampOnInterrupt
 from axolotl_asft.report.drawing import INSTALL
 from axolotl_asft.resuming import formats_before
 from axolotl_asft.startup import is_installed
+from axolotl_asft.templates import words_of
 from axolotl_asft.trained import Trained
 from axolotl_asft.verify import verify_checkpoint
 from axolotl_asft.yaml_config import refuse_repeated_keys, written_config
@@ -135,8 +136,8 @@ class AsftPlugin(BasePlugin):
         if given is None:  # a template may have the date in it: read anew, the data would begin otherwise
             given = formats_before(resumed_from(cfg))
         formats = run_formats(cfg, tokenizer, given, direction.spec)
-        dataset = getattr(trainer, "train_dataset", None)
-        found = frames(tokenizer, dataset, formats.asked)
+        words, dataset = words_of(tokenizer), getattr(trainer, "train_dataset", None)
+        found = frames(words, dataset, formats.asked)
         by_itself = formats.readable and not formats.given
         options["prompt_formats"] = [*formats.asked, *(found.formats if found is not None and by_itself else ())]
         templates = dataset_templates(cfg, tokenizer)
@@ -145,7 +146,7 @@ class AsftPlugin(BasePlugin):
         lines = formats.unheld(held) if self._constraint.holds_answers else []
         if not lines and self._constraint.anchor_weight > 0 and found is not None:
             lines = found.unheld(by_itself)
-        untold = by_itself and not held and not can_be_told(tokenizer, dataset)
+        untold = by_itself and not held and not can_be_told(words, dataset)
         if not lines and self._constraint.anchor_weight > 0 and untold:
             lines = [UNTOLD]
         for line in lines:

@@ -15,8 +15,7 @@ def text_tokenizer(tokenizer: Any) -> Any:
     Raises:
         AsftError: mistral-common's, which would read control tokens in a text as plain letters.
     """
-    if _is_a(tokenizer, "ProcessorMixin"):
-        tokenizer = tokenizer.tokenizer
+    tokenizer = words_of(tokenizer)
     if _is_a(tokenizer, "MistralCommonBackend"):
         raise AsftError(
             f"the tokenizer is mistral-common's ({type(tokenizer).__name__}), which reads the control tokens of a chat "
@@ -24,6 +23,11 @@ def text_tokenizer(tokenizer: Any) -> Any:
             "tekken.json, and no tokenizer_use_mistral_common"
         )
     return tokenizer
+
+
+def words_of(tokenizer: Any) -> Any:
+    """The tokenizer itself, or a processor's, whichever it is."""
+    return tokenizer.tokenizer if _is_a(tokenizer, "ProcessorMixin") else tokenizer
 
 
 def _is_a(tokenizer: Any, name: str) -> bool:
