@@ -51,12 +51,19 @@ def in_formats(
         AsftError: its chat template is not that of the requests, or takes neither a system prompt nor an earlier turn.
     """
     plain = plain_requests(tokenizer, [request for request, _ in turns])
-    in_general = general_formats(tokenizer) if general else []
-    if plain is None or (general and not in_general):
+    if plain is None:
+        alone = (
+            "; or write first turns alone (--no-general-formats), which hold little elsewhere" if not formats else ""
+        )
         raise AsftError(
-            "the direction file's requests are not in this tokenizer's chat template, or that takes neither a system "
-            "prompt nor an earlier turn; give the aligned model as --model, or write first turns alone "
-            "(--no-general-formats), which hold little elsewhere"
+            "the direction file's requests are not in this tokenizer's chat template, so they can be asked in no other "
+            f"form; give the aligned model as --model{alone}"
+        )
+    in_general = general_formats(tokenizer) if general else []
+    if general and not in_general:
+        raise AsftError(
+            "this tokenizer's chat template takes neither a system prompt nor an earlier turn; give the aligned model "
+            "as --model, or leave them out (--no-general-formats)"
         )
     templates = {text: format_as_template(tokenizer, text) for text in formats}
 

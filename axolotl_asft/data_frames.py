@@ -19,12 +19,6 @@ TOKENS = 512  # of a frame that is one row's alone
 EXAMPLE = 30  # tokens shown of a prompt
 PREFERENCES = ("prompt_ids", "prompt_input_ids")  # columns of TRL's with the prompts of answers to choose from
 
-UNTOLD = (
-    "the data's prompts were not looked at, since they are streamed, come with images, or are in texts without turns "
-    "that are trained whole: where a system prompt or an instruction stands around the requests, give that as "
-    f"asft.prompt_formats, with {PLACE} in the request's place, or nothing is held under it"
-)
-
 Tokens = tuple[int, ...]
 
 
@@ -46,18 +40,21 @@ class Frames:
         share: of the rows whose prompts begin as none of what is asked.
         left: of these, still in none of `formats` and not like them.
         example: how the first of these begins.
+        untold: share of the rows of which nothing tells the prompt; the others are of the rest.
     """
 
     formats: tuple[str, ...]
     share: float
     left: float
     example: str
+    untold: float
 
-    def unheld(self, are_asked: bool) -> list[str]:
-        """A line on rows that begin as nothing that is asked; none where they are few.
+    def unheld(self, are_asked: bool, others: bool = False) -> list[str]:
+        """A line on rows that begin as nothing that is asked, and one on rows of which it is not known, where many are.
 
         Args:
             are_asked: whether `formats` are.
+            others: whether the config says what else is, for rows of which it is not known.
         """
         share = self.left if are_asked else self.share
         told = (
@@ -65,11 +62,17 @@ class Frames:
             f"(first {self.example!r}); where many begin alike, give that as asft.prompt_formats, with {PLACE} in the "
             "request's place"
         )
-        return [told] if share >= SHARE else []
+        untold = (
+            f"of {self.untold:.0%} of the data nothing tells the prompts, as in raw texts, streamed data and chats "
+            "with images; where a system prompt or an instruction stands around the requests, give that as "
+            f"asft.prompt_formats, with {PLACE} in the request's place, or nothing is held under it"
+        )
+        unknown = 0.0 if others else self.untold
+        return [line for line, part in ((told, share), (untold, unknown)) if part >= SHARE]
 
 
 def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
-    """What stands around the requests of tokenised data; None where it is nearly all what is asked, or is not known.
+    """What stands around the requests of tokenised data; None where it is nearly all what is asked.
 
     In chats it is what stands before the first turn of the user, a system prompt, and in any data an instruction that
     most requests begin and end with. Common ones are told each; of system prompts that few rows share, some from all
@@ -80,9 +83,14 @@ def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
         dataset: rows of "input_ids" and "labels", of TRL's preference data, or of a "prompt" that is to be answered.
         asked: formats in which the anchor asks beside the tokenizer's chat template.
     """
-    turn, prompts = rendered(tokenizer), list(_prompts(tokenizer, dataset))
-    if turn is None or not prompts:
+    turn = rendered(tokenizer)
+    if turn is None:
         return None
+    looked_at = list(_prompts(tokenizer, dataset))
+    prompts = [ids for ids in looked_at if ids]
+    untold = 1 - len(prompts) / len(looked_at) if looked_at else 1.0
+    if not prompts:
+        return Frames((), 0.0, 0.0, "", untold)
     starts = [_start(tokenizer, turn[0], False), *(_start(tokenizer, text.partition(PLACE)[0], True) for text in asked)]
     starts = [start for start in starts if start not in ((), (tokenizer.bos_token_id,))]
     header, least = _header(tokenizer, turn[0]), SHARE * len(prompts)
@@ -110,17 +118,12 @@ def frames(tokenizer: Any, dataset: Any, asked: Sequence[str]) -> Frames | None:
     sampled = [text for text in texts if text is not None]
     formats = tuple(dict.fromkeys([*(text for _, text in common), *sampled]))
     others = [ids for head, rows in heads.items() if head not in starts for ids in rows]
-    if not formats and len(others) < least:
+    if not formats and len(others) < least and untold < SHARE:
         return None
     held = {id(ids) for frame in [*(frame for frame, _ in common), *(rare if sampled else ())] for ids in frame.rows}
     left = [ids for ids in others if id(ids) not in held]
     example = tokenizer.decode(list((left or others or prompts)[0][:EXAMPLE]))
-    return Frames(formats, len(others) / len(prompts), len(left) / len(prompts), example)
-
-
-def can_be_told(tokenizer: Any, dataset: Any) -> bool:
-    """Whether there is a row of tokenised data whose prompt can be told from what is trained."""
-    return next(_prompts(tokenizer, dataset), None) is not None
+    return Frames(formats, len(others) / len(prompts), len(left) / len(prompts), example, untold)
 
 
 def _head(ids: Tokens, starts: Sequence[Tokens], header: Tokens) -> Tokens:
@@ -165,39 +168,52 @@ def _shared(prompts: Sequence[Tokens]) -> Tokens:
 
 
 def _prompts(tokenizer: Any, dataset: Any) -> Iterator[Tokens]:
-    """The tokens before the first answer, of rows from all over; none of a row where nothing tells it from the rest."""
-    turn, columns = rendered(tokenizer), getattr(dataset, "column_names", None)
-    if turn is None or not hasattr(dataset, "__len__") or not columns:
-        return
+    """The tokens before the first answer, of rows from all over; nothing of a row where they cannot be told."""
+    columns = set(getattr(dataset, "column_names", None) or ())
     tokenised = next((name for name in PREFERENCES if name in columns), None)
-    in_one = {"input_ids", "labels"} <= set(columns)
-    if tokenised is None and not in_one and "prompt" not in columns:
-        return
-    end = _end(tokenizer, *turn) if len(turn[1].strip()) >= LEAST else ()
-    count = min(ROWS, len(dataset))
+    in_one = {"input_ids", "labels"} <= columns
+    ends = _turn_ends(tokenizer)
+    mark = ends[-1] if len(tokenizer.decode(list(ends[-1])).strip()) >= LEAST else ()
+    readable = hasattr(dataset, "__len__") and bool(tokenised or in_one or "prompt" in columns)
+    count = min(ROWS, len(dataset)) if readable else 0
     for i in range(count):
         row = dataset[i * len(dataset) // count]
         if tokenised is not None:
-            ids = row[tokenised]
+            ids = _numbers(row[tokenised])
         elif in_one:
+            ids = _numbers(row["input_ids"])
             trained = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
-            request = tuple(int(token) for token in row["input_ids"])
-            ids = request[: max(trained, len(_up_to(request, end)))]  # the requests may be trained too
+            ids = ids[: max(trained, len(_up_to(ids, mark)))]  # the requests may be trained too
         else:
             ids = _read(tokenizer, row["prompt"])
-        if len(ids):
-            yield tuple(int(token) for token in ids)
+        end = next((end for end in ends if end and _ends(ids, end)), ())
+        yield ids[: len(ids) - len(end)] + ends[0] if end else ids
 
 
-def _read(tokenizer: Any, prompt: Any) -> Sequence[int]:
+def _turn_ends(tokenizer: Any) -> list[Tokens]:
+    """What may stand after a request: first that of an answer without a thought, in which an anchor asks; then as the
+    template renders it by itself, and before a thought of the data's own."""
+    turns = [turn for thinks in (False, True) if (turn := rendered(tokenizer, thinks=thinks)) is not None]
+    before, after = turns[0]
+    turns.append((before, after.partition("<think>")[0]))
+    found = dict.fromkeys(_end(tokenizer, *turn) for turn in turns)
+    first, *others = found
+    return [first, *sorted(others, key=len, reverse=True)]
+
+
+def _read(tokenizer: Any, prompt: Any) -> Tokens:
     """A prompt that is not tokenised, as TRL will read it: a text, or turns; nothing where it is neither."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return _numbers(tokenizer(prompt)["input_ids"])
     try:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception:  # a template may refuse in any way, which is the trainer's to say
         return ()
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _numbers(tokenizer(text, add_special_tokens=False)["input_ids"]) if isinstance(text, str) else ()
+
+
+def _numbers(ids: Any) -> Tokens:
+    return tuple(int(token) for token in ids)
 
 
 def _header(tokenizer: Any, before: str) -> Tokens:

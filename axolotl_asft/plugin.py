@@ -15,7 +15,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl_asft.args import AsftArgs, parse_block
 from axolotl_asft.attaching import attach, refused_of_continued
 from axolotl_asft.constraint import Constraint
-from axolotl_asft.data_frames import UNTOLD, can_be_told, frames
+from axolotl_asft.data_frames import frames
 from axolotl_asft.direction import AlignmentDirection
 from axolotl_asft.engines import FSDP1, deepspeed_config, other_parallelism, refuse_deepspeed
 from axolotl_asft.errors import AsftError, one_line
@@ -136,8 +136,7 @@ class AsftPlugin(BasePlugin):
         if given is None:  # a template may have the date in it: read anew, the data would begin otherwise
             given = formats_before(resumed_from(cfg))
         formats = run_formats(cfg, tokenizer, given, direction.spec)
-        words, dataset = words_of(tokenizer), getattr(trainer, "train_dataset", None)
-        found = frames(words, dataset, formats.asked)
+        found = frames(words_of(tokenizer), getattr(trainer, "train_dataset", None), formats.asked)
         by_itself = formats.readable and not formats.given
         options["prompt_formats"] = [*formats.asked, *(found.formats if found is not None and by_itself else ())]
         templates = dataset_templates(cfg, tokenizer)
@@ -145,10 +144,7 @@ class AsftPlugin(BasePlugin):
         held = self._constraint.prompt_formats
         lines = formats.unheld(held) if self._constraint.holds_answers else []
         if not lines and self._constraint.anchor_weight > 0 and found is not None:
-            lines = found.unheld(by_itself)
-        untold = by_itself and not held and not can_be_told(words, dataset)
-        if not lines and self._constraint.anchor_weight > 0 and untold:
-            lines = [UNTOLD]
+            lines = found.unheld(by_itself, formats.given or bool(formats.asked))
         for line in lines:
             LOG.warning("AsFT: %s", line)
         self._constraint.history.header |= {

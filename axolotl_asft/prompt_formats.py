@@ -60,15 +60,17 @@ def filled(text: str, request: str) -> str:
     return text.replace(PLACE, request)
 
 
-def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, str] | None:
+def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]] = (), thinks: bool = False) -> tuple[str, str] | None:
     """What the chat template puts before a user's turn and after it; None where it has none, or refuses the turns.
 
     Args:
         turns: that come before, (role, text) each.
+        thinks: leave it to a template that knows thoughts whether one is to come; else it is told that none is.
     """
+    thoughts = {} if thinks else {"enable_thinking": False}
     chat = [{"role": role, "content": text} for role, text in (*turns, ("user", PLACE))]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **thoughts)
         before, found, after = text.rpartition(PLACE)
     except Exception:  # a template may refuse in any way
         return None
@@ -128,8 +130,8 @@ def format_as_template(tokenizer: Any, text: str) -> str:
         if tokenizer(asked, add_special_tokens=False)["input_ids"] == wanted:
             return template
     raise AsftError(
-        f"the tokenizer ({type(tokenizer).__name__}) puts something before a text that no chat template can; ask in "
-        "its own (--prompt-format chat_template)"
+        f"the tokenizer ({type(tokenizer).__name__}) puts something before a text that no chat template can; leave "
+        "this format out, and ask in the chat template"
     )
 
 

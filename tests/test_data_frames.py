@@ -9,7 +9,8 @@ from tiny import CHAT_TEMPLATE, OWN_ANSWERS, axolotl, make_tokenizer, write_conf
 from tokenizers import Regex
 
 from axolotl_asft.anchor import AnswerAnchor
-from axolotl_asft.data_frames import MOST, _shared, can_be_told, frames
+from axolotl_asft.data_frames import MOST, _shared, frames
+from axolotl_asft.prompt_formats import rendered
 from axolotl_asft.stamp import read_stamp
 
 PROMPTS = ["the cat sees a dog", "a red house", "blue dog", "then the tree", "no", "yes a dog", "likes a cat", "red"]
@@ -81,7 +82,8 @@ def test_prompts_that_a_model_is_to_answer():
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in turns]
     for prompts in (turns, texts):
         assert frames(tokenizer, Dataset.from_dict({"prompt": prompts}), []).formats == (SYSTEM,)
-    assert frames(tokenizer, Dataset.from_dict({"prompt": [1, 2]}), []) is None
+    for others in ([1, 2], [["red", "dog"]] * 3, [turns, turns], [None, None]):
+        assert frames(tokenizer, Dataset.from_dict({"prompt": others}), []).untold == 1.0
 
 
 def test_the_anchor_asks_under_it():
@@ -320,8 +322,46 @@ def test_data_that_begin_as_nothing_that_is_asked():
 
 @pytest.mark.parametrize("data", [None, [], iter([1]), Dataset.from_dict({"text": ["a"]})])
 def test_data_that_cannot_be_looked_at(data):
-    assert frames(make_tokenizer(), data, []) is None
-    assert not can_be_told(make_tokenizer(), data)
+    found = frames(make_tokenizer(), data, [])
+    assert (found.formats, found.share, found.untold) == ((), 0.0, 1.0)
+    (line,) = found.unheld(True)
+    assert "of 100% of the data nothing tells the prompts" in line
+    assert found.unheld(True, others=True) == []
+
+
+def test_raw_texts_beside_chats():
+    tokenizer = make_tokenizer()
+    chats = tokenised(tokenizer, [None], count=30).to_list()
+    texts = [{"input_ids": [8, 9, 10], "labels": [8, 9, 10]}]
+    found = frames(tokenizer, Dataset.from_list(chats + texts * 10), [])
+    assert (found.formats, found.untold) == ((), 0.25)
+    assert len(found.unheld(True)) == 1
+    assert frames(tokenizer, Dataset.from_list(chats + texts), []) is None, "too few"
+
+
+THINKING = CHAT_TEMPLATE.replace(
+    "<|assistant|> ' }}",
+    "<|assistant|> ' }}{% if enable_thinking is defined and not enable_thinking %}says no {% endif %}",
+)
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "prompt", "input_ids"])
+def test_a_template_that_thinks(column):
+    """TRL renders it so that a thought may come; the anchor asks, as everywhere, with the empty one."""
+    tokenizer = make_tokenizer()
+    plain = tokenised(tokenizer, ["no dog says yes"])
+    tokenizer.chat_template = THINKING
+    assert rendered(tokenizer)[1] != rendered(tokenizer, thinks=True)[1]
+    system = {"role": "system", "content": "no dog says yes"}
+    if column == "input_ids":  # answers with thoughts in them
+        rows = plain
+    elif column == "prompt":
+        rows = Dataset.from_dict({"prompt": [[system, {"role": "user", "content": prompt}] for prompt in PROMPTS]})
+    else:
+        rows = Dataset.from_dict({"prompt_ids": [row["input_ids"][: row["labels"].count(-100)] for row in plain]})
+    found = frames(tokenizer, rows, [])
+    assert found.formats == (f"{SYSTEM}says no ",)
+    assert (found.left, found.untold) == (0.0, 0.0)
 
 
 def test_rows_that_are_trained_whole():
@@ -331,9 +371,7 @@ def test_rows_that_are_trained_whole():
     whole = rows.map(lambda row: {"labels": row["input_ids"]})
     assert frames(tokenizer, whole, []).formats == (SYSTEM,)
     texts = Dataset.from_list([{"input_ids": [8, 9, 10], "labels": [8, 9, 10]}] * 8)
-    assert can_be_told(tokenizer, rows)
-    assert not can_be_told(tokenizer, texts)
-    assert frames(tokenizer, texts, []) is None
+    assert frames(tokenizer, texts, []).untold == 1.0
     tokenizer.chat_template = None
     assert frames(tokenizer, rows, []) is None
 
@@ -345,7 +383,7 @@ def test_a_run_that_trains_on_its_prompts(forked_train, pair, anchored_file, tmp
     status, output = forked_train(write_config(tmp_path, pair[1], data, block, max_steps=1, train_on_inputs=True))
     assert status == 0, output[-5000:]
     assert read_stamp(tmp_path / "out")["prompt_formats"] == [SYSTEM]
-    assert "were not looked at" not in output
+    assert "nothing tells the prompts" not in output
 
 
 def test_a_run_on_texts_without_turns(forked_train, pair, anchored_file, tmp_path):
@@ -357,7 +395,7 @@ def test_a_run_on_texts_without_turns(forked_train, pair, anchored_file, tmp_pat
     status, output = forked_train(write_config(tmp_path, pair[1], data, block, max_steps=1, datasets=sets))
     assert status == 0, output[-5000:]
     assert read_stamp(tmp_path / "out")["prompt_formats"] == []
-    assert "the data's prompts were not looked at" in output
+    assert "of 100% of the data nothing tells the prompts" in output
 
 
 def test_a_run_with_a_system_prompt(pair, anchored_file, tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from axolotl_asft.answer_data import TYPE as ANSWERS
 from axolotl_asft.general_formats import UNSEEN
 from axolotl_asft.prompt_formats import checked_formats
 from axolotl_asft.stamp import read_stamp
@@ -56,7 +57,8 @@ def formats_of_data(content: Mapping[str, Any]) -> "list[DataFormat]":
 
 def _kinds(content: Mapping[str, Any]) -> list[Any]:
     datasets = content.get("datasets") or []
-    return [one.get("type") for one in datasets if isinstance(one, dict)] if isinstance(datasets, list) else []
+    kinds = [one.get("type") for one in datasets if isinstance(one, dict)] if isinstance(datasets, list) else []
+    return [kind for kind in kinds if kind != ANSWERS]  # which are in all forms
 
 
 def _trained_otherwise(adapters: Sequence[str]) -> str | None:
